@@ -1,0 +1,176 @@
+"""Checks of user input: each error names the argument, what it was and what is allowed, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .terms import Axis, Combine, Extreme, Mask, Reduction, Score, Similarity, Term
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_K = 64
+
+
+def embeddings(name: str, value: Tensor) -> None:
+    """2-D floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if value.dim() != 2:
+        raise ValueError(f"{name} must have shape (rows, features); got {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        allowed = ", ".join(str(d) for d in DTYPES)
+        raise TypeError(f"{name} must be one of {allowed}; got {value.dtype}")
+
+
+def embedding_pair(x: Tensor, y: Tensor | None, names: tuple[str, str] = ("x", "y")) -> None:
+    """Two embeddings that can be compared."""
+    embeddings(names[0], x)
+    if y is None:
+        return
+    embeddings(names[1], y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{names[0]} and {names[1]} must have equal features; got {x.shape[1]} and {y.shape[1]}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{names[0]} and {names[1]} must have one dtype; got {x.dtype} and {y.dtype}")
+    same_device(names[0], x, **{names[1]: y})
+
+
+def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """All tensors on one device."""
+    for name, value in others.items():
+        if isinstance(value, Tensor) and value.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {reference_name}, {reference.device}; got {value.device}"
+            )
+
+
+def labels(name: str, value: Tensor, length: int) -> None:
+    """1-D int64 tensor of a given length."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor; got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64; got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name} must have shape ({length},), one per row; got {tuple(value.shape)}")
+
+
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
+    """Finite number inside [low, high], or (low, high] with `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must not be NaN")
+    if value < low or value > high or (open_low and value == low):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}]; got {value}")
+
+
+def temperature(name: str, value: float | Tensor) -> None:
+    """Positive number, or a 0-d tensor (whose value is not read, so that no device is synchronised)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor with one element; got shape {tuple(value.shape)}")
+        return
+    number(name, value, low=0.0, open_low=True)
+
+
+def _parameter(name: str, value, length: int, device: torch.device, scalar: bool) -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {value.dtype}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device}; got {value.device}")
+        if value.dim() == 0 and scalar:
+            return
+        if value.dim() != 1 or value.shape[0] != length:
+            allowed = f"a number, a 0-d tensor or shape ({length},)" if scalar else f"shape ({length},)"
+            raise ValueError(f"{name} must be {allowed}; got shape {tuple(value.shape)}")
+    elif not scalar:
+        if value is not None:
+            raise TypeError(f"{name} must be None or a tensor of shape ({length},); got {type(value).__name__}")
+    elif value is not None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}")
+        if math.isnan(value):
+            raise ValueError(f"{name} must not be NaN")
+
+
+def _mask(name: str, mask: Mask, has_labels: bool, has_pair_mask: bool) -> None:
+    if mask in (Mask.SAME, Mask.DIFFERENT) and not has_labels:
+        raise ValueError(f"{name} is {Mask(mask).name}, which needs labels (and ref_labels when y is given)")
+    if mask in (Mask.GIVEN, Mask.NOT_GIVEN) and not has_pair_mask:
+        raise ValueError(f"{name} is {Mask(mask).name}, which needs pair_mask")
+
+
+def terms(
+    values: Sequence[Term], rows: int, columns: int, device: torch.device, has_labels: bool, has_pair_mask: bool
+) -> None:
+    """Every term complete and of the right shapes."""
+    if not values:
+        raise ValueError("terms must hold at least one Term; got none")
+    for t, term in enumerate(values):
+        if not isinstance(term, Term):
+            raise TypeError(f"terms[{t}] must be a flashpair.Term; got {type(term).__name__}")
+        for field, kind in (
+            ("reduction", Reduction), ("score", Score), ("mask", Mask), ("axis", Axis), ("combine", Combine)
+        ):  # fmt: skip
+            if not isinstance(getattr(term, field), kind):
+                raise TypeError(f"terms[{t}].{field} must be a flashpair.{kind.__name__}; got {getattr(term, field)!r}")
+        _mask(f"terms[{t}].mask", term.mask, has_labels, has_pair_mask)
+        owners, others = (rows, columns) if term.axis == Axis.ROWS else (columns, rows)
+        for field in ("scale", "offset", "above", "below"):
+            if getattr(term, field) is None and field in ("scale", "offset"):
+                raise TypeError(f"terms[{t}].{field} must be a number or a tensor; got None")
+            _parameter(f"terms[{t}].{field}", getattr(term, field), owners, device, scalar=True)
+        for field in ("other_offset", "weight"):
+            _parameter(f"terms[{t}].{field}", getattr(term, field), others, device, scalar=False)
+        number(f"terms[{t}].constant", term.constant)
+
+
+def extremes(
+    values: Sequence[Extreme], rows: int, columns: int, device: torch.device, has_labels: bool, has_pair_mask: bool
+) -> None:
+    """Every extreme complete, with a k that rows can fill."""
+    if not values:
+        raise ValueError("extremes must hold at least one Extreme; got none")
+    for e, extreme in enumerate(values):
+        if not isinstance(extreme, Extreme):
+            raise TypeError(f"extremes[{e}] must be a flashpair.Extreme; got {type(extreme).__name__}")
+        if not isinstance(extreme.mask, Mask):
+            raise TypeError(f"extremes[{e}].mask must be a flashpair.Mask; got {extreme.mask!r}")
+        _mask(f"extremes[{e}].mask", extreme.mask, has_labels, has_pair_mask)
+        if isinstance(extreme.k, bool) or not isinstance(extreme.k, int) or not 1 <= extreme.k <= MAX_K:
+            raise ValueError(f"extremes[{e}].k must be an integer from 1 to {MAX_K}; got {extreme.k!r}")
+        if extreme.k > columns > 0:
+            raise ValueError(f"extremes[{e}].k must be at most the row length {columns}; got {extreme.k}")
+        for field in ("above", "below"):
+            _parameter(f"extremes[{e}].{field}", getattr(extreme, field), rows, device, scalar=True)
+
+
+def pair_mask(value: Tensor, rows: int, columns: int) -> None:
+    """(rows, columns) bool."""
+    if value.dtype != torch.bool:
+        raise TypeError(f"pair_mask must be bool; got {value.dtype}")
+    if tuple(value.shape) != (rows, columns):
+        raise ValueError(f"pair_mask must have shape ({rows}, {columns}); got {tuple(value.shape)}")
+
+
+def indices(name: str, value: Tensor, length: int | None = None) -> None:
+    """1-D int64 tensor, optionally of a given length."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a 1-D int64 tensor; got {got}")
+    if length is not None and value.shape[0] != length:
+        raise ValueError(f"{name} must have length {length}; got {value.shape[0]}")
+
+
+def closed(name: str, value, kind: type) -> None:
+    """A member of one of our enums."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a flashpair.{kind.__name__}; got {value!r}")
+
+
+def similarity(value: Similarity) -> None:
+    closed("similarity", value, Similarity)

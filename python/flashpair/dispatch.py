@@ -1,0 +1,123 @@
+"""One table of backends, in order of preference; the first with nothing against a request serves it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import Tensor
+
+#: The reference backend stores S; it is chosen by itself only up to this many pairs.
+REFERENCE_PAIRS = 1 << 20
+
+_forced: ContextVar[str | None] = ContextVar("flashpair_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """No backend can serve a request, or the forced one cannot; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table: a name and the module (`stats`, `weights`, `extremes`, `unavailable`, `why_not`) behind it."""
+
+    name: str
+    module: str
+    serves: str
+
+    def load(self):
+        return import_module(self.module)
+
+    def why_not(self, x: Tensor | None = None, pairs: int | None = None) -> list[str]:
+        """Reasons against running on embeddings like `x`; without `x`, against running at all."""
+        if self.name == "reference":
+            if x is not None and forced_name() != "reference" and (pairs or 0) > REFERENCE_PAIRS:
+                return [
+                    f"stores the {pairs}-entry similarity matrix and is chosen by itself only up to "
+                    f"{REFERENCE_PAIRS} entries; force it with use_backend('reference')"
+                ]
+            return []
+        module = self.load()
+        reasons = module.unavailable()
+        return reasons or ([] if x is None else module.why_not(x))
+
+
+TABLE: tuple[Backend, ...] = (
+    Backend("triton", "flashpair.backend_triton", "NVIDIA GPUs; CPU tensors under Triton's interpreter"),
+    Backend("cpu", "flashpair.backend_cpu", "CPU tensors; C++"),
+    Backend("reference", "flashpair.reference", "dense PyTorch, the specification"),
+)
+NAMES = tuple(b.name for b in TABLE)
+
+
+def named(name: str) -> Backend:
+    for backend in TABLE:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+def forced_name() -> str | None:
+    return _forced.get() or os.environ.get("FLASHPAIR_BACKEND") or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside a `with` block; the environment variable `FLASHPAIR_BACKEND` does the same globally.
+
+    Args:
+        name: "triton", "cpu" or "reference".
+
+    Raises:
+        ValueError: on an unknown name.
+        BackendError: later, when a call inside the block cannot be served, with the reasons.
+
+    Example:
+        >>> import torch, flashpair
+        >>> x = torch.randn(8, 4)
+        >>> with flashpair.use_backend("reference"):
+        ...     (lse,) = flashpair.pair_reduce(x, terms=[flashpair.Term(flashpair.Reduction.LOGSUMEXP)])
+        >>> lse.shape
+        torch.Size([8])
+    """
+    token = _forced.set(named(name).name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(x: Tensor, pairs: int) -> str:
+    """Name of the backend that serves embeddings like `x` with this many pairs."""
+    forced = forced_name()
+    if forced is not None:
+        backend = named(forced)
+        reasons = backend.why_not(x, pairs)
+        if reasons:
+            raise BackendError(f"backend {backend.name!r} was forced but cannot serve this call: " + "; ".join(reasons))
+        return backend.name
+    against = {}
+    for backend in TABLE:
+        reasons = backend.why_not(x, pairs)
+        if not reasons:
+            return backend.name
+        against[backend.name] = reasons
+    raise BackendError(
+        f"no backend can serve {x.dtype} embeddings on {x.device}:\n"
+        + "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in against.items())
+    )
+
+
+def backends() -> dict[str, str]:
+    """Each backend with "usable" or the reasons why it is not, in order of preference.
+
+    Example:
+        >>> import flashpair
+        >>> flashpair.backends()["reference"]
+        'usable'
+    """
+    return {b.name: "; ".join(b.why_not()) or "usable" for b in TABLE}

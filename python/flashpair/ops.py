@@ -1,0 +1,251 @@
+"""The operators behind the primitives: opaque to torch.compile, with fake and autograd registrations.
+
+`pair_stats` → statistics, `pair_weights` → its gradients; `pair_sum` is the case in which nothing but one scalar is
+wanted, so its gradients are computed in the forward pass; `pair_mine` → extremes. All decode to a `Request` and hand it to a backend
+module, which offers
+
+    stats(request) → (rows (R, B), columns (C, N))
+    weights(request, rows, columns, grad_rows, grad_columns, needs) → (dx, dy, dparams)
+    extremes(request) → [(values (B, k), indices (B, k)), ...]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .request import Request, count_slots, decode, statistics_dtype
+from .terms import Axis, Extreme, Mask
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a backward pass has to deliver."""
+
+    x: bool
+    y: bool
+    params: tuple[bool, ...]  # per entry of Request.params
+
+
+def _module(name: str):
+    return dispatch.named(name).load()
+
+
+def _statistics_shape(x: Tensor, y: Tensor | None, spec: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    rows, columns = count_slots(spec)
+    return (rows, x.shape[0]), (columns, (x if y is None else y).shape[0])
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flashpair::pair_stats", mutates_args=())
+def pair_stats(
+    x: Tensor,  # (B, D)
+    y: Tensor | None,  # (N, D)
+    labels: Tensor | None,  # (B,)
+    ref_labels: Tensor | None,  # (N,)
+    pair_mask: Tensor | None,  # (B, N)
+    exclude: Tensor | None,  # (B,)
+    params: list[Tensor],
+    spec: list[int],
+    consts: list[float],
+    backend: str,
+    max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # (R, B), (C, N)
+    request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
+    return _module(backend).stats(request)
+
+
+@pair_stats.register_fake
+def _(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes):
+    dtype = statistics_dtype(x)
+    rows, columns = _statistics_shape(x, y, spec)
+    return x.new_empty(rows, dtype=dtype), x.new_empty(columns, dtype=dtype)
+
+
+def _stats_setup(ctx, inputs, output):
+    x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes = inputs
+    ctx.save_for_backward(x, y, labels, ref_labels, pair_mask, exclude, *output, *params)
+    ctx.static = (spec, consts, backend, max_workspace_bytes)
+
+
+def _stats_backward(ctx, grad_rows, grad_columns):
+    x, y, labels, ref_labels, pair_mask, exclude, rows, columns, *params = ctx.saved_tensors
+    spec, consts, backend, max_workspace_bytes = ctx.static
+    need_x, need_y = ctx.needs_input_grad[:2]
+    # In x, y, labels, ref_labels, pair_mask, exclude, params, ... the list counts as one entry of nested flags.
+    need_params = [bool(n) for n in _nested(ctx.needs_input_grad[6], len(params))]
+    dx, dy, dparams = _call_weights(
+        grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
+        spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
+    )  # fmt: skip
+    return dx, dy, None, None, None, None, dparams, None, None, None, None
+
+
+def _nested(flags, count: int):
+    return flags if isinstance(flags, (list, tuple)) else [flags] * count
+
+
+def _call_weights(*args):
+    params, need_x, need_y, need_params = args[10], args[-3], args[-2], args[-1]
+    grads = pair_weights(*args)
+    dparams = [g if need else None for g, need in zip(grads[2:], need_params, strict=True)]
+    return grads[0] if need_x else None, grads[1] if need_y else None, dparams if params else []
+
+
+pair_stats.register_autograd(_stats_backward, setup_context=_stats_setup)
+
+
+# --- weights: the backward pass of the statistics ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("flashpair::pair_weights", mutates_args=())
+def pair_weights(
+    grad_rows: Tensor,  # (R, B)
+    grad_columns: Tensor,  # (C, N)
+    rows: Tensor,  # (R, B)
+    columns: Tensor,  # (C, N)
+    x: Tensor,
+    y: Tensor | None,
+    labels: Tensor | None,
+    ref_labels: Tensor | None,
+    pair_mask: Tensor | None,
+    exclude: Tensor | None,
+    params: list[Tensor],
+    spec: list[int],
+    consts: list[float],
+    backend: str,
+    max_workspace_bytes: int,
+    need_x: bool,
+    need_y: bool,
+    need_params: list[bool],
+) -> list[Tensor]:  # dx, dy, *dparams; (0,) where not needed
+    request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
+    needs = Needs(need_x, need_y, tuple(need_params))
+    dx, dy, dparams = _module(backend).weights(
+        request, rows, columns, grad_rows.contiguous(), grad_columns.contiguous(), needs
+    )
+    return _gradients(request, needs, dx, dy, dparams)
+
+
+def _gradients(request: Request, needs: Needs, dx, dy, dparams) -> list[Tensor]:
+    absent = lambda: request.x.new_empty(0)  # noqa: E731
+    grads = [dx if needs.x else absent(), dy if needs.y else absent()]
+    for parameter, gradient, need in zip(request.params, dparams, needs.params, strict=True):
+        grads.append(gradient.to(parameter.dtype).reshape(parameter.shape) if need else absent())
+    return grads
+
+
+def _gradients_fake(x, y, params, need_x, need_y, need_params) -> list[Tensor]:
+    wanted = [(x, need_x), (y, need_y), *zip(params, need_params, strict=True)]
+    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in wanted]
+
+
+@pair_weights.register_fake
+def _(
+    grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
+    spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
+):  # fmt: skip
+    return _gradients_fake(x, y, params, need_x, need_y, need_params)
+
+
+# --- one scalar: gradients in the forward pass --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flashpair::pair_sum", mutates_args=())
+def pair_sum(
+    x: Tensor,
+    y: Tensor | None,
+    labels: Tensor | None,
+    ref_labels: Tensor | None,
+    pair_mask: Tensor | None,
+    exclude: Tensor | None,
+    params: list[Tensor],
+    spec: list[int],
+    consts: list[float],
+    backend: str,
+    max_workspace_bytes: int,
+    need_x: bool,
+    need_y: bool,
+    need_params: list[bool],
+) -> list[Tensor]:  # total, dx, dy, *dparams
+    request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
+    needs = Needs(need_x, need_y, tuple(need_params))
+    total, dx, dy, dparams = _module(backend).sums(request, needs)
+    return [total, *_gradients(request, needs, dx, dy, dparams)]
+
+
+@pair_sum.register_fake
+def _(
+    x, y, labels, ref_labels, pair_mask, exclude, params,
+    spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
+):  # fmt: skip
+    total = x.new_empty((), dtype=statistics_dtype(x))
+    return [total, *_gradients_fake(x, y, params, need_x, need_y, need_params)]
+
+
+def _sum_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.needs = (*inputs[-3:-1], *inputs[-1])
+
+
+def _sum_backward(ctx, grads):
+    grad_total = grads[0]
+    scaled = [
+        (g * grad_total).to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return scaled[0], scaled[1], None, None, None, None, scaled[2:], *([None] * 7)
+
+
+pair_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
+# --- extremes -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flashpair::pair_mine", mutates_args=())
+def pair_mine(
+    x: Tensor,
+    y: Tensor | None,
+    labels: Tensor | None,
+    ref_labels: Tensor | None,
+    pair_mask: Tensor | None,
+    exclude: Tensor | None,
+    bounds: list[Tensor],  # thresholds given as tensors, (1,) or (B,)
+    spec: list[int],  # similarity, normalize, exclude_self, keep, precision, then (mask, largest, k, above, below) each
+    consts: list[float],  # (above, below) of each extreme where they are numbers
+    backend: str,
+    max_workspace_bytes: int,
+) -> list[Tensor]:  # values (B, k), indices (B, k) of each extreme
+    request = decode(x, y, labels, ref_labels, pair_mask, exclude, [], spec[:5], [], max_workspace_bytes)
+    for e in range((len(spec) - 5) // 5):
+        mask, largest, k, above, below = spec[5 + 5 * e : 10 + 5 * e]
+        numbers = [None if abs(v) == torch.inf else v for v in consts[2 * e : 2 * e + 2]]
+        above, below = (bounds[i].reshape(-1) if i >= 0 else v for i, v in zip((above, below), numbers, strict=True))
+        request.extremes.append(Extreme(Mask(mask), bool(largest), k, above, below))
+    found = dispatch.named(backend).load().mine(request)
+    return [t for pair in found for t in pair]
+
+
+@pair_mine.register_fake
+def _(x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backend, max_workspace_bytes):
+    found = []
+    for e in range((len(spec) - 5) // 5):
+        shape = (x.shape[0], spec[7 + 5 * e])
+        found += [x.new_empty(shape, dtype=statistics_dtype(x)), x.new_empty(shape, dtype=torch.int64)]
+    return found
+
+
+def statistics_of(request_terms, rows: Tensor, columns: Tensor) -> list[Tensor]:
+    """Cut the stacked statistics into one (slots, owners) view per term."""
+    used = {Axis.ROWS: 0, Axis.COLUMNS: 0}
+    views = []
+    for term in request_terms:
+        first = used[term.axis]
+        used[term.axis] += term.reduction.slots
+        views.append((rows if term.axis == Axis.ROWS else columns)[first : used[term.axis]])
+    return views

@@ -1,0 +1,210 @@
+"""The sparse path: similarities of listed pairs in O(P) memory, and every reduction over such a list.
+
+`pair_similarity` is one opaque operator for all devices: gathers in chunks, so that P·D is never stored; gradients are
+accumulated in the order of the list, so two runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .request import FlatTerm, decode_terms, encode, statistics_dtype
+from .terms import Axis, Combine, Mask, Precision, Reduction, Similarity, Term
+
+_CHUNK_ELEMENTS = 1 << 18  # gathered elements at a time, 1 MiB in float32
+
+
+def _chunks(rows: Tensor, features: int) -> range:
+    step = max(_CHUNK_ELEMENTS // max(features, 1), 1)
+    return range(0, rows.shape[0], step), step
+
+
+def _accumulate(into: Tensor, index: Tensor, values: Tensor) -> None:
+    """into[index] += values, deterministically."""
+    into.index_put_((index,), values, accumulate=True) if into.is_cuda else into.index_add_(0, index, values)
+
+
+@torch.library.custom_op("flashpair::pair_similarity", mutates_args=())
+def _pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, similarity: int) -> Tensor:
+    out = x.new_empty(rows.shape[0])
+    starts, step = _chunks(rows, x.shape[1])
+    for start in starts:
+        part = slice(start, start + step)
+        a, b = x[rows[part]], y[columns[part]]
+        if similarity == Similarity.DOT:
+            out[part] = (a * b).sum(-1)
+        else:
+            squared = (a - b).square_().sum(-1)
+            out[part] = squared if similarity == Similarity.SQUARED_EUCLIDEAN else squared.sqrt_()
+    return out
+
+
+@_pair_similarity.register_fake
+def _(x, y, rows, columns, similarity):
+    return x.new_empty(rows.shape)
+
+
+@torch.library.custom_op("flashpair::pair_similarity_backward", mutates_args=())
+def _pair_similarity_backward(
+    grad: Tensor, out: Tensor, x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, similarity: int
+) -> tuple[Tensor, Tensor]:
+    dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+    if similarity == Similarity.SQUARED_EUCLIDEAN:
+        grad = 2 * grad
+    elif similarity == Similarity.EUCLIDEAN:
+        grad = torch.where(out == 0, 0.0, grad / torch.where(out == 0, 1.0, out))
+    starts, step = _chunks(rows, x.shape[1])
+    for start in starts:
+        part = slice(start, start + step)
+        g, i, j = grad[part, None], rows[part], columns[part]
+        if similarity == Similarity.DOT:
+            _accumulate(dx, i, g * y[j])
+            _accumulate(dy, j, g * x[i])
+        else:
+            difference = g * (x[i] - y[j])
+            _accumulate(dx, i, difference)
+            _accumulate(dy, j, -difference)
+    return dx, dy
+
+
+@_pair_similarity_backward.register_fake
+def _(grad, out, x, y, rows, columns, similarity):
+    return torch.empty_like(x), torch.empty_like(y)
+
+
+def _setup(ctx, inputs, output):
+    x, y, rows, columns, similarity = inputs
+    ctx.save_for_backward(output, x, y, rows, columns)
+    ctx.similarity = similarity
+
+
+def _backward(ctx, grad):
+    dx, dy = _pair_similarity_backward(grad.contiguous(), *ctx.saved_tensors, ctx.similarity)
+    return dx, dy, None, None, None
+
+
+_pair_similarity.register_autograd(_backward, setup_context=_setup)
+
+
+def pair_similarity(
+    x: Tensor,
+    y: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+) -> Tensor:
+    """Similarities `s(x[rows_p], y[columns_p])` of listed pairs, differentiable, in O(P) memory.
+
+    Args:
+        x: (B, D) embeddings.
+        y: (N, D) embeddings, or None for x itself.
+        rows: (P,) int64, in [0, B).
+        columns: (P,) int64, in [0, N).
+        similarity: dot product, squared or plain Euclidean distance (computed from the difference).
+        normalize: divide rows by max(norm, 1e-12) first.
+
+    Returns:
+        (P,) float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: on bad input. IndexError: on an index out of range.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import pair_similarity
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+        >>> pair_similarity(x, None, torch.tensor([0, 1]), torch.tensor([1, 1])).tolist()
+        [1.0, 5.0]
+    """
+    checks.embedding_pair(x, y)
+    checks.similarity(similarity)
+    checks.indices("rows", rows)
+    checks.indices("columns", columns, rows.shape[0])
+    checks.same_device("x", x, rows=rows, columns=columns)
+    y = x if y is None else y
+    if normalize:
+        x, y = reference.normalized(x), reference.normalized(y)
+    dtype = statistics_dtype(x)
+    return _pair_similarity(x.to(dtype), y.to(dtype), rows, columns, int(similarity))
+
+
+def reduce_pairs(
+    x: Tensor,
+    y: Tensor | None,
+    terms: list[Term],
+    pairs: tuple[Tensor, Tensor],
+    labels: Tensor | None,
+    ref_labels: Tensor | None,
+    similarity: Similarity,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    """`pair_reduce` over a list of pairs: O(P D) time, O(P) memory, formulas in plain PyTorch."""
+    rows, columns = pairs
+    s = pair_similarity(x, y, rows, columns, similarity=similarity, normalize=normalize)
+    sizes = (x.shape[0], (x if y is None else y).shape[0])
+    ref_labels = labels if y is None else ref_labels
+    params, spec, consts = encode(terms, similarity, normalize, False, False, Precision.IEEE)
+    results = []
+    for term in decode_terms(spec, consts, params):
+        keep = torch.ones_like(s, dtype=torch.bool)
+        if term.mask in (Mask.SAME, Mask.DIFFERENT):
+            keep = (labels[rows] == ref_labels[columns]) == (term.mask == Mask.SAME)
+        elif term.mask != Mask.ALL:
+            raise ValueError(f"mask {term.mask.name} needs pair_mask, which a list of pairs excludes")
+        owner, other = (rows, columns) if term.axis == Axis.ROWS else (columns, rows)
+        results.append(_reduce(term, s, keep, owner, other, sizes[term.axis]))
+    return tuple(results)
+
+
+def _at(value, index: Tensor, dtype: torch.dtype):
+    """A parameter at each pair: numbers and one-element tensors broadcast."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(dtype)
+    return value if value.numel() == 1 else value[index]
+
+
+def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tensor, owners: int) -> Tensor:
+    at = lambda value, index: _at(value, index, s.dtype)  # noqa: E731
+    for bound, drops in ((term.above, torch.le), (term.below, torch.ge)):
+        if bound is not None:
+            keep = keep & ~drops(s.detach(), at(bound, owner))
+    segment = lambda values: s.new_zeros(owners).index_add(0, owner, values)  # noqa: E731
+    if term.reduction == Reduction.MOMENTS:
+        return _moments(s.detach(), keep, owner, owners)
+    offset = at(term.offset, owner)
+    if term.other_offset is not None:
+        q = term.other_offset.to(s.dtype)[other]
+        combine = term.combine == Combine.LOGADDEXP
+        offset = torch.logaddexp(torch.as_tensor(offset, dtype=s.dtype, device=s.device), q) if combine else offset + q
+    f = reference.score(term.score, at(term.scale, owner) * s + offset, term.constant)
+    if term.reduction == Reduction.COUNT:
+        return segment((keep & ~(f.detach() <= 0)).to(s.dtype))
+    w = 1.0 if term.weight is None else term.weight.to(s.dtype)[other]
+    if term.reduction == Reduction.SUM:
+        return segment(torch.where(keep, w * f, 0.0))
+    # NaN must reach the maximum, so that it reaches the result.
+    exponent = torch.where(keep, f, -torch.inf)
+    top = s.new_full((owners,), -torch.inf).scatter_reduce(0, owner, exponent.detach(), "amax")
+    shift = torch.where(top == -torch.inf, 0.0, top)
+    e = torch.where(keep, w * torch.exp(exponent - shift[owner]), 0.0)
+    total = segment(e)
+    empty = total == 0
+    if term.reduction == Reduction.LOGSUMEXP:
+        return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + shift)
+    p = e / torch.where(empty, 1.0, total)[owner]
+    return segment((p.detach() if term.detach_weights else p) * s)
+
+
+def _moments(s: Tensor, keep: Tensor, owner: Tensor, owners: int) -> Tensor:
+    zeros = s.new_zeros(owners)
+    count = zeros.index_add(0, owner, keep.to(s.dtype))
+    mean = zeros.index_add(0, owner, torch.where(keep, s, 0.0)) / count.clamp_min(1)
+    variance = zeros.index_add(0, owner, torch.where(keep, (s - mean[owner]) ** 2, 0.0)) / count.clamp_min(1)
+    low = (zeros + torch.inf).scatter_reduce(0, owner, torch.where(keep, s, torch.inf), "amin")
+    high = (zeros - torch.inf).scatter_reduce(0, owner, torch.where(keep, s, -torch.inf), "amax")
+    return torch.stack([count, mean, variance, low, high])

@@ -1,0 +1,256 @@
+"""The differentiable primitives: `pair_reduce`, `pair_sum`, `mine` and `pair_similarity`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, ops, reference
+from .pairs import pair_similarity, reduce_pairs
+from .request import decode, encode
+from .terms import Extreme, Precision, Reduction, Similarity, Term
+from .workspace import workspace_bytes
+
+
+class Mined(NamedTuple):
+    """Result of one `Extreme`: the most extreme entry first."""
+
+    values: Tensor  # (B, k) statistics dtype, not differentiable; -inf / +inf where missing
+    indices: Tensor  # (B, k) int64, -1 where missing
+
+
+def _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision) -> None:
+    checks.embedding_pair(x, y)
+    checks.similarity(similarity)
+    checks.closed("precision", precision, Precision)
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]
+    if labels is not None:
+        checks.labels("labels", labels, rows)
+    if ref_labels is not None:
+        if y is None:
+            raise ValueError("ref_labels was given without y; the columns are the rows and share their labels")
+        if labels is None:
+            raise ValueError("ref_labels was given without labels")
+        checks.labels("ref_labels", ref_labels, columns)
+    if y is not None and labels is not None and ref_labels is None:
+        raise ValueError("labels was given for x but ref_labels is missing for y")
+    if pair_mask is not None:
+        checks.pair_mask(pair_mask, rows, columns)
+    if exclude is not None:
+        checks.indices("exclude", exclude, rows)
+    if exclude_self and y is not None:
+        raise ValueError("exclude_self=True needs y=None; give `exclude`, a column per row, for rectangular problems")
+    checks.same_device("x", x, labels=labels, ref_labels=ref_labels, pair_mask=pair_mask, exclude=exclude)
+
+
+def _needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def pair_reduce(
+    x: Tensor,
+    y: Tensor | None = None,
+    terms: Sequence[Term] = (),
+    *,
+    labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    pair_mask: Tensor | None = None,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    exclude_self: bool | None = None,
+    exclude: Tensor | None = None,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+    precision: Precision = Precision.IEEE,
+    max_workspace_bytes: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Masked reductions over all pairs of rows of x and y, without storing the B×N similarity matrix.
+
+    `out_i = reduce_j w_j score(a_i s_ij + p_i + q_j)` for each term; see `flashpair.Term`. Differentiable in x, y and
+    in every term's scale, offset, other_offset and weight. Memory is O((B + N) D) plus the workspace.
+
+    Args:
+        x: (B, D) float32, float64, bfloat16 or float16.
+        y: (N, D) of the same dtype, or None for the pairs of x with itself (which costs half as much).
+        terms: what to compute; all terms share one pass.
+        labels: (B,) int64, for the masks SAME and DIFFERENT.
+        ref_labels: (N,) int64, the labels of y.
+        pair_mask: (B, N) bool for the masks GIVEN and NOT_GIVEN.
+        pairs: (rows (P,), columns (P,)) int64; only these pairs exist, each as often as it is listed. Costs O(P D)
+            time and O(P) memory; excludes `pair_mask`.
+        exclude_self: drop the pairs (i, i). Default: True when y is None, else False.
+        exclude: (B,) int64, one column that row i never meets (-1: none).
+        similarity: dot product, squared or plain Euclidean distance. Default: dot product.
+        normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
+        precision: arithmetic of float32 products on a GPU. Default: full float32.
+        max_workspace_bytes: bound on the scratch memory; default `flashpair.set_max_workspace_bytes`.
+
+    Returns:
+        One tensor per term in float32 (float64 for float64 inputs): (B,) for rows, (N,) for columns;
+        (5, owners) for `Reduction.MOMENTS`. Empty owners: see `flashpair.Reduction`.
+
+    Raises:
+        ValueError, TypeError: on bad input, before any work. BackendError: when no backend can serve.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import Axis, Reduction, Term, pair_reduce
+        >>> image, text = torch.randn(6, 4), torch.randn(6, 4)
+        >>> scale = torch.tensor(10.0, requires_grad=True)
+        >>> rows, columns = pair_reduce(image, text, [
+        ...     Term(Reduction.LOGSUMEXP, scale=scale),
+        ...     Term(Reduction.LOGSUMEXP, axis=Axis.COLUMNS, scale=scale),
+        ... ], normalize=True)
+        >>> torch.allclose(rows, (10 * torch.cosine_similarity(image[:, None], text[None], dim=-1)).logsumexp(1))
+        True
+    """
+    exclude_self = (y is None) if exclude_self is None else exclude_self
+    _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]
+    checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None)
+    if pairs is not None:
+        if pair_mask is not None or exclude is not None:
+            raise ValueError("pairs excludes pair_mask and exclude: the list already says which pairs exist")
+        return reduce_pairs(x, y, list(terms), pairs, labels, ref_labels, similarity, normalize)
+    workspace = workspace_bytes(max_workspace_bytes)
+    backend = dispatch.choose(x, rows * columns)
+    keep = _needs_grad(x, y, *(v for t in terms for v in vars(t).values()))
+    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, keep, precision)
+    if backend == "reference":
+        request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
+        results = reference.pair_reduce(request)
+    else:
+        row_stats, column_stats = ops.pair_stats(
+            x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, workspace
+        )
+        results = ops.statistics_of(terms, row_stats, column_stats)
+    return tuple(_public(term, result) for term, result in zip(terms, results, strict=True))
+
+
+def _public(term: Term, slots: Tensor) -> Tensor:
+    if term.reduction == Reduction.MOMENTS:
+        return slots.detach()
+    return slots[0].detach() if term.reduction == Reduction.COUNT else slots[0]
+
+
+def pair_sum(
+    x: Tensor,
+    y: Tensor | None = None,
+    terms: Sequence[Term] = (),
+    *,
+    labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    pair_mask: Tensor | None = None,
+    exclude_self: bool | None = None,
+    exclude: Tensor | None = None,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+    precision: Precision = Precision.IEEE,
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    """Sum over all terms and all pairs, `Σ_t Σ_i Σ_j w_j score(z_ij)`, gradients computed in the same pass.
+
+    For losses without a row statistic (SigLIP, binomial deviance): the weight of a pair depends on that pair alone, so
+    S is computed once instead of twice. Arguments as in `pair_reduce`; every term must be a `Reduction.SUM`.
+
+    Returns:
+        0-d tensor in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: also when a term is not a sum.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import Reduction, Score, Term, pair_sum
+        >>> x = torch.eye(3)
+        >>> float(pair_sum(x, terms=[Term(Reduction.SUM, Score.HINGE, offset=0.5)]))  # six pairs with s = 0
+        3.0
+    """
+    exclude_self = (y is None) if exclude_self is None else exclude_self
+    _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]
+    checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None)
+    for t, term in enumerate(terms):
+        if term.reduction != Reduction.SUM:
+            raise ValueError(f"terms[{t}].reduction must be SUM in pair_sum; got {term.reduction.name}")
+    workspace = workspace_bytes(max_workspace_bytes)
+    backend = dispatch.choose(x, rows * columns)
+    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision)
+    if backend == "reference":
+        request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
+        return torch.stack([r.sum() for r in reference.pair_reduce(request)]).sum()
+    return ops.pair_sum(
+        x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, workspace,
+        _needs_grad(x), _needs_grad(y), [_needs_grad(p) for p in params],
+    )[0]  # fmt: skip
+
+
+def mine(
+    x: Tensor,
+    y: Tensor | None = None,
+    extremes: Sequence[Extreme] = (),
+    *,
+    labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    pair_mask: Tensor | None = None,
+    exclude_self: bool | None = None,
+    exclude: Tensor | None = None,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+    precision: Precision = Precision.IEEE,
+    max_workspace_bytes: int | None = None,
+) -> tuple[Mined, ...]:
+    """The k most extreme similarities of each row with their columns, without storing the B×N matrix.
+
+    Not differentiable; give the indices to `pair_similarity` for values with an O(B·k·D) backward pass.
+    Ties go to the lowest column; a NaN similarity counts as the most extreme. Arguments as in `pair_reduce`.
+
+    Args:
+        extremes: what to look for; all share one pass. See `flashpair.Extreme`.
+
+    Returns:
+        One `Mined(values (B, k), indices (B, k))` per extreme; index -1 where a row has fewer than k candidates.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import Extreme, Mask, mine
+        >>> x, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 0, 1])
+        >>> (hardest,) = mine(x, extremes=[Extreme(Mask.DIFFERENT)], labels=labels)
+        >>> hardest.indices.flatten().tolist()
+        [2, 2, 1]
+    """
+    exclude_self = (y is None) if exclude_self is None else exclude_self
+    _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]
+    checks.extremes(extremes, rows, columns, x.device, labels is not None, pair_mask is not None)
+    workspace = workspace_bytes(max_workspace_bytes)
+    backend = dispatch.choose(x, rows * columns)
+    _, spec, _ = encode([], similarity, normalize, exclude_self, False, precision)
+    if backend == "reference":
+        request = decode(x, y, labels, ref_labels, pair_mask, exclude, [], spec, [], workspace)
+        request.extremes = [_detached(e) for e in extremes]
+        return tuple(Mined(*found) for found in reference.mine(request))
+    bounds: list[Tensor] = []
+    consts: list[float] = []
+    for extreme in extremes:
+        spec += [int(extreme.mask), int(extreme.largest), extreme.k]
+        for bound, absent in ((extreme.above, -torch.inf), (extreme.below, torch.inf)):
+            is_tensor = isinstance(bound, Tensor)
+            spec.append(len(bounds) if is_tensor else -1)
+            bounds += [bound.detach()] if is_tensor else []
+            consts.append(absent if is_tensor or bound is None else float(bound))
+    columns_of = None if y is None else y.detach()
+    found = ops.pair_mine(
+        x.detach(), columns_of, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backend, workspace
+    )
+    return tuple(Mined(found[2 * e], found[2 * e + 1]) for e in range(len(extremes)))
+
+
+def _detached(extreme: Extreme) -> Extreme:
+    detach = lambda v: v.detach() if isinstance(v, Tensor) else v  # noqa: E731
+    return Extreme(extreme.mask, extreme.largest, extreme.k, detach(extreme.above), detach(extreme.below))
+
+
+__all__ = ["Mined", "mine", "pair_reduce", "pair_similarity", "pair_sum"]

@@ -1,0 +1,188 @@
+"""One call in the flat form that crosses the operator boundary, and its decoded twin for the backends.
+
+Custom operators carry tensors, ints and floats; `encode` turns a list of terms into those, `Request` reads them
+back. Checks of user input stand in `checks.py`; here everything is already known to be valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
+
+#: Tensor parameters of a term, in the order of their indices in the flat form.
+PARAMETERS = ("scale", "offset", "other_offset", "weight", "above", "below")
+_HEADER = 5  # similarity, normalize, exclude_self, keep, precision
+_PER_TERM = 6 + len(PARAMETERS)
+_PER_EXTREME = 5
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 embeddings, float32 for every other dtype."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class FlatTerm:
+    """A term whose parameters are numbers or tensors of shape (1,) or (owners,)/(others,)."""
+
+    reduction: Reduction
+    score: Score
+    mask: Mask
+    axis: Axis
+    combine: Combine
+    detach_weights: bool
+    constant: float
+    index: dict[str, int]  # position in Request.params, -1 where the parameter is a number or absent
+    scale: float | Tensor
+    offset: float | Tensor
+    other_offset: Tensor | None
+    weight: Tensor | None
+    above: float | Tensor | None
+    below: float | Tensor | None
+    slot: int = 0  # first row of this term in the statistics of its axis
+
+
+@dataclass
+class Request:
+    """Everything a backend needs for one pass over the pairs."""
+
+    x: Tensor  # (B, D)
+    y: Tensor | None  # (N, D); None: the columns are the rows (self-similarity)
+    labels: Tensor | None  # (B,) int64
+    ref_labels: Tensor | None  # (N,) int64; None with y None
+    pair_mask: Tensor | None  # (B, N) bool
+    exclude: Tensor | None  # (B,) int64, column that row i never meets, -1 for none
+    similarity: Similarity
+    normalize: bool
+    exclude_self: bool
+    keep: bool  # a backward pass will follow: S may be kept in the workspace
+    precision: Precision
+    terms: list[FlatTerm] = field(default_factory=list)
+    extremes: list[Extreme] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    max_workspace_bytes: int = 0
+
+    @property
+    def symmetric(self) -> bool:
+        return self.y is None
+
+    @property
+    def columns(self) -> Tensor:
+        return self.x if self.y is None else self.y
+
+    @property
+    def column_labels(self) -> Tensor | None:
+        return self.labels if self.y is None else self.ref_labels
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.x.shape[0], self.columns.shape[0]
+
+
+def _slots(terms: list[FlatTerm]) -> tuple[int, int]:
+    """Number of statistic vectors per axis; also gives every term its first slot."""
+    used = [0, 0]
+    for term in terms:
+        term.slot = used[term.axis]
+        used[term.axis] += term.reduction.slots
+    return used[0], used[1]
+
+
+def encode(
+    terms: list[Term],
+    similarity: Similarity,
+    normalize: bool,
+    exclude_self: bool,
+    keep: bool,
+    precision: Precision,
+) -> tuple[list[Tensor], list[int], list[float]]:
+    """Terms → (params, spec, consts)."""
+    params: list[Tensor] = []
+    spec = [int(similarity), int(normalize), int(exclude_self), int(keep), int(precision)]
+    consts: list[float] = []
+    for term in terms:
+        indices = []
+        for name in PARAMETERS:
+            value = getattr(term, name)
+            if isinstance(value, Tensor):
+                # The same tensor given to several terms is one parameter: its gradient is computed once.
+                known = [i for i, p in enumerate(params) if p is value]
+                indices.append(known[0] if known else len(params))
+                if not known:
+                    params.append(value)
+            else:
+                indices.append(-1)
+        spec += [term.reduction, term.score, term.mask, term.axis, term.combine, int(term.detach_weights)]
+        spec += indices
+        for name, absent in (("scale", 1.0), ("offset", 0.0), ("above", -torch.inf), ("below", torch.inf)):
+            value = getattr(term, name)
+            consts.append(absent if isinstance(value, Tensor) or value is None else float(value))
+        consts.append(float(term.constant))
+    return params, [int(v) for v in spec], consts
+
+
+def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
+    """Inverse of `encode` for the terms."""
+    terms = []
+    for t in range((len(spec) - _HEADER) // _PER_TERM):
+        fields = spec[_HEADER + t * _PER_TERM : _HEADER + (t + 1) * _PER_TERM]
+        scale, offset, above, below, constant = consts[5 * t : 5 * t + 5]
+        index = dict(zip(PARAMETERS, fields[6:], strict=True))
+        numbers = {
+            "scale": scale,
+            "offset": offset,
+            "other_offset": None,
+            "weight": None,
+            "above": None if above == -torch.inf else above,
+            "below": None if below == torch.inf else below,
+        }
+        values = {n: params[index[n]].reshape(-1) if index[n] >= 0 else numbers[n] for n in PARAMETERS}
+        terms.append(
+            FlatTerm(
+                Reduction(fields[0]),
+                Score(fields[1]),
+                Mask(fields[2]),
+                Axis(fields[3]),
+                Combine(fields[4]),
+                bool(fields[5]),
+                constant,
+                index,
+                **values,
+            )
+        )
+    return terms
+
+
+def count_slots(spec: list[int]) -> tuple[int, int]:
+    """Number of statistic vectors (rows, columns) of a flat request, from its ints alone."""
+    used = [0, 0]
+    for t in range((len(spec) - _HEADER) // _PER_TERM):
+        at = _HEADER + t * _PER_TERM
+        used[spec[at + 3]] += Reduction(spec[at]).slots
+    return used[0], used[1]
+
+
+def decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes) -> Request:
+    """The flat arguments of an operator → Request."""
+    terms = decode_terms(spec, consts, params)
+    _slots(terms)
+    return Request(
+        x,
+        y,
+        labels,
+        ref_labels,
+        pair_mask,
+        exclude,
+        Similarity(spec[0]),
+        bool(spec[1]),
+        bool(spec[2]),
+        bool(spec[3]),
+        Precision(spec[4]),
+        terms=terms,
+        params=list(params),
+        max_workspace_bytes=max_workspace_bytes,
+    )

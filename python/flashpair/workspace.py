@@ -1,0 +1,41 @@
+"""The one memory knob."""
+
+from __future__ import annotations
+
+import os
+
+MINIMUM_BYTES = 1 << 20  # one tile row of every backend fits
+
+_default = int(os.environ.get("FLASHPAIR_MAX_WORKSPACE_BYTES", 256 << 20))
+
+
+def set_max_workspace_bytes(value: int) -> int:
+    """Set the default bound on scratch memory (bytes, at least 1 MiB); returns the previous one.
+
+    Beyond the embeddings, their gradients and O(B + N) statistics a call uses at most this much. On a CPU it decides
+    whether S is kept between the passes (faster), on a GPU how large the panels are. Default: 256 MiB, or the
+    environment variable `FLASHPAIR_MAX_WORKSPACE_BYTES`.
+
+    Raises:
+        ValueError: below the minimum.
+
+    Example:
+        >>> import flashpair
+        >>> previous = flashpair.set_max_workspace_bytes(64 << 20)
+        >>> flashpair.set_max_workspace_bytes(previous)
+        67108864
+    """
+    global _default
+    previous, _default = _default, workspace_bytes(value)
+    return previous
+
+
+def workspace_bytes(value: int | None) -> int:
+    """`value` checked, or the default."""
+    if value is None:
+        return _default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"max_workspace_bytes must be an integer; got {type(value).__name__}")
+    if value < MINIMUM_BYTES:
+        raise ValueError(f"max_workspace_bytes must be at least {MINIMUM_BYTES}, one tile row; got {value}")
+    return value
