@@ -1,7 +1,7 @@
 """Builds the native part where torch and a compiler are at hand; everything else stands in pyproject.toml.
 
 Read from the environment:
-    FLASHPAIR_BUILD_NATIVE  1: failing to build is an error; 0: do not build; unset: build if possible, else install without
+    FLASHPAIR_BUILD_NATIVE  1: failing to build is an error; 0: do not build; unset: build if possible
     FLASHPAIR_BUILD_CUDA    1: build the CUDA C++ sources (there are none in this version, so it is an error)
     MAX_JOBS                parallel compilations (ninja, through torch.utils.cpp_extension)
     CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST   as torch.utils.cpp_extension reads them
@@ -69,7 +69,9 @@ def native_extensions(required):
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_TARGET:
-        raise RuntimeError(f"torch {torch.__version__} was found, {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later is needed")
+        raise RuntimeError(
+            f"torch {torch.__version__} was found, {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later is needed"
+        )
     target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     headers = sources("*.h")
     extensions = [
@@ -110,7 +112,9 @@ def native_extensions(required):
             except Exception as error:
                 if required:
                     raise
-                notice(f"the native part was not built ({error}). The package works without it, slower and with more memory.")
+                notice(
+                    f"the native part was not built ({error}); the package works without it, slower and with more memory"
+                )
 
         def get_export_symbols(self, ext):
             return ext.export_symbols if ext.name == "flashpair._C" else super().get_export_symbols(ext)
@@ -122,7 +126,9 @@ def native():
     """Keyword arguments of `setup` for the native part."""
     wanted = switch("FLASHPAIR_BUILD_NATIVE")
     if switch("FLASHPAIR_BUILD_CUDA") and not sources("*_cuda.cu"):
-        raise SystemExit("flashpair: FLASHPAIR_BUILD_CUDA=1, but this version has no CUDA C++ sources; GPUs are served by Triton")
+        raise SystemExit(
+            "flashpair: FLASHPAIR_BUILD_CUDA=1, but this version has no CUDA C++ sources; GPUs are served by Triton"
+        )
     if wanted is False or not BUILD_COMMANDS & set(sys.argv):
         return {}
     try:

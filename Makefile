@@ -1,0 +1,70 @@
+# make demo | test | bench | lint | format | clean. Each makes .venv first and installs what it needs, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+TRITON ?= triton==3.6.0
+DEMO ?=
+TESTS ?= tests
+BENCH ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+EDITABLE := FLASHPAIR_BUILD_NATIVE=0 $(PIP) --no-build-isolation -e
+PACKAGING := constraints.txt pyproject.toml
+SOURCES := setup.py $(wildcard csrc/*)
+
+.PHONY: demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.native $(VENV)/.demo
+	$(BIN)/python examples/digits.py $(DEMO)
+
+test: $(VENV)/.native $(VENV)/.test
+	$(BIN)/python -m flashpair
+	$(BIN)/python -m pytest $(TESTS)
+
+bench: $(VENV)/.native $(VENV)/.bench
+	$(BIN)/python bench/run.py $(BENCH)
+	$(BIN)/python bench/memory.py $(BENCH)
+	$(BIN)/python bench/report.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+
+clean:
+	rm -rf build dist out .pytest_cache .ruff_cache python/*.egg-info python/flashpair/*.so $(VENV)/.native
+	find python kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Triton's wheels exist for Linux only; without it the package serves CPU tensors.
+$(VENV)/.base: $(PACKAGING) | $(BIN)/python
+	$(PIP) torch numpy setuptools wheel ninja pybind11
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)" || echo "triton: no wheel for this platform"
+	$(EDITABLE) .
+	@touch $@
+
+$(VENV)/.native: $(SOURCES) $(VENV)/.base
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(EDITABLE) ".[test]"
+	$(PIP) --no-deps open_clip_torch
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.base
+	$(EDITABLE) ".[$*]"
+	@touch $@
+
+$(VENV)/.lint: $(PACKAGING) | $(BIN)/python
+	$(PIP) ruff clang-format
+	@touch $@
