@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,22 @@ def _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarit
     checks.same_device("x", x, labels=labels, ref_labels=ref_labels, pair_mask=pair_mask, exclude=exclude)
 
 
+def _outside_autocast(primitive: Callable) -> Callable:
+    """Autocast would round float32 similarities to half precision; the inputs already say what they are."""
+
+    @functools.wraps(primitive)
+    def call(x, *args, **kwargs):
+        with torch.autocast(getattr(x, "device", torch.device("cpu")).type, enabled=False):
+            return primitive(x, *args, **kwargs)
+
+    return call
+
+
 def _needs_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
+@_outside_autocast
 def pair_reduce(
     x: Tensor,
     y: Tensor | None = None,
@@ -135,6 +148,7 @@ def _public(term: Term, slots: Tensor) -> Tensor:
     return slots[0].detach() if term.reduction == Reduction.COUNT else slots[0]
 
 
+@_outside_autocast
 def pair_sum(
     x: Tensor,
     y: Tensor | None = None,
@@ -187,6 +201,7 @@ def pair_sum(
     )[0]  # fmt: skip
 
 
+@_outside_autocast
 def mine(
     x: Tensor,
     y: Tensor | None = None,
