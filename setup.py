@@ -113,7 +113,7 @@ def native_extensions(required):
                 if required:
                     raise
                 notice(
-                    f"the native part was not built ({error}); the package works without it, slower and with more memory"
+                    f"the native part was not built ({error}); the package works without it, only slower"
                 )
 
         def get_export_symbols(self, ext):
