@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 #: The reference backend stores S; it is chosen by itself only up to this many pairs.
 REFERENCE_PAIRS = 1 << 20
 
 _forced: ContextVar[str | None] = ContextVar("flashpair_backend", default=None)
+
+# torch.compile cannot trace a ContextVar, but it guards a global: compiled code recompiles when this one changes.
+_entered: list[list[str]] = []  # every `use_backend` block now open, in any thread
+_forced_for_compile: str | None = None  # the one entered last
+_lock = threading.Lock()
 
 
 class BackendError(RuntimeError):
@@ -41,9 +48,7 @@ class Backend:
                     f"{REFERENCE_PAIRS} entries; force it with use_backend('reference')"
                 ]
             return []
-        module = self.load()
-        reasons = module.unavailable()
-        return reasons or ([] if x is None else module.why_not(x))
+        return _module_why_not(self.name, x)
 
 
 TABLE: tuple[Backend, ...] = (
@@ -61,13 +66,41 @@ def named(name: str) -> Backend:
     raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
 
 
+@torch.compiler.assume_constant_result
+def _module_why_not(name: str, x: Tensor | None) -> list[str]:
+    """Reasons of a backend's module; they depend on x through its dtype and device only, which compiled code guards."""
+    module = named(name).load()
+    reasons = module.unavailable()
+    return reasons or ([] if x is None else module.why_not(x))
+
+
+@torch.compiler.assume_constant_result
+def _environment() -> str | None:
+    return os.environ.get("FLASHPAIR_BACKEND") or None
+
+
 def forced_name() -> str | None:
-    return _forced.get() or os.environ.get("FLASHPAIR_BACKEND") or None
+    forced = _forced_for_compile if torch.compiler.is_compiling() else _forced.get()
+    return forced or _environment()
+
+
+def _announce(entry: list[str], entered: bool) -> None:
+    """Keep `_forced_for_compile` right however blocks of several threads interleave."""
+    global _forced_for_compile
+    with _lock:
+        if entered:
+            _entered.append(entry)
+        else:
+            _entered[:] = [e for e in _entered if e is not entry]
+        _forced_for_compile = _entered[-1][0] if _entered else None
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside a `with` block; the environment variable `FLASHPAIR_BACKEND` does the same globally.
+
+    Blocks belong to their thread. Only a compiled function takes the block entered last in any thread, and recompiles
+    when that changes.
 
     Args:
         name: "triton", "cpu" or "reference".
@@ -84,10 +117,13 @@ def use_backend(name: str) -> Iterator[None]:
         >>> lse.shape
         torch.Size([8])
     """
-    token = _forced.set(named(name).name)
+    entry = [named(name).name]
+    token = _forced.set(entry[0])
+    _announce(entry, entered=True)
     try:
         yield
     finally:
+        _announce(entry, entered=False)
         _forced.reset(token)
 
 

@@ -87,8 +87,9 @@ def _slots(terms: list[FlatTerm]) -> tuple[int, int]:
     """Number of statistic vectors per axis; also gives every term its first slot."""
     used = [0, 0]
     for term in terms:
-        term.slot = used[term.axis]
-        used[term.axis] += term.reduction.slots
+        axis = int(term.axis)
+        term.slot = used[axis]
+        used[axis] += term.reduction.slots
     return used[0], used[1]
 
 
