@@ -103,6 +103,7 @@ def encode(
 ) -> tuple[list[Tensor], list[int], list[float]]:
     """Terms → (params, spec, consts)."""
     params: list[Tensor] = []
+    given: list[tuple[Tensor, bool]] = []
     spec = [int(similarity), int(normalize), int(exclude_self), int(keep), int(precision)]
     consts: list[float] = []
     for term in terms:
@@ -111,10 +112,13 @@ def encode(
             value = getattr(term, name)
             if isinstance(value, Tensor):
                 # The same tensor given to several terms is one parameter: its gradient is computed once.
-                known = [i for i, p in enumerate(params) if p is value]
+                # Thresholds are not differentiable, so they are apart and detached.
+                threshold = name in ("above", "below")
+                known = [i for i, (v, t) in enumerate(given) if v is value and t == threshold]
                 indices.append(known[0] if known else len(params))
                 if not known:
-                    params.append(value)
+                    given.append((value, threshold))
+                    params.append(value.detach() if threshold else value)
             else:
                 indices.append(-1)
         spec += [term.reduction, term.score, term.mask, term.axis, term.combine, int(term.detach_weights)]
