@@ -1,12 +1,15 @@
 """The operators behind the primitives: opaque to torch.compile, with fake and autograd registrations.
 
 `pair_stats` → statistics, `pair_weights` → its gradients; `pair_sum` is the case in which nothing but one scalar is
-wanted, so its gradients are computed in the forward pass; `pair_mine` → extremes. All decode to a `Request` and hand it to a backend
-module, which offers
+wanted, so its gradients are computed in the forward pass; `pair_mine` → extremes. All decode to a `Request` and hand
+it to a backend module, which offers
 
     stats(request) → (rows (R, B), columns (C, N))
     weights(request, rows, columns, grad_rows, grad_columns, needs) → (dx, dy, dparams)
-    extremes(request) → [(values (B, k), indices (B, k)), ...]
+    sums(request, needs) → (total, dx, dy, dparams)
+    mine(request) → [(values (B, k), indices (B, k)), ...]
+    unavailable() → reasons against running at all
+    why_not(x) → reasons against embeddings of the dtype and device of x
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ def _call_weights(*args):
 pair_stats.register_autograd(_stats_backward, setup_context=_stats_setup)
 
 
-# --- weights: the backward pass of the statistics ----------------------------------------------------------------------
+# --- weights: the backward pass of the statistics --------------------------------------------------------------------
 
 
 @torch.library.custom_op("flashpair::pair_weights", mutates_args=())
@@ -153,7 +156,7 @@ def _(
     return _gradients_fake(x, y, params, need_x, need_y, need_params)
 
 
-# --- one scalar: gradients in the forward pass --------------------------------------------------------------------------
+# --- one scalar: gradients in the forward pass ------------------------------------------------------------------------
 
 
 @torch.library.custom_op("flashpair::pair_sum", mutates_args=())
@@ -189,14 +192,19 @@ def _(
 
 
 def _sum_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
     ctx.needs = (*inputs[-3:-1], *inputs[-1])
 
 
 def _sum_backward(ctx, grads):
     grad_total = grads[0]
+    if any(g is not None for g in grads[1:]):
+        raise RuntimeError("flashpair::pair_sum cannot be differentiated twice")
+    # Scaled in the wide dtype: a gradient scaler's factor need not fit float16.
     scaled = [
-        (g * grad_total).to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        (g.to(grad_total.dtype) * grad_total).to(g.dtype) if need else None
+        for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return scaled[0], scaled[1], None, None, None, None, scaled[2:], *([None] * 7)
 
