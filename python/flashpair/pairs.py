@@ -21,6 +21,24 @@ def _chunks(rows: Tensor, features: int) -> range:
     return range(0, rows.shape[0], step), step
 
 
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """values[index], with a deterministic backward pass on every device."""
+    return values[index] if values.is_cuda else values.index_select(0, index)
+
+
+def _segment(values: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """(owners,) sums of the values (P,) of each owner, deterministically."""
+    zeros = values.new_zeros(owners)
+    return zeros.index_put((owner,), values, accumulate=True) if zeros.is_cuda else zeros.index_add(0, owner, values)
+
+
+def _refuse_negative(**indices: Tensor) -> None:
+    """Negative indices would count from the end: `mine` marks missing entries by -1."""
+    for name, index in indices.items():
+        if index.device.type == "cpu" and index.numel() and int(index.min()) < 0:
+            raise IndexError(f"{name} must not be negative (-1 marks a missing entry of mine); got {int(index.min())}")
+
+
 def _accumulate(into: Tensor, index: Tensor, values: Tensor) -> None:
     """into[index] += values, deterministically."""
     into.index_put_((index,), values, accumulate=True) if into.is_cuda else into.index_add_(0, index, values)
@@ -28,6 +46,7 @@ def _accumulate(into: Tensor, index: Tensor, values: Tensor) -> None:
 
 @torch.library.custom_op("flashpair::pair_similarity", mutates_args=())
 def _pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, similarity: int) -> Tensor:
+    _refuse_negative(rows=rows, columns=columns)
     out = x.new_empty(rows.shape[0])
     starts, step = _chunks(rows, x.shape[1])
     for start in starts:
@@ -165,7 +184,7 @@ def _at(value, index: Tensor, dtype: torch.dtype):
     if not isinstance(value, Tensor):
         return value
     value = value.to(dtype)
-    return value if value.numel() == 1 else value[index]
+    return value if value.numel() == 1 else _take(value, index)
 
 
 def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tensor, owners: int) -> Tensor:
@@ -173,20 +192,21 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tenso
     for bound, drops in ((term.above, torch.le), (term.below, torch.ge)):
         if bound is not None:
             keep = keep & ~drops(s.detach(), at(bound, owner))
-    segment = lambda values: s.new_zeros(owners).index_add(0, owner, values)  # noqa: E731
+    segment = lambda values: _segment(values, owner, owners)  # noqa: E731
     if term.reduction == Reduction.MOMENTS:
         return _moments(s.detach(), keep, owner, owners)
     offset = at(term.offset, owner)
     if term.other_offset is not None:
-        q = term.other_offset.to(s.dtype)[other]
+        q = _take(term.other_offset.to(s.dtype), other)
         combine = term.combine == Combine.LOGADDEXP
         offset = torch.logaddexp(torch.as_tensor(offset, dtype=s.dtype, device=s.device), q) if combine else offset + q
     f = reference.score(term.score, at(term.scale, owner) * s + offset, term.constant)
     if term.reduction == Reduction.COUNT:
         return segment((keep & ~(f.detach() <= 0)).to(s.dtype))
-    w = 1.0 if term.weight is None else term.weight.to(s.dtype)[other]
+    w = 1.0 if term.weight is None else _take(term.weight.to(s.dtype), other)
     if term.reduction == Reduction.SUM:
         return segment(torch.where(keep, w * f, 0.0))
+    keep = keep & (torch.as_tensor(w) != 0)
     # NaN must reach the maximum, so that it reaches the result.
     exponent = torch.where(keep, f, -torch.inf)
     top = s.new_full((owners,), -torch.inf).scatter_reduce(0, owner, exponent.detach(), "amax")
@@ -196,15 +216,16 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tenso
     empty = total == 0
     if term.reduction == Reduction.LOGSUMEXP:
         return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + shift)
-    p = e / torch.where(empty, 1.0, total)[owner]
-    return segment((p.detach() if term.detach_weights else p) * s)
+    p = e / _take(torch.where(empty, 1.0, total), owner)
+    p = p.detach() if term.detach_weights else p
+    return segment(torch.where(keep, p * s, 0.0))
 
 
 def _moments(s: Tensor, keep: Tensor, owner: Tensor, owners: int) -> Tensor:
     zeros = s.new_zeros(owners)
-    count = zeros.index_add(0, owner, keep.to(s.dtype))
-    mean = zeros.index_add(0, owner, torch.where(keep, s, 0.0)) / count.clamp_min(1)
-    variance = zeros.index_add(0, owner, torch.where(keep, (s - mean[owner]) ** 2, 0.0)) / count.clamp_min(1)
+    count = _segment(keep.to(s.dtype), owner, owners)
+    mean = _segment(torch.where(keep, s, 0.0), owner, owners) / count.clamp_min(1)
+    variance = _segment(torch.where(keep, (s - mean[owner]) ** 2, 0.0), owner, owners) / count.clamp_min(1)
     low = (zeros + torch.inf).scatter_reduce(0, owner, torch.where(keep, s, torch.inf), "amin")
     high = (zeros - torch.inf).scatter_reduce(0, owner, torch.where(keep, s, -torch.inf), "amax")
     return torch.stack([count, mean, variance, low, high])

@@ -95,8 +95,8 @@ class Term:
         offset: float, 0-d tensor or (owners,) tensor. Default 0. Differentiable.
         other_offset: None or a vector along the reduced side. Differentiable.
         combine: how the two offsets meet, a sum or `logaddexp`. Default: sum.
-        weight: None or a vector along the reduced side (non-negative for softmax-type reductions).
-            Differentiable.
+        weight: None or a vector along the reduced side (non-negative for softmax-type reductions, where a zero
+            removes the pair, so that this weight has gradient 0). Differentiable.
         above: None, float, 0-d tensor or (owners,) tensor; keeps pairs with s > above. Not differentiable.
         below: None, float, 0-d tensor or (owners,) tensor; keeps pairs with s < below. Not differentiable.
         constant: the `c` of `Score.CIRCLE`.
