@@ -151,6 +151,8 @@ def extremes(
 
 def pair_mask(value: Tensor, rows: int, columns: int) -> None:
     """(rows, columns) bool."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"pair_mask must be a bool tensor; got {type(value).__name__}")
     if value.dtype != torch.bool:
         raise TypeError(f"pair_mask must be bool; got {value.dtype}")
     if tuple(value.shape) != (rows, columns):
@@ -164,6 +166,19 @@ def indices(name: str, value: Tensor, length: int | None = None) -> None:
         raise TypeError(f"{name} must be a 1-D int64 tensor; got {got}")
     if length is not None and value.shape[0] != length:
         raise ValueError(f"{name} must have length {length}; got {value.shape[0]}")
+
+
+def pair_list(value: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """(rows (P,), columns (P,)) int64 on the device of the embeddings."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        got = f"{type(value).__name__}" + (f" of length {len(value)}" if isinstance(value, (tuple, list)) else "")
+        raise TypeError(f"pairs must be a tuple (rows, columns) of int64 tensors; got {got}")
+    rows, columns = value
+    indices("pairs[0]", rows)
+    indices("pairs[1]", columns, rows.shape[0])
+    for k, index in enumerate(value):
+        if index.device != device:
+            raise ValueError(f"pairs[{k}] must be on the device of x, {device}; got {index.device}")
 
 
 def closed(name: str, value, kind: type) -> None:

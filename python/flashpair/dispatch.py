@@ -30,7 +30,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table: a name and the module (`stats`, `weights`, `extremes`, `unavailable`, `why_not`) behind it."""
+    """A row of the table: a name and the module behind it, which offers what `ops.py` lists and says when it cannot."""
 
     name: str
     module: str

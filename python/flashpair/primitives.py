@@ -92,8 +92,8 @@ def pair_reduce(
         ref_labels: (N,) int64, the labels of y.
         pair_mask: (B, N) bool for the masks GIVEN and NOT_GIVEN.
         pairs: (rows (P,), columns (P,)) int64; only these pairs exist, each as often as it is listed. Costs O(P D)
-            time and O(P) memory; excludes `pair_mask`.
-        exclude_self: drop the pairs (i, i). Default: True when y is None, else False.
+            time and O(P) memory; excludes `pair_mask`, `exclude` and `exclude_self=True`.
+        exclude_self: drop the pairs (i, i). Default: True when y is None and `pairs` is not given, else False.
         exclude: (B,) int64, one column that row i never meets (-1: none).
         similarity: dot product, squared or plain Euclidean distance. Default: dot product.
         normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
@@ -119,13 +119,18 @@ def pair_reduce(
         >>> torch.allclose(rows, (10 * torch.cosine_similarity(image[:, None], text[None], dim=-1)).logsumexp(1))
         True
     """
+    if pairs is not None:
+        if pair_mask is not None or exclude is not None or exclude_self:
+            raise ValueError(
+                "pairs excludes pair_mask, exclude and exclude_self=True: the list already says which pairs exist"
+            )
+        exclude_self = False
     exclude_self = (y is None) if exclude_self is None else exclude_self
     _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
     rows, columns = x.shape[0], (x if y is None else y).shape[0]
     checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None)
     if pairs is not None:
-        if pair_mask is not None or exclude is not None:
-            raise ValueError("pairs excludes pair_mask and exclude: the list already says which pairs exist")
+        checks.pair_list(pairs, x.device)
         return reduce_pairs(x, y, list(terms), pairs, labels, ref_labels, similarity, normalize)
     workspace = workspace_bytes(max_workspace_bytes)
     backend = dispatch.choose(x, rows * columns)
