@@ -1,0 +1,38 @@
+import dense_backend
+import pytest
+import support
+import torch
+
+from flashpair import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    torch.manual_seed(0)
+    dense_backend.calls.clear()
+    yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _dense_backend():
+    """The dense twin of a fused backend stands in the table, after all others, so it only runs when forced."""
+    table = dispatch.TABLE
+    dispatch.TABLE = (*table, support.DENSE)
+    yield
+    dispatch.TABLE = table
+
+
+@pytest.fixture(params=["dense", *support.FUSED])
+def backend(request):
+    """Every backend behind the operators, forced: the dense twin and the fused ones usable here."""
+    with support.forced(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=support.FUSED or [None])
+def fused(request):
+    """Every fused backend usable here, forced."""
+    if request.param is None:
+        pytest.skip("no fused backend is usable here: " + str(dispatch.backends()))
+    with support.forced(request.param):
+        yield request.param

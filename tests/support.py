@@ -1,0 +1,225 @@
+"""What the tests of the engine share: usable backends, data, programs' oracle and the comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import flashpair
+from flashpair import dispatch
+
+DENSE = dispatch.Backend("dense", "dense_backend", "tests")
+
+#: Fused backends that run here; the first three columns of `flashpair.backends()` say why others do not.
+FUSED = [b.name for b in dispatch.TABLE if b.name != "reference" and not b.why_not()]
+
+
+def device(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def interpreted(backend: str) -> bool:
+    """Triton's interpreter: right, and so slow that sizes must be small."""
+    return backend == "triton" and device(backend) == "cpu"
+
+
+def serves(backend: str, dtype: torch.dtype) -> bool:
+    if backend == "reference":
+        return True
+    return not dispatch.named(backend).why_not(torch.empty(1, 1, dtype=dtype, device=device(backend)))
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """`use_backend` that also knows the dense twin."""
+    with flashpair.use_backend(name):
+        yield
+
+
+@dataclasses.dataclass
+class Data:
+    """Inputs of a program; the floating-point ones are the leaves whose gradients are compared."""
+
+    x: Tensor  # (B, D)
+    y: Tensor | None  # (N, D)
+    labels: Tensor  # (B,)
+    ref_labels: Tensor | None  # (N,)
+    pair_mask: Tensor  # (B, N)
+    exclude: Tensor  # (B,)
+    scale: Tensor  # ()
+    bias: Tensor  # ()
+    row_scale: Tensor  # (B,)
+    row_offset: Tensor  # (B,)
+    column_scale: Tensor  # (N,)
+    column_offset: Tensor  # (N,)
+    row_weight: Tensor  # (B,)
+    column_weight: Tensor  # (N,)
+
+    @property
+    def pairs(self) -> dict:
+        """The arguments of a primitive that name the embeddings and labels."""
+        return {"x": self.x, "y": self.y, "labels": self.labels, "ref_labels": self.ref_labels}
+
+    def leaves(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {n: v for n, v in values.items() if v is not None and v.is_floating_point()}
+
+    def to(self, dtype: torch.dtype, device: str = "cpu", grad: bool = True) -> Data:
+        """A copy: embeddings in `dtype`, parameters in the statistics' dtype, fresh leaves."""
+        statistics = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def move(name: str, value: Tensor | None):
+            if value is None or not value.is_floating_point():
+                return None if value is None else value.to(device)
+            value = value.detach().to(device=device, dtype=dtype if name in ("x", "y") else statistics, copy=True)
+            return value.requires_grad_(grad)
+
+        return Data(**{f.name: move(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+def make_labels(kind: str, count: int, generator: torch.Generator) -> Tensor:
+    """few: 4 unsorted classes; one: all alike; distinct: no positives; many: unsorted, large and negative values."""
+    if kind == "one":
+        return torch.full((count,), 7)
+    if kind == "distinct":
+        return torch.randperm(count, generator=generator) + (1 << 40)
+    if kind == "many":
+        return (torch.randint(0, max(count // 2, 1), (count,), generator=generator) - 3) * 1_000_003
+    return torch.randint(0, 4, (count,), generator=generator)
+
+
+def make(
+    b: int,
+    n: int | None,
+    d: int,
+    labels: str = "few",
+    seed: int = 0,
+    grid: bool = False,
+    precision: torch.dtype = torch.float64,
+) -> Data:
+    """Random float64 data for B×N pairs (`n` None: self-similarity), with values that `precision` holds exactly.
+
+    `grid`: entries are multiples of 1/4, so every similarity is exact in every dtype and no rounding can carry a pair
+    over a threshold or a kink.
+    """
+    g = torch.Generator().manual_seed(seed)
+    columns = b if n is None else n
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def embeddings(count: int) -> Tensor:
+        if grid:
+            return (normal(count, d) * 4 / math.sqrt(math.sqrt(max(d, 1)))).round() / 4
+        return (normal(count, d) / math.sqrt(math.sqrt(max(d, 1)))).to(precision).double()
+
+    single = lambda v: v.to(torch.float32).double()  # noqa: E731
+    x = embeddings(b)
+    y = None if n is None else embeddings(n)
+    exclude = torch.randint(-1, max(columns, 1), (b,), generator=g)
+    return Data(
+        x,
+        y,
+        make_labels(labels, b, g),
+        None if n is None else make_labels(labels, n, g),
+        torch.rand(b, columns, generator=g) < 0.4,
+        exclude,
+        torch.tensor(1.5, dtype=torch.float64),
+        torch.tensor(-0.25, dtype=torch.float64),
+        single(1 + normal(b).abs()),
+        single(normal(b) / 4),
+        single(1 + normal(columns).abs()),
+        single(normal(columns) / 4),
+        single(0.1 + normal(b).abs()),
+        single(0.1 + normal(columns).abs()),
+    )
+
+
+Program = Callable[[Data], "Tensor | tuple[Tensor, ...]"]
+
+
+def cotangent(index: int, value: Tensor) -> Tensor:
+    """Fixed random numbers of the shape of an output, the same for every dtype and backend."""
+    g = torch.Generator().manual_seed(1000 + index)
+    return torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.device, value.dtype)
+
+
+def evaluate(program: Program, data: Data, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of a program on one backend, as float64 on the CPU.
+
+    The loss is a fixed random combination of the outputs; entries that are infinite (empty owners) take no part.
+    """
+    with forced(backend):
+        outputs = program(data)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    leaves = data.leaves()
+    loss = sum(
+        (torch.where(o.isinf(), 0.0, o) * cotangent(k, o)).sum() for k, o in enumerate(outputs) if o.requires_grad
+    )
+    grads: tuple = (None,) * len(leaves)
+    if isinstance(loss, Tensor):
+        with forced(backend):
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    wide = lambda t: t.detach().double().cpu()  # noqa: E731
+    values = {f"output {k}": wide(o) for k, o in enumerate(outputs)}
+    # A parameter that takes no part may have a zero gradient on one backend and none on another.
+    gradients = {
+        f"d{n}": torch.zeros(v.shape, dtype=torch.float64) if g is None else wide(g)
+        for (n, v), g in zip(leaves.items(), grads, strict=True)
+    }
+    return values, gradients
+
+
+def _finite_part(name: str, got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(want)), f"{name}: {kind.__name__} at other places than in the oracle"
+    finite = want.isfinite()
+    return got[finite], want[finite]
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, rtol: float = 1e-10) -> None:
+    """Largest error at most `rtol` of the largest entry; infinities and NaN at the same places."""
+    got, want = _finite_part(name, got, want)
+    if want.numel() == 0:
+        return
+    error, size = (got - want).abs().max().item(), want.abs().max().item()
+    assert error <= rtol * size + 1e-300, f"{name}: error {error:.3e}, {error / max(size, 1e-300):.3e} of {size:.3e}"
+
+
+def assert_as_good(name: str, got: Tensor, dense: Tensor, oracle: Tensor, eps: float, factor: float = 1.5) -> None:
+    """Root-mean-square error at most `factor` times that of dense PyTorch, plus a rounding of the size of `eps`."""
+    got, want = _finite_part(name, got, oracle)
+    if want.numel() == 0:
+        return
+    dense = dense[oracle.isfinite()]
+    rms = lambda v: v.square().mean().sqrt().item()  # noqa: E731
+    ours, theirs, size = rms(got - want), rms(dense - want), rms(want)
+    bound = factor * theirs + eps * size
+    assert ours <= bound, (
+        f"{name}: error {ours:.3e}, dense PyTorch {theirs:.3e} (ratio {ours / max(theirs, 1e-300):.2f}), "
+        f"floor {eps * size:.3e}, size {size:.3e}"
+    )
+
+
+def compare(program: Program, data: Data, backend: str, dtype: torch.dtype) -> None:
+    """A program on a backend against the float64 reference, to the accuracy promised for `dtype`."""
+    at = device(backend)
+    oracle = evaluate(program, data.to(torch.float64), "reference")
+    got = evaluate(program, data.to(dtype, at), backend)
+    if dtype == torch.float64:
+        for part, wanted in zip(got, oracle, strict=True):
+            for name, value in part.items():
+                assert_close(name, value, wanted[name])
+        return
+    dense = evaluate(program, data.to(dtype, at), "reference")
+    for part, plain, wanted in zip(got, dense, oracle, strict=True):
+        for name, value in part.items():
+            narrow = name in ("dx", "dy")
+            eps = torch.finfo(dtype).eps if narrow else torch.finfo(torch.float32).eps
+            assert_as_good(name, value, plain[name], wanted[name], eps * (2 if narrow else 4))
