@@ -107,14 +107,15 @@ def _term(term, s, keep, out, g, gradients):
         per_weight = torch.where(keep, g * f, 0.0)
         dz = torch.where(keep, g * w * df, 0.0)
     else:
-        keep = keep & (w != 0)
-        share = torch.where(keep, torch.exp(f - out[-1][:, None]), 0.0)  # softmax without the weight
+        # The weight belongs into the exponent: w exp(f - out) is off by the rounding of a large out.
+        p = torch.where(keep & (w != 0), torch.exp(f + w.log() - out[-1][:, None]), 0.0)
         if term.reduction == Reduction.LOGSUMEXP:
-            per_weight = torch.where(keep, g * share, 0.0)
+            dexponent = torch.where(keep, g * p, 0.0)
         else:
-            direct = torch.where(keep, g * w * share, 0.0)
-            per_weight = torch.where(keep, g * share * (s - out[0][:, None]), 0.0) * (not term.detach_weights)
-        dz = torch.where(keep, per_weight * w * df, 0.0)
+            direct = torch.where(keep, g * p, 0.0)
+            dexponent = torch.where(keep, g * p * (s - out[0][:, None]), 0.0) * (not term.detach_weights)
+        per_weight = torch.where(w == 0, 0.0, dexponent / torch.where(w == 0, 1.0, w))
+        dz = torch.where(keep, dexponent * df, 0.0)
     for name, value in (("scale", dz * s), ("offset", dz * to_owner)):
         at = term.index[name]
         if at >= 0:
