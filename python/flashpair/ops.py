@@ -156,6 +156,13 @@ def _(
     return _gradients_fake(x, y, params, need_x, need_y, need_params)
 
 
+def _weights_backward(ctx, grads):
+    raise RuntimeError("flashpair.pair_reduce cannot be differentiated twice; use_backend('reference') can")
+
+
+pair_weights.register_autograd(_weights_backward)
+
+
 # --- one scalar: gradients in the forward pass ------------------------------------------------------------------------
 
 
@@ -197,16 +204,18 @@ def _sum_setup(ctx, inputs, output):
     ctx.needs = (*inputs[-3:-1], *inputs[-1])
 
 
-def _sum_backward(ctx, grads):
-    grad_total = grads[0]
+def _sum_backward(ctx, grads):  # grads: of total, dx, dy, *dparams; all but the first only in a second derivative
     if any(g is not None for g in grads[1:]):
-        raise RuntimeError("flashpair::pair_sum cannot be differentiated twice")
+        raise RuntimeError("flashpair.pair_sum cannot be differentiated twice; use_backend('reference') can")
+    total = grads[0]
     # Scaled in the wide dtype: a gradient scaler's factor need not fit float16.
     scaled = [
-        (g.to(grad_total.dtype) * grad_total).to(g.dtype) if need else None
+        None if total is None or not need else (g.to(total.dtype) * total).to(g.dtype)
         for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
-    return scaled[0], scaled[1], None, None, None, None, scaled[2:], *([None] * 7)
+    # An empty list of flags counts as a list of tensors, whose gradient must be a list.
+    flags = None if ctx.needs[2:] else []
+    return scaled[0], scaled[1], None, None, None, None, scaled[2:], None, None, None, None, None, None, flags
 
 
 pair_sum.register_autograd(_sum_backward, setup_context=_sum_setup)

@@ -93,6 +93,13 @@ def _(grad, out, x, y, rows, columns, similarity):
     return torch.empty_like(x), torch.empty_like(y)
 
 
+def _backward_backward(ctx, *grads):
+    raise RuntimeError("flashpair.pair_similarity cannot be differentiated twice")
+
+
+_pair_similarity_backward.register_autograd(_backward_backward)
+
+
 def _setup(ctx, inputs, output):
     x, y, rows, columns, similarity = inputs
     ctx.save_for_backward(output, x, y, rows, columns)
