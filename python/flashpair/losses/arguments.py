@@ -1,0 +1,60 @@
+"""Checks shared by the losses."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .. import checks
+
+
+def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
+    """A number that is not NaN, or a tensor of one element as 0-d (its value is not read).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor with one element; got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {value.dtype}")
+        return value.reshape(())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return float(value)
+
+
+def inverse_temperature(value: float | Tensor) -> float | Tensor:
+    """1 / temperature, positive.
+
+    Raises:
+        TypeError, ValueError: on a temperature that is not positive; the value of a tensor is not read.
+    """
+    checks.temperature("temperature", value)
+    return 1.0 / as_scalar("temperature", value)
+
+
+def check_matched(image_features: Tensor, text_features: Tensor, names=("image_features", "text_features")) -> None:
+    """Two embeddings with equal numbers of rows.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    checks.embedding_pair(image_features, text_features, names)
+    if image_features.shape[0] != text_features.shape[0]:
+        rows = image_features.shape[0], text_features.shape[0]
+        raise ValueError(f"{names[0]} and {names[1]} must have equal numbers of rows; got {rows[0]} and {rows[1]}")
+
+
+def require_one_process(world_size: int) -> None:
+    """The losses compare what one process holds.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    if world_size != 1:
+        raise ValueError(f"world_size must be 1: features of other processes are not gathered; got {world_size}")

@@ -1,0 +1,95 @@
+"""Circle loss with pair-wise labels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..terms import Mask, Reduction, Score, Term
+from .metric import MetricLoss
+from .peer import AvgNonZeroReducer, CosineSimilarity
+from .problem import pair_problem
+from .reducers import kept_rows, reduce_values, reducer_rule
+
+
+def _check_distance(distance) -> None:
+    if type(distance) is not CosineSimilarity:
+        raise ValueError(f"distance must be CosineSimilarity for CircleLoss; got {type(distance).__name__}")
+
+
+def circle_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    indices_tuple=None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    m: float = 0.4,
+    gamma: float = 80,
+    distance=None,
+    reducer=None,
+    return_stats: bool = False,
+):
+    """Function behind `CircleLoss`."""
+    distance = CosineSimilarity() if distance is None else distance
+    _check_distance(distance)
+    problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
+    # With u = s for negatives and u = 1 - s for positives, both are gamma [u + m]_+ (u - m) with the factor detached.
+    root = gamma**0.5
+    (positive, negative), (positives, negatives) = problem.reduce(
+        [
+            Term(Reduction.LOGSUMEXP, Score.CIRCLE, Mask.SAME, scale=-root, offset=root, constant=root * m),
+            Term(Reduction.LOGSUMEXP, Score.CIRCLE, Mask.DIFFERENT, scale=root, constant=root * m),
+        ],
+        counts=(Mask.SAME, Mask.DIFFERENT),
+        statistics=return_stats,
+    )
+    losses = kept_rows((positives > 0) & (negatives > 0), F.softplus(positive + negative, threshold=40))
+    rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
+    return problem.finish(reduce_values(losses, rule))
+
+
+class CircleLoss(MetricLoss):
+    """Weights each similarity by how far it is from its optimum.
+
+        loss_i = softplus( LSE_{n in N_i} γ [s_in + m]_+ (s_in - m) + LSE_{p in P_i} γ [1 + m - s_ip]_+ (1 - m - s_ip) )
+
+    with the brackets taken as constants in the gradient. Anchors that lack positives or negatives have loss 0.
+    pytorch-metric-learning's class: same constructor, same call.
+
+    Args:
+        m: relaxation. Default 0.4.
+        gamma: γ > 0, scale. Default 80.
+        **kwargs: see `MetricLoss`. The distance is CosineSimilarity; default reducer: AvgNonZeroReducer, over
+            anchors.
+
+    Raises:
+        ValueError, TypeError: on a bad number, or an unsupported distance or reducer.
+
+    Source: Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020, equation 6.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import CircleLoss
+        >>> embeddings, labels = torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])
+        >>> round(float(CircleLoss()(embeddings, labels)), 4)
+        0.0
+    """
+
+    def __init__(self, m: float = 0.4, gamma: float = 80, **kwargs) -> None:
+        super().__init__(**kwargs)
+        _check_distance(self.distance)
+        checks.number("m", m)
+        checks.number("gamma", gamma, low=0.0, open_low=True)
+        self.m = m
+        self.gamma = gamma
+
+    def get_default_reducer(self):
+        return AvgNonZeroReducer()
+
+    def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
+        return circle_loss(
+            embeddings, labels, indices_tuple, ref_emb, ref_labels,
+            m=self.m, gamma=self.gamma, distance=self.distance, reducer=self.reducer, return_stats=return_stats,
+        )  # fmt: skip

@@ -1,0 +1,146 @@
+"""CLIP's symmetric cross-entropy between images and texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..primitives import pair_reduce
+from ..terms import Axis, Mask, Reduction, Term
+from .arguments import as_scalar, check_matched, require_one_process
+from .statistics import PairStatistics, moments
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    return_stats: bool = False,
+):
+    """Function behind `ClipLoss`; `labels` is `arange(B)` if somebody has it already."""
+    check_matched(image_features, text_features)
+    scale = as_scalar("logit_scale", logit_scale)
+    batch = image_features.shape[0]
+    if labels is None:
+        labels = torch.arange(batch, device=image_features.device)
+    # One pass; the diagonal is a term of it, so that p_ii - 1 is formed before the product with the features.
+    terms = [
+        Term(Reduction.LOGSUMEXP, scale=scale),
+        Term(Reduction.LOGSUMEXP, axis=Axis.COLUMNS, scale=scale),
+        Term(Reduction.SUM, mask=Mask.SAME, scale=scale),
+    ]
+    if return_stats:
+        terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
+    rows, columns, diagonal, *extra = pair_reduce(
+        image_features, text_features, terms, labels=labels, ref_labels=labels
+    )
+    loss = (0.5 * ((rows - diagonal) + (columns - diagonal))).sum() / max(batch, 1)
+    if isinstance(logit_bias, Tensor):
+        loss = loss + 0.0 * as_scalar("logit_bias", logit_bias)  # a softmax does not see a shift
+    return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
+
+
+class ClipLoss(nn.Module):
+    """Symmetric cross-entropy of image-text similarities, without the B×B logits.
+
+        l_ij = t <image_i, text_j>
+        loss = 1/2B  Σ_i [ LSE_j l_ij - l_ii ]  +  1/2B  Σ_j [ LSE_i l_ij - l_jj ]
+
+    open_clip's class: same constructor, same call; features are used as they come (normalise them first).
+
+    Args:
+        local_loss, gather_with_grad: meaningful with several processes only.
+        cache_labels: keep the labels between calls of one batch size.
+        rank: of this process.
+        world_size: number of processes; only 1 is supported.
+
+    Raises:
+        ValueError: if `world_size` is not 1.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import ClipLoss
+        >>> image = text = torch.eye(4)
+        >>> float(ClipLoss()(image, text, logit_scale=100.0))
+        0.0
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        require_one_process(world_size)
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(B,) int64: the column that belongs to each row."""
+        if self.prev_num_logits == num_logits and device in self.labels:
+            return self.labels[device]
+        labels = torch.arange(num_logits, device=device)
+        if self.cache_labels:
+            self.labels[device] = labels
+            self.prev_num_logits = num_logits
+        return labels
+
+    def get_logits(self, image_features, text_features, logit_scale, logit_bias=None) -> tuple[Tensor, Tensor]:
+        """Both (B, B) logits, stored, for subclasses that want them; `forward` does not call this."""
+        logits = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        return logits, logits.T
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+        return_stats: bool = False,
+    ):
+        """The loss of a batch of matched images and texts.
+
+        Args:
+            image_features: (B, D) float32, float64, bfloat16 or float16.
+            text_features: (B, D) of the same dtype; row i belongs to image i.
+            logit_scale: the factor t itself (already exponentiated), number or 0-d tensor.
+            logit_bias: number or 0-d tensor; has no influence, receives a zero gradient.
+            output_dict: return `{"contrastive_loss": loss}`.
+            return_stats: also return `PairStatistics` of each image's similarities.
+
+        Returns:
+            0-d loss in float32 (float64 for float64), as a dict with `output_dict`; `(that, PairStatistics)` with
+            `return_stats`.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
+        """
+        checks.embeddings("image_features", image_features)
+        result = clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            labels=self.get_ground_truth(image_features.device, image_features.shape[0]),
+            return_stats=return_stats,
+        )
+        loss, *extra = result if return_stats else (result,)
+        named = {"contrastive_loss": loss} if output_dict else loss
+        return (named, *extra) if return_stats else named

@@ -1,0 +1,156 @@
+"""Cross-batch memory: a loss against the embeddings of earlier batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..terms import Similarity
+from .geometry import Geometry
+from .peer import BaseCrossBatchMemory
+from .problem import check_call
+from .triplet_margin import join_pairs
+
+
+def _positive_integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+
+
+class CrossBatchMemory(BaseCrossBatchMemory):
+    """Compares each batch with a queue of the latest embeddings, which take no gradient.
+
+    A call first enqueues the batch, then takes the loss of the batch against the whole queue; the copies of the
+    batch's own rows are left out by index. pytorch-metric-learning's class: same constructor, same call. A miner of
+    this library stays lazy, and so does the choice of all pairs; `indices_tuple` turns both into index tensors.
+
+    Args:
+        loss: a metric-learning loss; NTXentLoss, SupConLoss, ContrastiveLoss, MultiSimilarityLoss, CircleLoss, or
+            TripletMarginLoss with a miner.
+        embedding_size: D.
+        memory_size: length of the queue. Default 1024.
+        miner: called with the batch and the queue. Default: all pairs.
+
+    Raises:
+        ValueError: on sizes that are not positive, or a batch larger than the queue.
+
+    Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, algorithm 1 (here without the loss
+    inside the batch, as in pytorch-metric-learning).
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import ContrastiveLoss, CrossBatchMemory
+        >>> memory = CrossBatchMemory(ContrastiveLoss(), embedding_size=2, memory_size=4)
+        >>> float(memory(torch.eye(2), torch.tensor([0, 1])))  # one distance of sqrt(2), beyond the margin
+        0.0
+    """
+
+    embedding_memory: Tensor  # (memory_size, D)
+    label_memory: Tensor  # (memory_size,) int64
+
+    def __init__(self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner=None) -> None:
+        _positive_integer("embedding_size", embedding_size)
+        _positive_integer("memory_size", memory_size)
+        super().__init__(loss=loss, embedding_size=embedding_size, memory_size=memory_size, miner=miner)
+
+    def reset_queue(self) -> None:
+        """Forget all embeddings."""
+        self.register_buffer("embedding_memory", torch.zeros(self.memory_size, self.embedding_size))
+        self.register_buffer("label_memory", torch.zeros(self.memory_size, dtype=torch.int64))
+        self.has_been_filled = False
+        self.queue_idx = 0
+
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Enqueue `batch_size` rows, over the oldest ones once the queue is full."""
+        first = self.queue_idx
+        self.curr_batch_idx = torch.arange(first, first + batch_size, device=labels.device) % self.memory_size
+        self.embedding_memory[self.curr_batch_idx] = embeddings.detach()
+        self.label_memory[self.curr_batch_idx] = labels
+        self.has_been_filled = self.has_been_filled or first + batch_size >= self.memory_size
+        self.queue_idx = (first + batch_size) % self.memory_size
+
+    def _check(self, embeddings, labels, indices_tuple, enqueue_mask) -> None:
+        check_call(embeddings, labels, None, None, None)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings must have embedding_size={self.embedding_size} features; got {embeddings.shape[1]}"
+            )
+        if enqueue_mask is None:
+            count = embeddings.shape[0]
+        else:
+            if indices_tuple is not None:
+                raise ValueError("indices_tuple and enqueue_mask exclude each other; got both")
+            if enqueue_mask.dtype != torch.bool or enqueue_mask.shape != labels.shape:
+                got = f"{enqueue_mask.dtype} {tuple(enqueue_mask.shape)}"
+                raise ValueError(f"enqueue_mask must be bool of shape ({embeddings.shape[0]},); got {got}")
+            checks.same_device("embeddings", embeddings, enqueue_mask=enqueue_mask)
+            count = int(enqueue_mask.sum())
+        if count > self.memory_size:
+            raise ValueError(f"a batch must fit into memory_size={self.memory_size}; got {count} rows to enqueue")
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple=None, enqueue_mask: Tensor | None = None, **kwargs
+    ):
+        """Enqueue a batch, then the loss of it against the queue.
+
+        Args:
+            embeddings: (B, D).
+            labels: (B,) int64.
+            indices_tuple: further index tensors into batch and queue, added to the mined (or all) pairs.
+            enqueue_mask: (B,) bool; rows where it is True are only enqueued, the others only compared.
+            **kwargs: passed to the loss (`return_stats`).
+
+        Returns:
+            What the loss returns.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument, before anything is enqueued.
+        """
+        self._check(embeddings, labels, indices_tuple, enqueue_mask)
+        if indices_tuple is not None:
+            filled = min(self.queue_idx + embeddings.shape[0], self.memory_size)
+            columns = self.memory_size if self.has_been_filled else filled
+            if isinstance(indices_tuple, (MinedPairs, MinedTriplets)):
+                indices_tuple = indices_tuple.as_tuple()
+            check_indices(indices_tuple, embeddings.shape[0], columns, embeddings.device)
+        self.embedding_memory = self.embedding_memory.to(embeddings)
+        self.label_memory = self.label_memory.to(labels.device)
+        queued, queued_labels = embeddings, labels
+        if enqueue_mask is not None:
+            queued, queued_labels = embeddings[enqueue_mask], labels[enqueue_mask]
+            embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+        self.add_to_memory(queued, queued_labels, queued.shape[0])
+        size = self.memory_size if self.has_been_filled else self.queue_idx
+        # Copies: the next batch overwrites the queue, perhaps before this loss has gone backward.
+        memory, memory_labels = self.embedding_memory[:size].clone(), self.label_memory[:size].clone()
+        own = self.curr_batch_idx if enqueue_mask is None else None
+        selection = self._select(embeddings, labels, memory, memory_labels, own)
+        if indices_tuple is not None:
+            selection = _joined(tuple(selection), indices_tuple)
+        return self.loss(embeddings, labels, selection, memory, memory_labels, **kwargs)
+
+    def _select(self, embeddings, labels, memory, memory_labels, own: Tensor | None):
+        if self.miner is None:
+            geometry = Geometry(Similarity.DOT, normalize=True)  # any: there are no thresholds
+            return MinedPairs(embeddings, memory, labels, memory_labels, geometry, exclude=own)
+        mined = self.miner(embeddings, labels, memory, memory_labels)
+        if own is None:
+            return mined
+        if isinstance(mined, (MinedPairs, MinedTriplets)):
+            return mined.without(own)
+        anchors, positives, *rest = mined
+        keep = positives != own[anchors]
+        if not rest[1:]:
+            return anchors[keep], positives[keep], rest[0][keep]
+        return anchors[keep], positives[keep], *rest
+
+
+def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Index tensors of both, in the form of the first."""
+    if len(first) == 4 and len(second) == 3:
+        second = (second[0], second[1], second[0], second[2])
+    elif len(first) == 3 and len(second) == 4:
+        second = join_pairs(second)
+    return tuple(torch.cat(parts) for parts in zip(first, second, strict=True))

@@ -1,0 +1,129 @@
+"""InfoNCE: each query must find its own key among the others, extra negatives and a queue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..pairs import pair_similarity
+from ..primitives import pair_reduce
+from ..terms import Mask, Reduction, Term
+from .arguments import check_matched, inverse_temperature
+from .problem import log_add_exp
+from .statistics import PairStatistics, merge, moments, single
+
+
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    queue: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    in_batch_negatives: bool = True,
+    return_stats: bool = False,
+):
+    """Function behind `InfoNCELoss`."""
+    check_matched(query, positive_key, ("query", "positive_key"))
+    for name, extra in (("negative_keys", negative_keys), ("queue", queue)):
+        if extra is not None:
+            checks.embedding_pair(query, extra, ("query", name))
+    if not in_batch_negatives and negative_keys is None and queue is None:
+        raise ValueError("in_batch_negatives=False needs negative_keys or queue; got neither")
+    scale, index = inverse_temperature(temperature), torch.arange(query.shape[0], device=query.device)
+    spread = [Term(Reduction.MOMENTS)] if return_stats else []
+    if in_batch_negatives:
+        pieces = [Term(Reduction.LOGSUMEXP, scale=scale), Term(Reduction.SUM, mask=Mask.SAME, scale=scale)]
+        pieces += [Term(Reduction.MOMENTS, mask=m) for m in (Mask.SAME, Mask.DIFFERENT)] if return_stats else []
+        everything, own, *found = pair_reduce(
+            query, positive_key, pieces, labels=index, ref_labels=index, normalize=normalize
+        )
+        found = [moments(slots) for slots in found]
+        gap = everything - own  # LSE over all keys so far, less the own one: a well separated query keeps its digits
+    else:
+        similarity = pair_similarity(query, positive_key, index, index, normalize=normalize)
+        own = scale * similarity
+        gap = torch.zeros_like(own)
+        none = torch.zeros_like(index, dtype=torch.bool)
+        found = [single(similarity, ~none), single(similarity, none)]
+    for others in (negative_keys, None if queue is None else queue.detach()):
+        if others is not None:
+            more, *slots = pair_reduce(
+                query, others, [Term(Reduction.LOGSUMEXP, scale=scale), *spread], normalize=normalize
+            )
+            gap = log_add_exp(gap, more - own)
+            if return_stats:
+                found[1] = merge(found[1], moments(slots[0]))
+    loss = gap.sum() / max(query.shape[0], 1)
+    return (loss, PairStatistics(*found)) if return_stats else loss
+
+
+class InfoNCELoss(nn.Module):
+    """Cross-entropy of each query's own key among all keys, without the B×N logits.
+
+        loss = 1/B  Σ_i [ LSE_{k in K_i} <q_i, k> / T  -  <q_i, k_i> / T ]
+        K_i  = k_i, the other keys of the batch, `negative_keys` and `queue`
+
+    Args:
+        temperature: T, positive number or 0-d tensor (learnable). Default 0.1.
+        normalize: normalise queries and keys first, gradient included. Default True.
+        in_batch_negatives: whether other queries' keys are negatives. Default True; False with a queue is MoCo.
+
+    Raises:
+        ValueError, TypeError: on a temperature that is not positive.
+
+    Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, equation 4;
+    He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, equation 1.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import InfoNCELoss
+        >>> query = key = torch.eye(4)
+        >>> round(float(InfoNCELoss(temperature=0.5)(query, key)), 4)
+        0.3408
+    """
+
+    def __init__(
+        self, temperature: float | Tensor = 0.1, normalize: bool = True, in_batch_negatives: bool = True
+    ) -> None:
+        super().__init__()
+        checks.temperature("temperature", temperature)
+        self.temperature = temperature
+        self.normalize = normalize
+        self.in_batch_negatives = in_batch_negatives
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        queue: Tensor | None = None,
+        return_stats: bool = False,
+    ):
+        """The loss of a batch of queries with their keys.
+
+        Args:
+            query: (B, D) float32, float64, bfloat16 or float16.
+            positive_key: (B, D); row i belongs to query i.
+            negative_keys: (N, D) keys that belong to no query, with gradient.
+            queue: (M, D) keys that belong to no query, without gradient.
+            return_stats: also return `PairStatistics` of each query's similarities.
+
+        Returns:
+            0-d loss in float32 (float64 for float64), or `(loss, PairStatistics)` with `return_stats`.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
+        """
+        return info_nce_loss(
+            query,
+            positive_key,
+            negative_keys,
+            queue,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            in_batch_negatives=self.in_batch_negatives,
+            return_stats=return_stats,
+        )

@@ -1,0 +1,87 @@
+"""Multi-similarity loss."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..terms import Mask, Reduction, Term
+from .metric import MetricLoss
+from .peer import CosineSimilarity, MeanReducer
+from .problem import pair_problem
+from .reducers import reduce_values, reducer_rule
+
+
+def multi_similarity_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    indices_tuple=None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    alpha: float = 2,
+    beta: float = 50,
+    base: float = 0.5,
+    distance=None,
+    reducer=None,
+    return_stats: bool = False,
+):
+    """Function behind `MultiSimilarityLoss`."""
+    distance = CosineSimilarity() if distance is None else distance
+    problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
+    pull, push = -alpha * problem.geometry.sign, beta * problem.geometry.sign
+    (positive, negative), _ = problem.reduce(
+        [
+            Term(Reduction.LOGSUMEXP, mask=Mask.SAME, scale=pull, offset=-pull * base),
+            Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=push, offset=-push * base),
+        ],
+        statistics=return_stats,
+    )
+    # From 40 on softplus(z) is z to the last digit of a double.
+    rows = F.softplus(positive, threshold=40) / alpha + F.softplus(negative, threshold=40) / beta
+    return problem.finish(reduce_values(rows, reducer_rule(MeanReducer() if reducer is None else reducer)))
+
+
+class MultiSimilarityLoss(MetricLoss):
+    """Soft hinges on the hardest positives and negatives of each anchor.
+
+        loss_i = 1/α log(1 + Σ_{p in P_i} e^{-α (s_ip - λ)})  +  1/β log(1 + Σ_{n in N_i} e^{β (s_in - λ)})
+
+    (with distances the signs turn). pytorch-metric-learning's class: same constructor, same call.
+
+    Args:
+        alpha: α > 0. Default 2.
+        beta: β > 0. Default 50.
+        base: λ. Default 0.5.
+        **kwargs: see `MetricLoss`. Default distance: CosineSimilarity; default reducer: MeanReducer, over anchors.
+
+    Raises:
+        ValueError, TypeError: on a bad number, or an unsupported distance or reducer.
+
+    Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019,
+    equation 15.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import MultiSimilarityLoss
+        >>> embeddings, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+        >>> round(float(MultiSimilarityLoss()(embeddings, labels)), 4)  # log(1 + e) / 2
+        0.6566
+    """
+
+    def __init__(self, alpha: float = 2, beta: float = 50, base: float = 0.5, **kwargs) -> None:
+        super().__init__(**kwargs)
+        checks.number("alpha", alpha, low=0.0, open_low=True)
+        checks.number("beta", beta, low=0.0, open_low=True)
+        checks.number("base", base)
+        self.alpha = alpha
+        self.beta = beta
+        self.base = base
+
+    def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
+        return multi_similarity_loss(
+            embeddings, labels, indices_tuple, ref_emb, ref_labels,
+            alpha=self.alpha, beta=self.beta, base=self.base,
+            distance=self.distance, reducer=self.reducer, return_stats=return_stats,
+        )  # fmt: skip

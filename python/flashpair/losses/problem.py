@@ -1,0 +1,225 @@
+"""The pairs of one call, wherever they come from: labels, labels with mined thresholds, or explicit index tuples.
+
+A loss states its terms over `Mask.SAME` (positives), `Mask.DIFFERENT` (negatives) and `Mask.ALL` (both); `reduce`
+turns them into one pass over all pairs, or into sums over the listed pairs when there is a list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..primitives import pair_reduce
+from ..request import statistics_dtype
+from ..terms import Mask, Reduction, Score, Term
+from .geometry import Geometry, geometry_of
+from .statistics import PairStatistics, moments
+
+_SIGNED = (Mask.SAME, Mask.DIFFERENT)
+
+
+def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """`log(exp(a) + exp(b))` with zero gradients, not NaN, where both are -inf."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.where(empty, -torch.inf, torch.logaddexp(torch.where(empty, 0.0, a), b))
+
+
+def label_counts(
+    labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | None, dtype: torch.dtype
+) -> dict[Mask, Tensor]:
+    """Number of positives and negatives of each row from the sorted labels, O((B + N) log N)."""
+    columns = labels if ref_labels is None else ref_labels
+    ordered = columns.sort().values
+    same = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+    other = columns.shape[0] - same
+    if ref_labels is None:
+        same = same - 1
+    elif exclude is not None:
+        met = exclude >= 0
+        alike = met & (columns[exclude.clamp_min(0)] == labels)
+        same, other = same - alike.long(), other - (met & ~alike).long()
+    return {Mask.SAME: same.to(dtype), Mask.DIFFERENT: other.to(dtype)}
+
+
+@dataclass
+class PairProblem:
+    """The positive and negative pairs of one call."""
+
+    x: Tensor  # (B, D)
+    y: Tensor | None  # (N, D); None: x
+    geometry: Geometry
+    labels: Tensor | None = None  # (B,)
+    ref_labels: Tensor | None = None  # (N,)
+    exclude: Tensor | None = None  # (B,)
+    bounds: dict[Mask, dict[str, Tensor]] = field(default_factory=dict)  # above, below (B,) of each sign
+    pairs: dict[Mask, tuple[Tensor, Tensor]] | None = None  # explicit lists; then labels are unused
+    statistics: PairStatistics | None = None
+
+    def reduce(
+        self, terms: list[Term], counts: list[Mask] | tuple[Mask, ...] = (), statistics: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Results of the terms, and the number of pairs of each row under each mask of `counts`."""
+        extra = [Term(Reduction.MOMENTS, mask=mask) for mask in _SIGNED] if statistics else []
+        known: dict[Mask, Tensor] = {}
+        if not statistics and counts:
+            if self.pairs is None and not self.bounds:
+                known = label_counts(self.labels, self.ref_labels, self.exclude, statistics_dtype(self.x))
+            else:
+                extra = [Term(Reduction.COUNT, Score.IDENTITY, mask, scale=0.0, offset=1.0) for mask in counts]
+        run = self._listed if self.pairs is not None else self._labelled
+        results = run([*terms, *extra])
+        results, found = results[: len(terms)], results[len(terms) :]
+        if statistics:
+            self.statistics = PairStatistics(*(moments(slots) for slots in found))
+            known = dict(zip(_SIGNED, (slots[0] for slots in found), strict=True))
+        elif extra:
+            known = dict(zip(counts, found, strict=True))
+        return results, [known[mask] for mask in counts]
+
+    def _labelled(self, terms: list[Term]) -> list[Tensor]:
+        parts = [self._parts(term) for term in terms]
+        flat = iter(
+            pair_reduce(
+                self.x,
+                self.y,
+                [part for group in parts for part in group],
+                labels=self.labels,
+                ref_labels=self.ref_labels,
+                exclude=self.exclude,
+                similarity=self.geometry.similarity,
+                normalize=self.geometry.normalize,
+            )
+        )
+        results = []
+        for group in parts:
+            found = [next(flat) for _ in group]
+            results.append(found[0] if len(found) == 1 else log_add_exp(*found))
+        return results
+
+    def _parts(self, term: Term) -> list[Term]:
+        """The term with the mined thresholds; a logsumexp over both signs is split where these differ by sign."""
+        if not self.bounds:
+            return [term]
+        if term.mask == Mask.ALL:
+            return [part for mask in _SIGNED for part in self._parts(replace(term, mask=mask))]
+        bounds = self.bounds[term.mask]
+        return [
+            replace(
+                term,
+                above=_tighter(torch.maximum, term.above, bounds.get("above")),
+                below=_tighter(torch.minimum, term.below, bounds.get("below")),
+            )
+        ]
+
+    def _listed(self, terms: list[Term]) -> list[Tensor]:
+        results: list[Tensor | None] = [None] * len(terms)
+        for mask in Mask:
+            chosen = [t for t, term in enumerate(terms) if term.mask == mask]
+            if not chosen:
+                continue
+            pairs = self.pairs.get(mask) or tuple(torch.cat(p) for p in zip(*self.pairs.values(), strict=True))
+            found = pair_reduce(
+                self.x,
+                self.y,
+                [replace(terms[t], mask=Mask.ALL) for t in chosen],
+                pairs=pairs,
+                exclude_self=False,
+                similarity=self.geometry.similarity,
+                normalize=self.geometry.normalize,
+            )
+            for t, result in zip(chosen, found, strict=True):
+                results[t] = result
+        return results
+
+    def finish(self, loss: Tensor):
+        """The loss, with the statistics where they were asked for."""
+        return loss if self.statistics is None else (loss, self.statistics)
+
+
+def _tighter(choose, a, b):
+    if a is None or b is None:
+        return b if a is None else a
+    return choose(torch.as_tensor(a, dtype=b.dtype, device=b.device), b)
+
+
+def check_call(embeddings, labels, indices_tuple, ref_emb, ref_labels) -> None:
+    """The arguments of a metric-learning loss or miner.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    checks.embedding_pair(embeddings, ref_emb, ("embeddings", "ref_emb"))
+    if labels is None and indices_tuple is None:
+        raise ValueError("labels or indices_tuple must be given; got neither")
+    if labels is not None:
+        checks.labels("labels", labels, embeddings.shape[0])
+    if ref_labels is not None:
+        if ref_emb is None:
+            raise ValueError("ref_labels was given without ref_emb")
+        if labels is None and indices_tuple is None:
+            raise ValueError("ref_labels was given without labels")
+        checks.labels("ref_labels", ref_labels, ref_emb.shape[0])
+    elif ref_emb is not None and indices_tuple is None:
+        raise ValueError("ref_emb was given without ref_labels (or indices_tuple)")
+    checks.same_device("embeddings", embeddings, labels=labels, ref_labels=ref_labels)
+
+
+def _unique(a: Tensor, b: Tensor, columns: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    key = torch.unique(a * columns + b)
+    return (key // max(columns, 1), key % max(columns, 1)), key
+
+
+def _from_lists(x, y, geometry, indices, collapse: bool) -> PairProblem:
+    a1, p, a2, n = indices if len(indices) == 4 else (indices[0], indices[1], indices[0], indices[2])
+    positive, negative = (a1, p), (a2, n)
+    if collapse:
+        columns = (x if y is None else y).shape[0]
+        positive, first = _unique(a1, p, columns)
+        negative, second = _unique(a2, n, columns)
+        shared = first[torch.isin(first, second)]
+        if shared.numel():
+            pair = (int(shared[0]) // columns, int(shared[0]) % columns)
+            raise ValueError(f"indices_tuple lists pair {pair} as positive and as negative; it can only be one")
+    return PairProblem(x, y, geometry, pairs={Mask.SAME: positive, Mask.DIFFERENT: negative})
+
+
+def pair_problem(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    distance,
+    collapse: bool = True,
+) -> PairProblem:
+    """The pairs of a call in pytorch-metric-learning's convention.
+
+    Self pairs are left out where `ref_labels` is `labels` itself (also with other embeddings), as the peer does.
+
+    Args:
+        collapse: whether a pair listed twice in an index tuple counts once.
+    """
+    check_call(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    geometry = geometry_of(distance)
+    x, y = embeddings, None if ref_emb is embeddings else ref_emb
+    if isinstance(indices_tuple, MinedPairs):
+        bounds = indices_tuple.bounds_in(geometry)
+        if bounds is not None and indices_tuple.mined_from(embeddings, ref_emb):
+            mined = indices_tuple
+            return PairProblem(x, mined.columns, geometry, mined.labels, mined.ref_labels, mined.exclude, bounds)
+    if isinstance(indices_tuple, (MinedPairs, MinedTriplets)):
+        indices_tuple = indices_tuple.as_tuple()
+    if indices_tuple is not None:
+        check_indices(indices_tuple, x.shape[0], (x if y is None else y).shape[0], x.device)
+        return _from_lists(x, y, geometry, indices_tuple, collapse)
+    exclude = None
+    same_labels = ref_labels is None or ref_labels is labels
+    if y is None and not same_labels:
+        y = x
+    elif y is not None and ref_labels is labels:
+        exclude = torch.arange(x.shape[0], device=x.device)
+    return PairProblem(x, y, geometry, labels, None if y is None else ref_labels, exclude)

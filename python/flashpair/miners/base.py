@@ -1,0 +1,63 @@
+"""The module behind every miner: checks, no gradients, and the pass over the pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..losses.geometry import Geometry, geometry_of
+from ..losses.peer import BaseMiner
+from ..losses.problem import PairProblem, pair_problem
+from ..primitives import Mined, mine
+from ..terms import Extreme, Mask
+
+
+class Miner(BaseMiner):
+    """Base of the miners with pytorch-metric-learning's call; subclasses implement `select`."""
+
+    def __init__(self, distance=None, collect_stats=None) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats)
+        geometry_of(self.distance)
+
+    def select(self, problem: PairProblem):
+        """The selection from the pairs of one call."""
+        raise NotImplementedError
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ):
+        """Mine a batch.
+
+        Args:
+            embeddings: (B, D) float32, float64, bfloat16 or float16.
+            labels: (B,) int64.
+            ref_emb: (N, D) embeddings to mine in. Default: the embeddings themselves, without self pairs.
+            ref_labels: (N,) int64, required with `ref_emb`.
+
+        Returns:
+            A selection that losses take as `indices_tuple`; its `as_tuple()` gives index tensors.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
+        """
+        with torch.no_grad():
+            return self.select(pair_problem(embeddings, labels, None, ref_emb, ref_labels, self.distance))
+
+
+def hardest(problem: PairProblem) -> tuple[Mined, Mined]:
+    """The farthest positive and the closest negative of each row, from one pass."""
+    geometry: Geometry = problem.geometry
+    closer_is_larger = geometry.sign > 0
+    return mine(
+        problem.x.detach(),
+        None if problem.y is None else problem.y.detach(),
+        [
+            Extreme(Mask.SAME, largest=not closer_is_larger),
+            Extreme(Mask.DIFFERENT, largest=closer_is_larger),
+        ],
+        labels=problem.labels,
+        ref_labels=problem.ref_labels,
+        exclude=problem.exclude,
+        similarity=geometry.similarity,
+        normalize=geometry.normalize,
+    )

@@ -1,0 +1,192 @@
+"""What miners return: a rule that losses apply while they compute, or one triplet a row; index tensors on demand.
+
+Both behave like the index tuple they stand for (`len`, iteration, indexing), which is computed only when that is
+used, so losses of other libraries accept them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..reference import similarity_matrix
+from ..terms import Mask
+
+if TYPE_CHECKING:
+    from ..losses.geometry import Geometry
+
+_CHUNK_PAIRS = 1 << 20  # similarities at a time, 4 MiB in float32
+
+
+def check_indices(indices, rows: int, columns: int, device: torch.device) -> None:
+    """An index tuple of length 3 or 4, int64, equal lengths per sign, all indices in range."""
+    if not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4):
+        got = f"length {len(indices)}" if isinstance(indices, (tuple, list)) else type(indices).__name__
+        raise ValueError(
+            "indices_tuple must be (anchors, positives, negatives) or (anchors, positives, anchors, negatives), "
+            f"or what a flashpair miner returned; got {got}"
+        )
+    anchors = (0,) if len(indices) == 3 else (0, 2)
+    for k, index in enumerate(indices):
+        name = f"indices_tuple[{k}]"
+        partner = k if k in anchors else max(a for a in anchors if a < k)
+        checks.indices(name, index, indices[partner].shape[0])
+        if index.device != device:
+            raise ValueError(f"{name} must be on the device of embeddings, {device}; got {index.device}")
+        limit = rows if k in anchors else columns
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit:
+            raise ValueError(f"{name} must hold indices in [0, {limit}); got {int(index.min())} to {int(index.max())}")
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are one, or views of the same memory that nobody wrote to in between."""
+    if a is b:
+        return True
+    if a is None or b is None or torch.compiler.is_compiling():
+        return False
+    same = (a.shape, a.stride(), a.dtype, a.device, a._version) == (b.shape, b.stride(), b.dtype, b.device, b._version)
+    return same and a.data_ptr() == b.data_ptr() and a.numel() > 0
+
+
+class _LazyTuple:
+    """The tuple protocol over `as_tuple`."""
+
+    def as_tuple(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.as_tuple())
+
+    def __getitem__(self, index):
+        return self.as_tuple()[index]
+
+
+@dataclass(eq=False)
+class MinedPairs(_LazyTuple):
+    """All pairs of a batch whose similarity lies between per-row thresholds, O(B) numbers.
+
+    As `indices_tuple` of a flashpair loss on the same embeddings it never becomes pairs: the thresholds join the
+    loss's own pass. Where the loss compares embeddings in another way, thresholds of normalised embeddings are
+    converted (d^2 = 2 - 2 cos); otherwise, and for other embeddings than those mined, `as_tuple` is used.
+
+    Args:
+        embeddings: (B, D) as mined.
+        columns: (N, D) reference embeddings, None where they are the embeddings.
+        labels: (B,). ref_labels: (N,) or None.
+        geometry: similarity in which the thresholds stand.
+        bounds: thresholds `above` and `below`, (B,) each, of `Mask.SAME` and `Mask.DIFFERENT`.
+        exclude: (B,) one column that row i never meets, or None.
+    """
+
+    embeddings: Tensor
+    columns: Tensor | None
+    labels: Tensor
+    ref_labels: Tensor | None
+    geometry: Geometry
+    bounds: dict[Mask, dict[str, Tensor]] = field(default_factory=dict)
+    exclude: Tensor | None = None
+    _indices: tuple[Tensor, ...] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return 4
+
+    def without(self, exclude: Tensor) -> MinedPairs:
+        """The same pairs less one column per row."""
+        return replace(self, exclude=exclude, _indices=None)
+
+    def mined_from(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+        """Whether these are the embeddings that were mined."""
+        ref_emb = None if ref_emb is embeddings else ref_emb
+        if (self.columns is None) != (ref_emb is None):
+            return False
+        return _same_tensor(self.embeddings, embeddings) and _same_tensor(self.columns, ref_emb)
+
+    def bounds_in(self, geometry: Geometry) -> dict[Mask, dict[str, Tensor]] | None:
+        """The thresholds for another way to compare; None where they do not carry over."""
+        from ..losses.geometry import convert_threshold
+
+        turned = {"above": "below", "below": "above"} if geometry.sign != self.geometry.sign else {}
+        found: dict[Mask, dict[str, Tensor]] = {}
+        for mask, bounds in self.bounds.items():
+            converted = {turned.get(k, k): convert_threshold(v, self.geometry, geometry) for k, v in bounds.items()}
+            if any(v is None for v in converted.values()):
+                return None
+            found[mask] = converted
+        return found
+
+    @torch.no_grad()
+    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(anchors, positives, anchors, negatives) int64; anchors ascend, partners by similarity (by index if unmined).
+
+        Computed in chunks of rows; kept for the next use.
+        """
+        if self._indices is None:
+            columns = self.embeddings if self.columns is None else self.columns
+            step = max(_CHUNK_PAIRS // max(columns.shape[0], 1), 1)
+            chunks = [self._chunk(start, step, columns) for start in range(0, max(len(self.embeddings), 1), step)]
+            self._indices = tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return self._indices
+
+    def _chunk(self, start: int, step: int, columns: Tensor) -> list[Tensor]:
+        rows = slice(start, start + step)
+        s = similarity_matrix(self.embeddings[rows], columns, self.geometry.similarity, self.geometry.normalize)
+        same = self.labels[rows, None] == (self.labels if self.ref_labels is None else self.ref_labels)[None, :]
+        index = torch.arange(start, start + s.shape[0], device=s.device)
+        excluded = index if self.columns is None else None if self.exclude is None else self.exclude[rows]
+        allowed = torch.ones_like(same)
+        if excluded is not None:
+            allowed = torch.arange(s.shape[1], device=s.device)[None, :] != excluded[:, None]
+        found = []
+        for mask, keep in ((Mask.SAME, same & allowed), (Mask.DIFFERENT, ~same & allowed)):
+            for name, drops in (("above", torch.le), ("below", torch.ge)):
+                if name in self.bounds.get(mask, {}):
+                    keep = keep & ~drops(s, self.bounds[mask][name][rows, None])
+            if not self.bounds:
+                i, j = keep.nonzero(as_tuple=True)
+            else:
+                order = torch.where(keep, s, torch.inf).argsort(dim=1, stable=True)
+                i, k = keep.gather(1, order).nonzero(as_tuple=True)
+                j = order[i, k]
+            found += [i + start, j]
+        return found
+
+
+@dataclass(eq=False)
+class MinedTriplets(_LazyTuple):
+    """One triplet (i, positives[i], negatives[i]) a row, absent where an index is -1.
+
+    As `indices_tuple` of `flashpair.losses.TripletMarginLoss` it stays in this form, of fixed size; other losses
+    receive `as_tuple`.
+
+    Args:
+        positives: (B,) int64 columns, -1 where there is none.
+        negatives: (B,) int64 columns, -1 where there is none.
+    """
+
+    positives: Tensor
+    negatives: Tensor
+    _indices: tuple[Tensor, ...] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return 3
+
+    @property
+    def valid(self) -> Tensor:
+        """(B,) bool: the rows that have a triplet."""
+        return (self.positives >= 0) & (self.negatives >= 0)
+
+    def without(self, exclude: Tensor) -> MinedTriplets:
+        """The triplets whose positive is not the excluded column (B,) of their row."""
+        return MinedTriplets(torch.where(self.positives == exclude, -1, self.positives), self.negatives)
+
+    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(anchors, positives, negatives) int64, anchors ascending; kept for the next use."""
+        if self._indices is None:
+            (anchors,) = self.valid.nonzero(as_tuple=True)
+            self._indices = (anchors, self.positives[anchors], self.negatives[anchors])
+        return self._indices
