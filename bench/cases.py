@@ -1,0 +1,290 @@
+"""The cases: inputs, flashpair's loss, the same loss in dense PyTorch, and the public peer where there is one.
+
+Every implementation maps `Inputs` to a 0-d loss; gradients go to `inputs.leaves`. A wrapper is the shortest use of its
+library that a user would write. The dense versions store S and are what one writes by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Inputs:
+    x: Tensor  # (B, D)
+    y: Tensor | None = None  # (B, D)
+    labels: Tensor | None = None  # (B,)
+    scale: Tensor | None = None  # 0-d
+    bias: Tensor | None = None  # 0-d
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.x, self.y, self.scale, self.bias) if t is not None]
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+        """A copy whose leaves are leaves again."""
+        leaf = lambda t: None if t is None else t.detach().to(device, dtype).requires_grad_()  # noqa: E731
+        labels = None if self.labels is None else self.labels.to(device)
+        return Inputs(leaf(self.x), leaf(self.y), labels, leaf(self.scale), leaf(self.bias))
+
+
+class CannotRun(RuntimeError):
+    """An implementation that is not installed, or would not fit this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[int, int], Inputs]
+    flashpair: Callable[[Inputs], Tensor]
+    dense: Callable[[Inputs], Tensor]
+    peers: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
+    #: Bytes that a peer needs beyond the usual few B×B matrices, by name.
+    peer_bytes: dict[str, Callable[[int], float]] = field(default_factory=dict)
+
+    def implementations(self) -> dict[str, Callable[[Inputs], Tensor]]:
+        compiled = torch.compile(self.dense, fullgraph=True, dynamic=False)
+        return {"flashpair": self.flashpair, "dense": self.dense, "compile": compiled, **self.peers}
+
+    def needs_bytes(self, implementation: str, batch: int) -> float:
+        """A floor for what an implementation allocates; 0 for flashpair."""
+        if implementation == "flashpair":
+            return 0.0
+        return self.peer_bytes.get(implementation, lambda b: 6 * 4.0 * b * b)(batch)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def towers(scale: float, bias: float | None = None) -> Callable[[int, int], Inputs]:
+    """Two normalised towers whose pairs agree a little, with a learnable scale and bias."""
+
+    def make(batch: int, width: int) -> Inputs:
+        generator = torch.Generator().manual_seed(batch + width)
+        x, noise = torch.randn(2, batch, width, generator=generator)
+        x, y = F.normalize(x), F.normalize(x + 2 * noise)
+        return Inputs(x, y, None, torch.tensor(scale), None if bias is None else torch.tensor(bias)).to(torch.float32)
+
+    return make
+
+
+def labelled(views: int, spread: float) -> Callable[[int, int], Inputs]:
+    """`views` embeddings per class in random order; spread ∞ is random, 0.5 gives positive cosines near 0.8."""
+
+    def make(batch: int, width: int) -> Inputs:
+        generator = torch.Generator().manual_seed(batch + width)
+        labels = (torch.arange(batch) // views)[torch.randperm(batch, generator=generator)]
+        noise = F.normalize(torch.randn(batch, width, generator=generator))
+        centres = F.normalize(torch.randn(-(-batch // views), width, generator=generator))
+        x = noise if math.isinf(spread) else centres[labels] + spread * noise
+        return Inputs(x, None, labels).to(torch.float32)
+
+    return make
+
+
+# --- dense PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def masks(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, B) positives without self, negatives."""
+    same = labels[:, None] == labels[None]
+    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
+
+
+def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
+    return F.normalize(x) @ F.normalize(x if y is None else y).T
+
+
+def masked_lse(z: Tensor, mask: Tensor) -> Tensor:
+    return z.masked_fill(~mask, -math.inf).logsumexp(1)
+
+
+def average_nonzero(terms: Tensor) -> Tensor:
+    return terms.sum() / (terms > 0).sum().clamp_min(1)
+
+
+def dense_clip(i: Inputs) -> Tensor:
+    logits = i.scale * i.x @ i.y.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def dense_siglip(i: Inputs) -> Tensor:
+    logits = i.scale * i.x @ i.y.T + i.bias
+    sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+
+def dense_info_nce(i: Inputs, temperature: float = 0.1) -> Tensor:
+    logits = i.scale * F.normalize(i.x) @ F.normalize(i.y).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def dense_supcon(i: Inputs, temperature: float = 0.1) -> Tensor:
+    z = cosine(i.x) / temperature
+    positive, negative = masks(i.labels)
+    mean_positive = (z * positive).sum(1) / positive.sum(1)
+    return average_nonzero(masked_lse(z, positive | negative) - mean_positive)
+
+
+def dense_nt_xent(i: Inputs, temperature: float = 0.07) -> Tensor:
+    """One positive per row (two views of each image)."""
+    z = cosine(i.x) / temperature
+    positive, negative = masks(i.labels)
+    return (masked_lse(z, positive | negative) - (z * positive).sum(1)).mean()
+
+
+def dense_multi_similarity(i: Inputs, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1) -> Tensor:
+    s = cosine(i.x)
+    positive, negative = masks(i.labels)
+    fixed = s.detach()
+    hardest_positive = fixed.masked_fill(~positive, math.inf).amin(1, keepdim=True)
+    hardest_negative = fixed.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
+    positive = positive & (fixed - epsilon < hardest_negative)
+    negative = negative & (fixed + epsilon > hardest_positive)
+    pull, push = masked_lse(alpha * (base - s), positive), masked_lse(beta * (s - base), negative)
+    return (F.softplus(pull) / alpha + F.softplus(push) / beta).mean()
+
+
+def dense_circle(i: Inputs, m: float = 0.4, gamma: float = 80.0) -> Tensor:
+    s = cosine(i.x)
+    positive, negative = masks(i.labels)
+    fixed = s.detach()
+    pull = masked_lse(-gamma * (1 + m - fixed).relu() * (s - (1 - m)), positive)
+    push = masked_lse(gamma * (fixed + m).relu() * (s - m), negative)
+    return average_nonzero(F.softplus(pull + push))
+
+
+def distances(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """(B, B) Euclidean distances of normalised rows; the diagonal is 0 with gradient 0."""
+    s = cosine(x, y)
+    itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    return (2 - 2 * s).clamp_min(0).masked_fill(itself, 1.0).sqrt().masked_fill(itself, 0.0)
+
+
+def dense_contrastive(i: Inputs, negative_margin: float = 1.0, memory: Tensor | None = None) -> Tensor:
+    d = distances(i.x, memory)
+    positive, negative = masks(i.labels)
+    return average_nonzero(d * positive) + average_nonzero((negative_margin - d).relu() * negative)
+
+
+def dense_batch_hard(i: Inputs, margin: float = 0.05) -> Tensor:
+    d = distances(i.x)
+    positive, negative = masks(i.labels)
+    furthest = d.masked_fill(~positive, -math.inf).max(1).values
+    closest = d.masked_fill(~negative, math.inf).min(1).values
+    return average_nonzero((furthest - closest + margin).relu())
+
+
+# --- flashpair --------------------------------------------------------------------------------------------------------
+
+
+def flash_clip(i: Inputs) -> Tensor:
+    from flashpair.losses import ClipLoss
+
+    return ClipLoss()(i.x, i.y, i.scale)
+
+
+def flash_siglip(i: Inputs) -> Tensor:
+    from flashpair.losses import SigLipLoss
+
+    return SigLipLoss()(i.x, i.y, i.scale, i.bias)
+
+
+def flash_info_nce(i: Inputs) -> Tensor:
+    from flashpair.losses import InfoNCELoss
+
+    return InfoNCELoss(temperature=0.1 / i.scale)(i.x, i.y)
+
+
+def from_names(losses, miners, loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
+    """A user's call: the loss with its defaults, after the miner where there is one."""
+
+    def run(i: Inputs) -> Tensor:
+        mined = None if miner is None else getattr(miners(), miner)()(i.x, i.labels)
+        return getattr(losses(), loss)()(i.x, i.labels, mined)
+
+    return run
+
+
+def flash(loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
+    import flashpair.losses
+    import flashpair.miners
+
+    return from_names(lambda: flashpair.losses, lambda: flashpair.miners, loss, miner)
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def metric_learning(loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
+    def part(name: str):
+        try:
+            return importlib.import_module(f"pytorch_metric_learning.{name}")
+        except ImportError as error:
+            raise CannotRun(str(error)) from error
+
+    return from_names(lambda: part("losses"), lambda: part("miners"), loss, miner)
+
+
+@cache
+def open_clip_losses():
+    """open_clip's loss.py alone: its package needs torchvision."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        raise CannotRun("open_clip is not installed (pip install --no-deps open_clip_torch)")
+    path = Path(next(iter(package.submodule_search_locations))) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def open_clip(i: Inputs) -> Tensor:
+    if i.bias is None:
+        return open_clip_losses().ClipLoss()(i.x, i.y, i.scale)
+    return open_clip_losses().SigLipLoss()(i.x, i.y, i.scale, i.bias)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+PEER = "metric-learning"
+RANDOM, HALFWAY, TRAINED = math.inf, 1.2, 0.5
+
+
+def metric_case(name, make, dense, loss, miner=None, peer_bytes=None) -> Case:
+    """`peer_bytes` defaults to index tensors of every pair beside the matrices."""
+    needs = peer_bytes or (lambda b: 60.0 * b * b)
+    return Case(name, make, flash(loss, miner), dense, {PEER: metric_learning(loss, miner)}, {PEER: needs})
+
+
+def mined_case(name: str, spread: float) -> Case:
+    """Multi-similarity loss and miner; how many pairs survive mining depends on how well the classes are apart."""
+    return metric_case(name, labelled(4, spread), dense_multi_similarity, "MultiSimilarityLoss", "MultiSimilarityMiner")
+
+
+CASES = (
+    Case("clip", towers(14.3), flash_clip, dense_clip, {"open_clip": open_clip}),
+    Case("siglip", towers(10.0, -10.0), flash_siglip, dense_siglip, {"open_clip": open_clip}),
+    Case("infonce", towers(1.0), flash_info_nce, dense_info_nce),
+    metric_case("supcon", labelled(4, RANDOM), dense_supcon, "SupConLoss"),
+    # pytorch-metric-learning builds a (positive pairs) × (negative pairs) matrix, several times.
+    metric_case(
+        "ntxent", labelled(2, RANDOM), dense_nt_xent, "NTXentLoss", peer_bytes=lambda b: 4 * 4.0 * b * b * (b - 2)
+    ),
+    mined_case("ms-random", RANDOM),
+    mined_case("ms-halfway", HALFWAY),
+    mined_case("ms-trained", TRAINED),
+    metric_case("circle", labelled(4, RANDOM), dense_circle, "CircleLoss"),
+    metric_case("contrastive", labelled(4, RANDOM), dense_contrastive, "ContrastiveLoss"),
+    metric_case("batch-hard", labelled(4, RANDOM), dense_batch_hard, "TripletMarginLoss", "BatchHardMiner"),
+)

@@ -1,0 +1,118 @@
+"""Where a measurement was made: pinned environment, device, versions, commit, source hash; and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MEASURED = ("csrc", "kernels", "python/flashpair")
+
+#: Threads stay where they are: two of them on one core would be measured as a slow implementation.
+PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+#: `warm` keeps freed buffers: half of dense PyTorch's time is page faults on fresh B×B buffers with plain glibc.
+ALLOCATORS = {
+    "default": {},
+    "warm": {
+        "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
+        ":glibc.malloc.top_pad=268435456"
+    },
+}
+
+
+def environment(allocator: str, threads: int) -> dict[str, str]:
+    """Environment of a measuring process; these variables are read before torch is imported."""
+    inherited = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    return {**inherited, **PINNED, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
+
+
+def source_hash() -> str:
+    """Twelve digits over every source that a measurement depends on."""
+    digest = hashlib.sha256()
+    for folder in MEASURED:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}:
+                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {k.strip(): v.strip() for k, v in fields.items()}
+    flags = fields.get("flags", "").split()
+    widest = next((isa for isa in ("avx512f", "avx2") if isa in flags), "")
+    name = fields.get("model name", platform.processor() or platform.machine())
+    return f"{name} ({widest})" if widest else name
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    """Provenance of one row of results."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import flashpair
+
+    usable = [name for name, state in flashpair.backends().items() if state == "usable"]
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "-"
+
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": str(torch.get_num_threads()),
+        "backend": usable[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "pytorch-metric-learning": installed("pytorch-metric-learning"),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", *MEASURED) else ""),
+        "sources": source_hash(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+class PeakMemory:
+    """Growth of this process's highest resident memory since `start`, in bytes.
+
+    VmHWM is reset at the start where the kernel allows it; ru_maxrss alone would begin at the peak of the imports.
+    """
+
+    _status = Path("/proc/self/status")
+
+    def start(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._field("VmRSS") or self._peak()
+
+    def growth(self) -> int:
+        return max(0, self._peak() - self.before)
+
+    def _field(self, name: str) -> int:
+        if not self._status.exists():
+            return 0
+        lines = self._status.read_text().splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), 0)
+
+    def _peak(self) -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return self._field("VmHWM") or (peak if sys.platform == "darwin" else peak << 10)

@@ -1,0 +1,159 @@
+"""Peak extra memory of every loss, forward + backward, each in a fresh process.
+
+    python bench/memory.py                          every loss at B = 65536, D = 64, default and smallest workspace
+    python bench/memory.py clip --batch 4096 --implementations flashpair dense metric-learning
+    python bench/memory.py --quick                  a smoke check at a tiny size; nothing is kept
+
+Counted is the growth of the resident memory beyond the interpreter, the libraries and the inputs; the gradients of the
+inputs are part of it. Results go to bench/results/memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import machine
+from run import merge, step
+
+WARM_UP = 256  # rows of the step that loads libraries and starts threads
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "patterns", nargs="*", help="measure the losses whose name contains one of these (default: all)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[65536])
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--implementations", nargs="+", default=["flashpair"])
+    parser.add_argument("--workspace", choices=["default", "smallest"], nargs="+", default=["default", "smallest"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--quick", action="store_true", help="512 rows, results to out/ only")
+    parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/memory.json)")
+    parser.add_argument(
+        "--child", nargs=4, metavar=("CASE", "BATCH", "IMPLEMENTATION", "WORKSPACE"), help=argparse.SUPPRESS
+    )
+    options = parser.parse_args()
+    if options.quick:
+        options.batch, options.width = [512], 16
+    options.out = options.out or (
+        machine.ROOT / "out/memory-quick.json" if options.quick else machine.RESULTS / "memory.json"
+    )
+    return options
+
+
+def cross_batch_memory(inputs):
+    """Contrastive loss of a batch against a queue of its own length; the queue is part of the memory counted."""
+    from flashpair.losses import ContrastiveLoss, CrossBatchMemory
+
+    batch, width = inputs.x.shape
+    return CrossBatchMemory(ContrastiveLoss(), width, memory_size=batch)(inputs.x, inputs.labels)
+
+
+def dense_cross_batch_memory(inputs):
+    from cases import dense_contrastive
+
+    return dense_contrastive(inputs, memory=inputs.x.detach().clone())
+
+
+def all_cases():
+    from cases import CASES, Case, labelled
+
+    extra = Case("cross-batch-memory", labelled(4, float("inf")), cross_batch_memory, dense_cross_batch_memory)
+    return (*CASES, extra)
+
+
+def measure(name: str, batch: int, width: int, implementation: str, workspace: str, threads: int) -> dict:
+    """One measurement; to be called in a fresh process."""
+    import torch
+
+    import flashpair.workspace
+
+    torch.set_num_threads(threads)
+    if workspace == "smallest":
+        flashpair.set_max_workspace_bytes(flashpair.workspace.MINIMUM_BYTES)
+    case = next(c for c in all_cases() if c.name == name)
+    function = case.implementations()[implementation]
+    needs = case.needs_bytes(implementation, batch)
+    if needs > 0.5 * available_bytes():
+        return {"not_run": f"needs about {needs / 2**30:.0f} GiB"}
+    step(function, case.make(WARM_UP, width))
+    inputs = case.make(batch, width)
+    memory = machine.PeakMemory()
+    memory.start()
+    start = time.perf_counter()
+    loss = step(function, inputs)
+    seconds = time.perf_counter() - start
+    if not torch.isfinite(loss):
+        return {"not_run": f"wrong: the loss is {loss.item()}"}
+    return {
+        "mebibytes": round(memory.growth() / 2**20, 1),
+        "inputs_mebibytes": round(sum(t.nbytes for t in inputs.leaves) / 2**20, 1),
+        "seconds": round(seconds, 2),
+    }
+
+
+def available_bytes() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().available)
+
+
+def limit(row: dict) -> float | None:
+    """MiB that flashpair promises at B = 65536, D = 64; None where nothing is promised."""
+    if row["implementation"] != "flashpair" or (row["batch"], row["width"]) != (65536, 64) or "mebibytes" not in row:
+        return None
+    return 400.0 if row["workspace"] == "default" else 5 * row["inputs_mebibytes"] + 2 * int(row["threads"])
+
+
+def main() -> int:
+    options = arguments()
+    if options.child:
+        name, batch, implementation, workspace = options.child
+        found = measure(name, int(batch), options.width, implementation, workspace, options.threads)
+        print(json.dumps({**found, **machine.describe()}))
+        return 0
+    from tqdm import tqdm
+
+    names = [c.name for c in all_cases() if not options.patterns or any(p in c.name for p in options.patterns)]
+    if not names:
+        raise SystemExit(f"no loss matches {options.patterns}; there are {', '.join(c.name for c in all_cases())}")
+    jobs = [
+        (name, batch, implementation, workspace)
+        for batch in options.batch
+        for name in names
+        for implementation in options.implementations
+        for workspace in (options.workspace if implementation == "flashpair" else ["default"])
+    ]
+    rows, status = [], 0
+    for job in tqdm(jobs, desc="memory", disable=None):
+        command = [sys.executable, __file__, "--child", *map(str, job), "--width", str(options.width)]
+        environment = machine.environment("default", options.threads)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            found = json.loads(done.stdout.splitlines()[-1])
+        else:
+            message = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+            found = {"not_run": message[:200], **machine.describe()}
+        fields = dict(zip(("case", "batch", "implementation", "workspace"), job, strict=True))
+        row = {**fields, "width": options.width, **found}
+        rows.append(row)
+        allowed = limit(row)
+        over = allowed is not None and row["mebibytes"] > allowed
+        status |= over or ("not_run" in row and row["implementation"] == "flashpair")
+        text = row.get("not_run") or f"{row['mebibytes']:8.1f} MiB  {row['seconds']:6.2f} s"
+        promised = "" if allowed is None else f"  allowed {allowed:.0f}{', exceeded' if over else ''}"
+        tqdm.write(f"{job[0]:<20} {job[1]:>6} {job[2]:<16} {job[3]:<9} {text}{promised}")
+    merge(options.out, rows, ("case", "batch", "width", "implementation", "workspace", "threads", "device"))
+    print(f"wrote {options.out}")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

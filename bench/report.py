@@ -1,0 +1,163 @@
+"""Markdown and pictures from bench/results/*.json; rows whose sources have changed since are marked stale.
+
+python bench/report.py            writes bench/results/README.md, docs/bench-speed.png, and the block in README.md
+python bench/report.py --check    exit status 1 where a row is stale or README.md differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import machine
+
+BEGIN, END = "<!-- measured: begin (written by bench/report.py) -->", "<!-- measured: end -->"
+STALE = "stale"
+
+
+def load(name: str) -> list[dict]:
+    path = machine.RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def freshness(row: dict, sources: str) -> str:
+    return "" if row["sources"] == sources else f"{STALE} ({row['sources'][:6]})"
+
+
+def provenance(rows: list[dict]) -> list[str]:
+    """One line per machine and version that the rows come from."""
+    lines = {
+        f"{r['device']}, {r['threads']} threads, torch {r['torch']}, backend {r['backend']}, "
+        f"commit {r['commit']}, sources `{r['sources']}`, {r['date']}"
+        for r in rows
+    }
+    return [f"- {line}" for line in sorted(lines)]
+
+
+def speed_section(rows: list[dict], sources: str) -> list[str]:
+    if not rows:
+        return ["No speed has been measured yet: `python bench/run.py`.", ""]
+    others = sorted({name for r in rows for name in [*r["milliseconds"], *r["not_run"]]} - {"flashpair"})
+    body = []
+    for r in rows:
+        ours = r["milliseconds"].get("flashpair")
+        cells = [r["case"], str(r["batch"]), str(r["width"]), r["dtype"], r["allocator"]]
+        cells.append(f"{ours['median']:.1f}" if ours else r["not_run"].get("flashpair", "-"))
+        for name in others:
+            ratio, time = r["times_flashpair"].get(name), r["milliseconds"].get(name)
+            if ratio:
+                cells.append(f"**{ratio['median']:.2f}x** ({ratio['low']:.2f}-{ratio['high']:.2f})")
+            else:
+                cells.append(f"{time['median']:.1f} ms" if time else r["not_run"].get(name, "-"))
+        body.append([*cells, f"{100 * r['foreign_load']:.0f}%", freshness(r, sources)])
+    header = ["case", "B", "D", "dtype", "allocator", "flashpair, ms", *others, "foreign load", ""]
+    return [
+        "Printed by `python bench/run.py`. Forward + backward; median, and how many times as long the others take",
+        "(median of ratios within a round, 10th to 90th percentile in brackets).",
+        "",
+        *provenance(rows),
+        "",
+        *table(header, body),
+        "",
+    ]
+
+
+def memory_section(rows: list[dict], sources: str) -> list[str]:
+    if not rows:
+        return ["No memory has been measured yet: `python bench/memory.py`.", ""]
+    body = [
+        [
+            r["case"],
+            str(r["batch"]),
+            str(r["width"]),
+            r["implementation"],
+            r["workspace"] if r["implementation"] == "flashpair" else "-",
+            r["not_run"] if "not_run" in r else f"{r['mebibytes']:.0f}",
+            f"{r['inputs_mebibytes']:.0f}" if "inputs_mebibytes" in r else "-",
+            f"{4 * r['batch'] ** 2 / 2**20:.0f}",
+            freshness(r, sources),
+        ]
+        for r in rows
+    ]
+    header = ["loss", "B", "D", "implementation", "workspace", "peak, MiB", "inputs, MiB", "S would be, MiB", ""]
+    return [
+        "Printed by `python bench/memory.py`: growth of resident memory in a fresh process,",
+        "forward + backward, float32, gradients of the inputs included.",
+        "",
+        *provenance(rows),
+        "",
+        *table(header, body),
+        "",
+    ]
+
+
+def draw(rows: list[dict], sources: str, path: Path) -> bool:
+    """Bars of the ratios, the first size and dtype of each allocator; False where there is nothing to draw."""
+    rows = [r for r in rows if r["times_flashpair"]]
+    if not rows:
+        return False
+    from matplotlib.figure import Figure
+
+    settings = list(dict.fromkeys((r["batch"], r["width"], r["dtype"], r["allocator"]) for r in rows))
+    figure = Figure(figsize=(9, 2.6 * len(settings)), layout="constrained")
+    for axes, setting in zip(figure.subplots(len(settings), 1, squeeze=False)[:, 0], settings, strict=True):
+        chosen = [r for r in rows if (r["batch"], r["width"], r["dtype"], r["allocator"]) == setting]
+        others = sorted({name for r in chosen for name in r["times_flashpair"]})
+        for k, name in enumerate(others):
+            found = [
+                (i, r["times_flashpair"][name]["median"]) for i, r in enumerate(chosen) if name in r["times_flashpair"]
+            ]
+            places = [i + (k - (len(others) - 1) / 2) * 0.8 / len(others) for i, _ in found]
+            axes.bar(places, [value for _, value in found], 0.8 / len(others), label=name)
+        stale = [f"{r['case']}\n({STALE})" if freshness(r, sources) else r["case"] for r in chosen]
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(chosen)), stale, fontsize=8)
+        axes.set(yscale="log", ylabel="time / flashpair", title="B={} D={} {}, {} allocator".format(*setting))
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def with_block(readme: str, block: list[str]) -> str:
+    """README text with the lines between the two markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise SystemExit(f"README.md must hold each marker once: {BEGIN} and {END}")
+    head, rest = readme.split(BEGIN)
+    return head + "\n".join([BEGIN, "", *block]) + "\n" + END + rest.split(END)[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 where something is out of date"
+    )
+    options = parser.parse_args()
+    sources = machine.source_hash()
+    speed, memory = load("speed"), load("memory")
+    block = [*speed_section(speed, sources), *memory_section(memory, sources)]
+    readme = machine.ROOT / "README.md"
+    text = with_block(readme.read_text(), block)
+    stale = [r for r in [*speed, *memory] if freshness(r, sources)]
+    if options.check:
+        print(f"{len(stale)} stale rows; README.md is {'current' if text == readme.read_text() else 'out of date'}")
+        return int(bool(stale) or text != readme.read_text())
+    readme.write_text(text)
+    machine.RESULTS.mkdir(parents=True, exist_ok=True)
+    (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *block]))
+    drawn = draw(speed, sources, machine.ROOT / "docs" / "bench-speed.png")
+    print("\n".join(block))
+    pictures = " and docs/bench-speed.png" if drawn else ""
+    print(f"wrote README.md and bench/results/README.md{pictures}; {len(stale)} stale rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
