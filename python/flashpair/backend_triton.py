@@ -1,5 +1,79 @@
-"""Backend `triton`. Stub until the extension is wired."""
+"""Backend `triton`: GPU kernels of `flashpair.kernels`; CPU tensors under Triton's interpreter. Loads Triton on first use."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from .request import Request
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_FEATURES = 1 << 20
 
 
-def unavailable():
-    return ["not built"]
+@functools.cache
+def _import_failure() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken Triton must not break flashpair
+        return f"triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
+
+
+def unavailable() -> list[str]:
+    """Reasons against using Triton at all."""
+    failure = _import_failure()
+    if failure is not None:
+        return [failure]
+    if not torch.cuda.is_available() and not _interpreted():
+        return ["no CUDA device is visible, and TRITON_INTERPRET=1 is not set"]
+    return []
+
+
+def why_not(x: Tensor) -> list[str]:
+    """Reasons against embeddings like x (rows, D)."""
+    reasons = []
+    if x.device.type != "cuda" and not _interpreted():
+        reasons.append(f"embeddings are on {x.device}; the kernels read cuda tensors (or set TRITON_INTERPRET=1)")
+    if x.dtype == torch.float64:
+        reasons.append("float64 is served by cpu and reference")
+    elif x.dtype not in DTYPES:
+        reasons.append(f"embeddings are {x.dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
+    if x.shape[0] >= 1 << 31:
+        reasons.append(f"embeddings have {x.shape[0]} rows; at most {(1 << 31) - 1} are allowed")
+    if x.shape[1] > _MAX_FEATURES:
+        reasons.append(f"embeddings have {x.shape[1]} features; at most {_MAX_FEATURES} are allowed")
+    return reasons
+
+
+def _launchers():
+    from .kernels import launch
+
+    return launch
+
+
+def stats(request: Request) -> tuple[Tensor, Tensor]:
+    """Statistics: rows (R, B), columns (C, N), float32."""
+    return _launchers().stats(request)
+
+
+def weights(request: Request, rows, columns, grad_rows, grad_columns, needs):
+    """Gradients: dx (B, D), dy (N, D), and one per parameter."""
+    return _launchers().weights(request, rows, columns, grad_rows, grad_columns, needs)
+
+
+def sums(request: Request, needs):
+    """Total () and its gradients, from one pass."""
+    return _launchers().sums(request, needs)
+
+
+def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
+    """Values (B, k) float32 and indices (B, k) int64 of each extreme."""
+    return _launchers().mine(request)

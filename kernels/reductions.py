@@ -1,0 +1,209 @@
+"""Reductions of a tile to one partial per owner, and their merging; numbered as in `flashpair.Reduction`.
+
+Log-sum-exps are kept as (m, l) with value log2-based: sum = l * 2**m. Empty: m = -inf, l = 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .program import ABSENT, COMBINE, CONSTANT, OFFSET, OTHER, SCALE, SCORE, SIDE, WEIGHT
+from .scores import IDENTITY, log1p, score_value
+from .tiles import parameter
+
+SUM = tl.constexpr(0)
+COUNT = tl.constexpr(1)
+LOGSUMEXP = tl.constexpr(2)
+SOFTMAX_MEAN = tl.constexpr(3)
+MOMENTS = tl.constexpr(4)
+
+LOGADDEXP = tl.constexpr(1)  # numbered as in `flashpair.Combine`
+LOG2E = tl.constexpr(1.4426950408889634)
+#: Widest range of exponents (base 2) that may share one offset: what is flushed is below 2**-62 of every kept sum.
+SHARED_RANGE = tl.constexpr(64.0)
+
+
+@triton.jit
+def logaddexp(p, q):
+    """log(exp(p) + exp(q)) that passes infinities on."""
+    e = tl.where(p == q, 1.0, tl.exp(-tl.abs(p - q)))
+    return tl.maximum(p, q) + log1p(e)
+
+
+@triton.jit
+def combined_offset(vectors, CODE: tl.constexpr, AT: tl.constexpr):
+    """combine(p, q), broadcastable to the tile."""
+    side: tl.constexpr = CODE[AT + SIDE]
+    p = parameter(vectors, CODE[AT + OFFSET], CODE[AT + OFFSET + 1], side, 0.0)
+    if CODE[AT + OTHER] == ABSENT:
+        value = p
+    else:
+        q = parameter(vectors, CODE[AT + OTHER], CODE[AT + OTHER + 1], 1 - side, 0.0)
+        if CODE[AT + COMBINE] == LOGADDEXP:
+            value = logaddexp(p, q)
+        else:
+            value = p + q
+    return value
+
+
+@triton.jit
+def affine(s, vectors, CODE: tl.constexpr, AT: tl.constexpr, FACTOR: tl.constexpr):
+    """FACTOR * (scale * s + combine(offset, other_offset)), skipping what is absent."""
+    side: tl.constexpr = CODE[AT + SIDE]
+    z = s
+    if (CODE[AT + SCALE] != ABSENT) or (FACTOR != 1.0):
+        z = z * (parameter(vectors, CODE[AT + SCALE], CODE[AT + SCALE + 1], side, 1.0) * FACTOR)
+    if (CODE[AT + OFFSET] != ABSENT) or (CODE[AT + OTHER] != ABSENT):
+        z = z + combined_offset(vectors, CODE, AT) * FACTOR
+    return z
+
+
+@triton.jit
+def constant_of(vectors, CODE: tl.constexpr, AT: tl.constexpr):
+    """The c of a score."""
+    return parameter(vectors, CODE[AT + CONSTANT], CODE[AT + CONSTANT + 1], 0, 0.0)
+
+
+@triton.jit
+def exponent(s, keep, vectors, CODE: tl.constexpr, AT: tl.constexpr):
+    """(log2(w * exp(phi(z))), keep): pairs of weight zero are not kept."""
+    if CODE[AT + SCORE] == IDENTITY:
+        e = affine(s, vectors, CODE, AT, LOG2E)
+    else:
+        z = affine(s, vectors, CODE, AT, 1.0)
+        e = score_value(z, constant_of(vectors, CODE, AT), CODE[AT + SCORE]) * LOG2E
+    if CODE[AT + WEIGHT] != ABSENT:
+        w = parameter(vectors, CODE[AT + WEIGHT], CODE[AT + WEIGHT + 1], 1 - CODE[AT + SIDE], 1.0)
+        keep = keep & (w != 0.0)
+        e = e + tl.log2(tl.where(w == 0.0, 1.0, w))
+    return e, keep
+
+
+@triton.jit
+def along(v, SIDE: tl.constexpr):
+    """A vector along a side, broadcastable to the tile."""
+    return tl.expand_dims(v, 1 - SIDE)
+
+
+@triton.jit
+def finite_offset(m):
+    """The maximum as an offset: 0 where it is infinite, so that nothing becomes inf - inf."""
+    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
+
+
+@triton.jit
+def owner_logsumexp(e, keep, SIDE: tl.constexpr):
+    """(m, l, p): owners' logsumexp in one tile and the terms of l, offset by each owner's maximum."""
+    e = tl.where(keep, e, -float("inf"))
+    m = tl.max(e, 1 - SIDE)
+    p = tl.exp2(e - along(finite_offset(m), SIDE))
+    return m, tl.sum(p, 1 - SIDE), p
+
+
+@triton.jit
+def shared_logsumexp(e, keep, other_keep, SIDE: tl.constexpr):
+    """(m, l) of the owners on SIDE and of those on the other side, from one exponential where the range permits."""
+    either = keep | other_keep
+    top = tl.max(tl.where(either, e, -float("inf")))
+    bottom = tl.min(tl.where(either, e, float("inf")))
+    if top - bottom <= SHARED_RANGE:
+        p = tl.exp2(e - finite_offset(top))
+        l = tl.sum(tl.where(keep, p, 0.0), 1 - SIDE)
+        other_l = tl.sum(tl.where(other_keep, p, 0.0), SIDE)
+        m = tl.where(l == 0.0, -float("inf"), top)
+        other_m = tl.where(other_l == 0.0, -float("inf"), top)
+    else:
+        m, l, _ = owner_logsumexp(e, keep, SIDE)
+        other_m, other_l, _ = owner_logsumexp(e, other_keep, 1 - SIDE)
+    return m, l, other_m, other_l
+
+
+@triton.jit
+def owner_moments(s, keep, SIDE: tl.constexpr):
+    """(count, mean, sum of squared deviations, min, max) of the kept entries in one tile."""
+    count = tl.sum(tl.where(keep, 1.0, 0.0), 1 - SIDE)
+    mean = tl.sum(tl.where(keep, s, 0.0), 1 - SIDE) / tl.maximum(count, 1.0)
+    deviation = tl.where(keep, s - along(mean, SIDE), 0.0)
+    low = tl.min(tl.where(keep, s, float("inf")), 1 - SIDE)
+    high = tl.max(tl.where(keep, s, -float("inf")), 1 - SIDE)
+    low = tl.where(mean != mean, mean, low)
+    high = tl.where(mean != mean, mean, high)
+    return count, mean, tl.sum(deviation * deviation, 1 - SIDE), low, high
+
+
+@triton.jit(do_not_specialize=["tiles", "length", "first", "state_length"])
+def _fold_kernel(
+    partial_ptr,  # (slots, tiles, length) float32
+    state_ptr,  # (slots, state_length) float64
+    tiles,
+    length,
+    first,  # position of the panel in the state
+    state_length,
+    ENTRIES: tl.constexpr,  # (reduction, slot, ...)
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge the tiles' partials of one panel into the running statistics, in a fixed order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.arange(0, BLOCK_T)
+    for n in tl.static_range(len(ENTRIES) // 2):
+        reduction: tl.constexpr = ENTRIES[2 * n]
+        slot: tl.constexpr = ENTRIES[2 * n + 1]
+        state = state_ptr + tl.cast(state_length, tl.int64) * slot + first + at
+        step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
+        inside = at < length
+        if (reduction == SUM) or (reduction == COUNT):
+            total = tl.load(state, mask=inside, other=0.0)
+            for start in range(0, tiles, BLOCK_T):
+                mask = (t[:, None] < tiles - start) & inside[None, :]
+                offset = step * slot + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
+                total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
+            tl.store(state, total, mask=inside)
+        elif reduction == MOMENTS:
+            count = tl.load(state, mask=inside, other=0.0)
+            mean = tl.load(state + state_length, mask=inside, other=0.0)
+            spread = tl.load(state + 2 * state_length, mask=inside, other=0.0)
+            low = tl.load(state + 3 * state_length, mask=inside, other=0.0)
+            high = tl.load(state + 4 * state_length, mask=inside, other=0.0)
+            for start in range(0, tiles, 1):
+                offset = step * slot + tl.cast(start, tl.int64) * length + at
+                c = tl.load(partial_ptr + offset, mask=inside, other=0.0).to(tl.float64)
+                difference = tl.load(partial_ptr + offset + step, mask=inside, other=0.0).to(tl.float64) - mean
+                m2 = tl.load(partial_ptr + offset + 2 * step, mask=inside, other=0.0).to(tl.float64)
+                lo = tl.load(partial_ptr + offset + 3 * step, mask=inside, other=0.0).to(tl.float64)
+                hi = tl.load(partial_ptr + offset + 4 * step, mask=inside, other=0.0).to(tl.float64)
+                share = c / tl.maximum(count + c, 1.0)
+                spread += m2 + tl.where(c == 0.0, 0.0, difference * difference * count * share)
+                mean += tl.where(c == 0.0, 0.0, difference * share)
+                count += c
+                low = tl.where((lo < low) | (lo != lo), lo, low)
+                high = tl.where((hi > high) | (hi != hi), hi, high)
+            tl.store(state, count, mask=inside)
+            tl.store(state + state_length, mean, mask=inside)
+            tl.store(state + 2 * state_length, spread, mask=inside)
+            tl.store(state + 3 * state_length, low, mask=inside)
+            tl.store(state + 4 * state_length, high, mask=inside)
+        else:
+            m = tl.load(state, mask=inside, other=0.0).to(tl.float32)
+            l = tl.load(state + state_length, mask=inside, other=0.0)
+            weighted = l
+            if reduction == SOFTMAX_MEAN:
+                weighted = tl.load(state + 2 * state_length, mask=inside, other=0.0)
+            for start in range(0, tiles, BLOCK_T):
+                mask = (t[:, None] < tiles - start) & inside[None, :]
+                offset = step * slot + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
+                tile_m = tl.load(partial_ptr + offset, mask=mask, other=-float("inf"))
+                tile_l = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
+                new_m = tl.maximum(m, tl.max(tile_m, 0))
+                shift = finite_offset(new_m)
+                old = tl.exp2(m - shift).to(tl.float64)
+                # An empty tile counts for nothing, and 0 * inf must not make it count.
+                factor = tl.where(tile_l == 0.0, 0.0, tl.exp2(tile_m - shift[None, :])).to(tl.float64)
+                l = tl.where(l == 0.0, 0.0, l * old) + tl.sum(tile_l.to(tl.float64) * factor, 0)
+                if reduction == SOFTMAX_MEAN:
+                    tile_t = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
+                    weighted = weighted * old + tl.sum(tile_t * factor, 0)
+                m = new_m
+            tl.store(state, m.to(tl.float64), mask=inside)
+            tl.store(state + state_length, l, mask=inside)
+            if reduction == SOFTMAX_MEAN:
+                tl.store(state + 2 * state_length, weighted, mask=inside)
