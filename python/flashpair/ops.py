@@ -37,6 +37,11 @@ def _module(name: str):
     return dispatch.named(name).load()
 
 
+def _wide(x: Tensor):
+    """Autocast off: it would narrow the matrix products of a backend."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _statistics_shape(x: Tensor, y: Tensor | None, spec: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     rows, columns = count_slots(spec)
     return (rows, x.shape[0]), (columns, (x if y is None else y).shape[0])
@@ -60,7 +65,8 @@ def pair_stats(
     max_workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # (R, B), (C, N)
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
-    return _module(backend).stats(request)
+    with _wide(x):
+        return _module(backend).stats(request)
 
 
 @pair_stats.register_fake
@@ -129,9 +135,10 @@ def pair_weights(
 ) -> list[Tensor]:  # dx, dy, *dparams; (0,) where not needed
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
     needs = Needs(need_x, need_y, tuple(need_params))
-    dx, dy, dparams = _module(backend).weights(
-        request, rows, columns, grad_rows.contiguous(), grad_columns.contiguous(), needs
-    )
+    with _wide(x):
+        dx, dy, dparams = _module(backend).weights(
+            request, rows, columns, grad_rows.contiguous(), grad_columns.contiguous(), needs
+        )
     return _gradients(request, needs, dx, dy, dparams)
 
 
@@ -185,7 +192,8 @@ def pair_sum(
 ) -> list[Tensor]:  # total, dx, dy, *dparams
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
     needs = Needs(need_x, need_y, tuple(need_params))
-    total, dx, dy, dparams = _module(backend).sums(request, needs)
+    with _wide(x):
+        total, dx, dy, dparams = _module(backend).sums(request, needs)
     return [total, *_gradients(request, needs, dx, dy, dparams)]
 
 
@@ -198,21 +206,35 @@ def _(
     return [total, *_gradients_fake(x, y, params, need_x, need_y, need_params)]
 
 
+class _Once(torch.autograd.Function):
+    """Gradients computed in the forward pass look like constants; tied to the inputs, a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("flashpair.pair_sum cannot be differentiated twice; use_backend('reference') can")
+
+
 def _sum_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    x, y, params = inputs[0], inputs[1], inputs[6]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], x, y, *params)
     ctx.needs = (*inputs[-3:-1], *inputs[-1])
 
 
-def _sum_backward(ctx, grads):  # grads: of total, dx, dy, *dparams; all but the first only in a second derivative
-    if any(g is not None for g in grads[1:]):
-        raise RuntimeError("flashpair.pair_sum cannot be differentiated twice; use_backend('reference') can")
-    total = grads[0]
+def _sum_backward(ctx, grads):
+    total, count = grads[0], len(ctx.needs)
+    gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     # Scaled in the wide dtype: a gradient scaler's factor need not fit float16.
     scaled = [
-        None if total is None or not need else (g.to(total.dtype) * total).to(g.dtype)
-        for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        (g.to(total.dtype) * total).to(g.dtype) if need else None for g, need in zip(gradients, ctx.needs, strict=True)
     ]
+    if torch.is_grad_enabled():
+        inputs = [t for t in inputs if t is not None]
+        scaled = [g if g is None else _Once.apply(g, *inputs) for g in scaled]
     # An empty list of flags counts as a list of tensors, whose gradient must be a list.
     flags = None if ctx.needs[2:] else []
     return scaled[0], scaled[1], None, None, None, None, scaled[2:], None, None, None, None, None, None, flags
@@ -244,7 +266,8 @@ def pair_mine(
         numbers = [None if abs(v) == torch.inf else v for v in consts[2 * e : 2 * e + 2]]
         above, below = (bounds[i].reshape(-1) if i >= 0 else v for i, v in zip((above, below), numbers, strict=True))
         request.extremes.append(Extreme(Mask(mask), bool(largest), k, above, below))
-    found = dispatch.named(backend).load().mine(request)
+    with _wide(x):
+        found = _module(backend).mine(request)
     return [t for pair in found for t in pair]
 
 
