@@ -333,6 +333,15 @@ def test_mine_similarities(similarity, normalize, backend):
         assert torch.equal(found.indices, wanted.indices)
 
 
+def test_infinite_thresholds_keep_nothing_or_everything(backend):
+    data = make(5, 4, 3).to(_precise(backend), support.device(backend), grad=False)
+    bounds = [{"above": math.inf}, {"below": -math.inf}, {"above": -math.inf}, {"below": math.inf}]
+    found = mine(data.x, data.y, [Extreme(**b) for b in bounds])
+    assert [bool(f.indices.eq(-1).all()) for f in found] == [True, True, False, False]
+    counts = pair_reduce(data.x, data.y, [Term(Reduction.COUNT, Score.SQUARE, **b) for b in bounds])
+    assert [float(c[0]) for c in counts] == [0.0, 0.0, 4.0, 4.0]
+
+
 @pytest.mark.parametrize("largest", [True, False])
 def test_mine_puts_nan_first(largest, backend):
     data = make(6, 9, 1).to(_precise(backend), support.device(backend), grad=False)

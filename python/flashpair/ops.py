@@ -263,7 +263,8 @@ def pair_mine(
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, [], spec[:5], [], max_workspace_bytes)
     for e in range((len(spec) - 5) // 5):
         mask, largest, k, above, below = spec[5 + 5 * e : 10 + 5 * e]
-        numbers = [None if abs(v) == torch.inf else v for v in consts[2 * e : 2 * e + 2]]
+        low, high = consts[2 * e : 2 * e + 2]
+        numbers = (None if low == -torch.inf else low, None if high == torch.inf else high)
         above, below = (bounds[i].reshape(-1) if i >= 0 else v for i, v in zip((above, below), numbers, strict=True))
         request.extremes.append(Extreme(Mask(mask), bool(largest), k, above, below))
     with _wide(x):
