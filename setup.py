@@ -51,7 +51,8 @@ def sources(*patterns):
 def compile_flags():
     if os.name == "nt":
         return ["/O2", "/std:c++20", "/EHsc"]
-    return ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror=switch", "-g0"]
+    return ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+            "-Wall", "-Wextra", "-Werror=switch", "-g0"]
 
 
 def pybind11_include(torch_include_paths):

@@ -1,5 +1,185 @@
-"""Backend `cpu`: C++, vectorised and threaded. Stub until the extension is wired."""
+"""Backend `cpu`: C++ on the CPU, vectorised and threaded; see `csrc/engine_cpu.h`.
+
+float32 and float64 are served natively; bfloat16 and float16 embeddings are read as float32 (exactly), so their
+results lose nothing but the rounding of their gradients.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .request import PARAMETERS, Request, encode, statistics_dtype
+from .terms import Axis
+
+MAX_FEATURES = 1 << 16
 
 
-def unavailable():
-    return ["not built"]
+@cache
+def _load() -> str:
+    """Load the extension once; the reason why not, or an empty string."""
+    found = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
+    if not found:
+        return (
+            "the C++ extension was not built; install a C++ compiler and run "
+            "`FLASHPAIR_BUILD_NATIVE=1 pip install --force-reinstall --no-deps flashpair`"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the C++ extension {found[0].name} does not load with torch {torch.__version__}: {error}"
+    return ""
+
+
+def unavailable() -> list[str]:
+    reason = _load()
+    return [reason] if reason else []
+
+
+def why_not(x: Tensor) -> list[str]:
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"serves CPU tensors; got {x.device}")
+    if x.shape[1] > MAX_FEATURES:
+        reasons.append(f"serves at most {MAX_FEATURES} features; got {x.shape[1]}")
+    return reasons
+
+
+def isa() -> str:
+    """Instruction set in use: portable, avx2 or avx512."""
+    return torch.ops.flashpair_cpu.isa()
+
+
+def release_workspace() -> int:
+    return 0 if _load() else torch.ops.flashpair_cpu.release_workspace()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(statistics_dtype(x)).contiguous()
+
+
+def _directed(request: Request) -> Request:
+    """A pair mask or excluded columns need not be symmetric: such a self-similarity runs as a rectangular problem."""
+    return request.y is None and (request.pair_mask is not None or request.exclude is not None)
+
+
+def _arguments(request: Request) -> list:
+    """The flat arguments that all three native operators share, without the parameters."""
+    x = _wide(request.x)
+    y, ref_labels = request.y, request.ref_labels
+    if _directed(request):
+        y, ref_labels = x, request.labels
+    contiguous = lambda t: None if t is None else t.contiguous()  # noqa: E731
+    return [
+        x, None if y is None else _wide(y), contiguous(request.labels), contiguous(ref_labels),
+        contiguous(request.pair_mask), contiguous(request.exclude),
+    ]  # fmt: skip
+
+
+def _params(request: Request) -> list[Tensor]:
+    dtype = statistics_dtype(request.x)
+    return [p.detach().to(dtype).contiguous() for p in request.params]
+
+
+def _flat(request: Request) -> tuple[list[int], list[float]]:
+    _, spec, consts = encode(
+        request.terms, request.similarity, request.normalize, request.exclude_self, request.keep, request.precision
+    )
+    # `encode` saw decoded parameters; their positions are those of the request.
+    per_term = 6 + len(PARAMETERS)
+    for t, term in enumerate(request.terms):
+        first = 5 + t * per_term + 6
+        spec[first : first + len(PARAMETERS)] = [term.index[name] for name in PARAMETERS]
+    return spec, consts
+
+
+def _slots(request: Request, axis: Axis) -> int:
+    return sum(t.reduction.slots for t in request.terms if t.axis == axis)
+
+
+def stats(request: Request) -> tuple[Tensor, Tensor]:
+    """Statistics: rows (R, B), columns (C, N)."""
+    b, n = request.shape
+    dtype = statistics_dtype(request.x)
+    rows = request.x.new_empty(_slots(request, Axis.ROWS), b, dtype=dtype)
+    columns = request.x.new_empty(_slots(request, Axis.COLUMNS), n, dtype=dtype)
+    spec, consts = _flat(request)
+    torch.ops.flashpair_cpu.stats(
+        *_arguments(request), _params(request), spec, consts, request.max_workspace_bytes, rows, columns
+    )
+    return rows, columns
+
+
+def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | None):
+    b, n = request.shape
+    dtype = statistics_dtype(request.x)
+    empty = lambda *shape: request.x.new_empty(shape, dtype=dtype)  # noqa: E731
+    directed = _directed(request)
+    dx = empty(b, request.x.shape[1]) if needs.x else empty(0)
+    dy = empty(n, request.x.shape[1]) if (needs.x if directed else needs.y) else empty(0)
+    gradients = [dx, dy]
+    by_parameter: list[list[Tensor]] = [[] for _ in request.params]
+    for term in request.terms:
+        owners, others = (b, n) if term.axis == Axis.ROWS else (n, b)
+        for name, length in (("scale", owners), ("offset", owners), ("other_offset", others), ("weight", others)):
+            index = term.index[name]
+            wanted = index >= 0 and needs.params[index]
+            gradients.append(empty(length) if wanted else empty(0))
+            if wanted:
+                by_parameter[index].append(gradients[-1])
+    spec, consts = _flat(request)
+    torch.ops.flashpair_cpu.weights(
+        *_arguments(request), _params(request), spec, consts, request.max_workspace_bytes, statistics, gradients, total
+    )
+    if directed and needs.x:
+        dx += dy
+    dparams = []
+    for parameter, parts in zip(request.params, by_parameter, strict=True):
+        if not parts:
+            dparams.append(None)
+            continue
+        dparams.append(sum(p.double().sum() if parameter.dim() == 0 else p for p in parts))
+    return dx.to(request.x.dtype), dy.to(request.x.dtype), dparams
+
+
+def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
+    """Gradients of the statistics: dx, dy, dparams."""
+    return _weights(request, needs, [rows, columns, grad_rows, grad_columns], None)
+
+
+def sums(request: Request, needs):
+    """Sum of all terms and its gradients, in one pass."""
+    total = torch.zeros((), dtype=torch.float64)
+    dx, dy, dparams = _weights(request, needs, [], total)
+    return total.to(statistics_dtype(request.x)), dx, dy, dparams
+
+
+def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
+    """(values (B, k), indices (B, k)) of each extreme."""
+    b = request.x.shape[0]
+    dtype = statistics_dtype(request.x)
+    found: list[Tensor] = []
+    bounds: list[Tensor] = []
+    spec = [int(request.similarity), int(request.normalize), int(request.exclude_self), int(request.keep), 0]
+    consts: list[float] = []
+    for extreme in request.extremes:
+        spec += [int(extreme.mask), int(extreme.largest), extreme.k]
+        for bound, absent in ((extreme.above, -torch.inf), (extreme.below, torch.inf)):
+            is_tensor = isinstance(bound, Tensor)
+            spec.append(len(bounds) if is_tensor else -1)
+            consts.append(absent if is_tensor or bound is None else float(bound))
+            if is_tensor:
+                # One element for all rows is a 0-d tensor to the extension.
+                value = bound.to(dtype).contiguous()
+                bounds.append(value.reshape(()) if value.numel() == 1 and b != 1 else value)
+        found += [request.x.new_empty(b, extreme.k, dtype=dtype), torch.empty(b, extreme.k, dtype=torch.int64)]
+    torch.ops.flashpair_cpu.extremes(
+        *_arguments(request), bounds, spec, consts, request.max_workspace_bytes, found
+    )
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+

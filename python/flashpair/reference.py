@@ -33,14 +33,17 @@ def normalized(x: Tensor) -> Tensor:
     return F.normalize(x.to(statistics_dtype(x)), dim=-1, eps=1e-12)
 
 
-def similarity_matrix(x: Tensor, y: Tensor, similarity: Similarity, normalize: bool) -> Tensor:
-    """s (B, N) of x (B, D) and y (N, D), accumulated in at least float32."""
-    x, y = (normalized(v) if normalize else v.to(statistics_dtype(v)) for v in (x, y))
+def similarity_matrix(x: Tensor, y: Tensor | None, similarity: Similarity, normalize: bool) -> Tensor:
+    """s (B, N) of x (B, D) and y (N, D), accumulated in at least float32; y None: of x with itself."""
+    own = y is None
+    x, y = (normalized(v) if normalize else v.to(statistics_dtype(v)) for v in (x, x if own else y))
     with torch.autocast(x.device.type, enabled=False):  # autocast would narrow the product
         dot = x @ y.T
     if similarity == Similarity.DOT:
         return dot
     squared = ((x * x).sum(-1)[:, None] + (y * y).sum(-1)[None, :] - 2.0 * dot).clamp_min(0.0)
+    if own:
+        squared = squared - torch.diag(squared.diagonal())  # a row is at distance 0 of itself, also after rounding
     if similarity == Similarity.SQUARED_EUCLIDEAN:
         return squared
     zero = squared == 0
@@ -138,7 +141,7 @@ def _moments(s: Tensor, keep: Tensor) -> Tensor:
 
 def pair_reduce(request: Request) -> list[Tensor]:
     """The statistics of each term: (slots, owners), differentiable by autograd."""
-    s = similarity_matrix(request.x, request.columns, request.similarity, request.normalize)
+    s = similarity_matrix(request.x, request.y, request.similarity, request.normalize)
     results = []
     for term in request.terms:
         keep = pair_keep(request, term.mask)
@@ -150,7 +153,7 @@ def pair_reduce(request: Request) -> list[Tensor]:
 @torch.no_grad()
 def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     """(values (B, k), indices (B, k)) of each extreme; ties go to the lowest column, missing: index -1."""
-    s = similarity_matrix(request.x, request.columns, request.similarity, request.normalize)
+    s = similarity_matrix(request.x, request.y, request.similarity, request.normalize)
     return [_extreme(extreme, s, pair_keep(request, extreme.mask)) for extreme in request.extremes]
 
 

@@ -1,0 +1,212 @@
+// The native operators: decode the flat arguments of python/flashpair/ops.py into a Problem and run it. Registered through
+// LibTorch's stable ABI, so that one binary serves many versions of torch. Everything written is allocated by the caller.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "engine.h"
+#include "panel_cache_cpu.h"
+
+namespace flashpair {
+namespace {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
+
+constexpr size_t kHeader = 5, kPerTerm = 12, kPerConsts = 5, kPerExtreme = 5;
+
+void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) task(i, context);
+  });
+}
+
+template <class T>
+const T* pointer(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+
+template <class T>
+Parameter<T> parameter(const std::vector<Tensor>& params, int64_t index, double number) {
+  if (index < 0) return {nullptr, T(number)};
+  const Tensor& tensor = params[size_t(index)];
+  const T* data = static_cast<const T*>(tensor.data_ptr());
+  return tensor.dim() == 0 ? Parameter<T>{nullptr, data[0]} : Parameter<T>{data, T(0)};
+}
+
+template <class T>
+Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels, const MaybeTensor& ref_labels,
+                   const MaybeTensor& pair_mask, const MaybeTensor& exclude, const Ints& spec, int64_t workspace) {
+  Problem<T> p{};
+  p.x = static_cast<const T*>(x.data_ptr());
+  p.y = pointer<T>(y);
+  p.rows = x.size(0), p.columns = y ? y->size(0) : x.size(0), p.features = x.size(1);
+  p.labels = pointer<int64_t>(labels), p.ref_labels = pointer<int64_t>(ref_labels);
+  p.pair_mask = pointer<bool>(pair_mask), p.exclude = pointer<int64_t>(exclude);
+  p.similarity = Similarity(spec[0]);
+  p.normalize = spec[1], p.exclude_self = spec[2], p.keep = spec[3];
+  p.workspace_bytes = workspace;
+  p.threads = int(torch::stable::get_num_threads());
+  p.parallel = parallel;
+  return p;
+}
+
+template <class T>
+void add_terms(Problem<T>& p, const std::vector<Tensor>& params, const Ints& spec, const Floats& consts) {
+  int slots[2] = {0, 0};
+  for (size_t t = 0; t < (spec.size() - kHeader) / kPerTerm; ++t) {
+    const int64_t* f = spec.data() + kHeader + t * kPerTerm;
+    const double* c = consts.data() + t * kPerConsts;
+    Term<T> term{};
+    term.reduction = Reduction(f[0]), term.score = Score(f[1]), term.mask = Mask(f[2]), term.axis = Axis(f[3]);
+    term.combine = Combine(f[4]), term.detach_weights = f[5];
+    term.scale_index = int(f[6]), term.offset_index = int(f[7]), term.other_index = int(f[8]);
+    term.weight_index = int(f[9]);
+    term.scale = parameter<T>(params, f[6], c[0]), term.offset = parameter<T>(params, f[7], c[1]);
+    term.other_offset = parameter<T>(params, f[8], 0).data, term.weight = parameter<T>(params, f[9], 0).data;
+    term.above = parameter<T>(params, f[10], c[2]), term.below = parameter<T>(params, f[11], c[3]);
+    term.has_above = f[10] >= 0 || c[2] != -INFINITY, term.has_below = f[11] >= 0 || c[3] != INFINITY;
+    term.constant = T(c[4]);
+    term.slot = slots[int(term.axis)];
+    constexpr int kSlots[] = {1, 1, 1, 2, 5};  // of the reductions, in their order
+    slots[int(term.axis)] += kSlots[int(term.reduction)];
+    p.terms.push_back(term);
+  }
+}
+
+bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
+
+template <class T>
+void run_stats(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
+               const MaybeTensor& ref_labels, const MaybeTensor& pair_mask, const MaybeTensor& exclude,
+               const std::vector<Tensor>& params, const Ints& spec, const Floats& consts, int64_t workspace, Tensor& rows,
+               Tensor& columns) {
+  Problem<T> p = problem<T>(x, y, labels, ref_labels, pair_mask, exclude, spec, workspace);
+  add_terms(p, params, spec, consts);
+  passes.stats(p, static_cast<T*>(rows.data_ptr()), static_cast<T*>(columns.data_ptr()));
+}
+
+void stats(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, MaybeTensor pair_mask,
+           MaybeTensor exclude, std::vector<Tensor> params, Ints spec, Floats consts, int64_t workspace, Tensor rows,
+           Tensor columns) {
+  if (is_double(x))
+    run_stats(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows, columns);
+  else
+    run_stats(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows, columns);
+}
+
+// `gradients`: dx, dy, then (dscale, doffset, dother, dweight) of each term; empty tensors where not wanted.
+// `statistics`: rows, columns, grad_rows, grad_columns; empty for pair_sum, which writes `total` instead.
+template <class T>
+void run_weights(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
+                 const MaybeTensor& ref_labels, const MaybeTensor& pair_mask, const MaybeTensor& exclude,
+                 const std::vector<Tensor>& params, const Ints& spec, const Floats& consts, int64_t workspace,
+                 const std::vector<Tensor>& statistics, const std::vector<Tensor>& gradients, const MaybeTensor& total) {
+  Problem<T> p = problem<T>(x, y, labels, ref_labels, pair_mask, exclude, spec, workspace);
+  add_terms(p, params, spec, consts);
+  Gradients<T> g{};
+  auto at = [](const Tensor& tensor) { return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr; };
+  if (!statistics.empty()) {
+    g.rows = at(statistics[0]), g.columns = at(statistics[1]);
+    g.grad_rows = at(statistics[2]), g.grad_columns = at(statistics[3]);
+  }
+  g.dx = at(gradients[0]), g.dy = at(gradients[1]);
+  for (size_t t = 0; t < p.terms.size(); ++t) {
+    g.dscale.push_back(at(gradients[2 + 4 * t])), g.doffset.push_back(at(gradients[3 + 4 * t]));
+    g.dother.push_back(at(gradients[4 + 4 * t])), g.dweight.push_back(at(gradients[5 + 4 * t]));
+  }
+  g.total = total ? static_cast<double*>(total->data_ptr()) : nullptr;
+  passes.weights(p, g);
+}
+
+void weights(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, MaybeTensor pair_mask,
+             MaybeTensor exclude, std::vector<Tensor> params, Ints spec, Floats consts, int64_t workspace,
+             std::vector<Tensor> statistics, std::vector<Tensor> gradients, MaybeTensor total) {
+  if (is_double(x))
+    run_weights(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, statistics,
+                gradients, total);
+  else
+    run_weights(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, statistics,
+                gradients, total);
+}
+
+template <class T>
+void run_extremes(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
+                  const MaybeTensor& ref_labels, const MaybeTensor& pair_mask, const MaybeTensor& exclude,
+                  const std::vector<Tensor>& bounds, const Ints& spec, const Floats& consts, int64_t workspace,
+                  const std::vector<Tensor>& found) {
+  Problem<T> p = problem<T>(x, y, labels, ref_labels, pair_mask, exclude, spec, workspace);
+  std::vector<T*> values;
+  std::vector<int64_t*> indices;
+  for (size_t e = 0; e < (spec.size() - kHeader) / kPerExtreme; ++e) {
+    const int64_t* f = spec.data() + kHeader + e * kPerExtreme;
+    Extreme<T> extreme{};
+    extreme.mask = Mask(f[0]), extreme.largest = f[1], extreme.k = int(f[2]);
+    extreme.above = parameter<T>(bounds, f[3], consts[2 * e]), extreme.below = parameter<T>(bounds, f[4], consts[2 * e + 1]);
+    extreme.has_above = f[3] >= 0 || consts[2 * e] != -INFINITY;
+    extreme.has_below = f[4] >= 0 || consts[2 * e + 1] != INFINITY;
+    p.extremes.push_back(extreme);
+    values.push_back(static_cast<T*>(found[2 * e].data_ptr()));
+    indices.push_back(static_cast<int64_t*>(found[2 * e + 1].data_ptr()));
+  }
+  passes.extremes(p, values.data(), indices.data());
+}
+
+void extremes(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, MaybeTensor pair_mask,
+              MaybeTensor exclude, std::vector<Tensor> bounds, Ints spec, Floats consts, int64_t workspace,
+              std::vector<Tensor> found) {
+  if (is_double(x))
+    run_extremes(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, workspace, found);
+  else
+    run_extremes(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, workspace, found);
+}
+
+int64_t vector_bytes() { return engine().vector_bytes; }
+std::string isa() { return engine().name; }
+
+// Gives the kept similarity matrix back to the system; returns its size.
+int64_t release_workspace() {
+  PanelCache& cache = panel_cache();
+  if (!cache.try_lock()) return 0;
+  const int64_t bytes = cache.bytes();
+  cache.release();
+  cache.unlock();
+  return bytes;
+}
+
+}  // namespace
+}  // namespace flashpair
+
+#define FP_PROBLEM "Tensor x, Tensor? y, Tensor? labels, Tensor? ref_labels, Tensor? pair_mask, Tensor? exclude, "
+
+STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
+  m.def("stats(" FP_PROBLEM
+        "Tensor[] params, int[] spec, float[] consts, int workspace, Tensor(a!) rows, Tensor(b!) columns) -> ()");
+  m.def("weights(" FP_PROBLEM
+        "Tensor[] params, int[] spec, float[] consts, int workspace, Tensor[] statistics, Tensor(a!)[] gradients, "
+        "Tensor(b!)? total) -> ()");
+  m.def("extremes(" FP_PROBLEM
+        "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
+  m.def("vector_bytes() -> int");
+  m.def("isa() -> str");
+  m.def("release_workspace() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
+  m.impl("stats", TORCH_BOX(&flashpair::stats));
+  m.impl("weights", TORCH_BOX(&flashpair::weights));
+  m.impl("extremes", TORCH_BOX(&flashpair::extremes));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CompositeExplicitAutograd, m) {
+  m.impl("vector_bytes", TORCH_BOX(&flashpair::vector_bytes));
+  m.impl("isa", TORCH_BOX(&flashpair::isa));
+  m.impl("release_workspace", TORCH_BOX(&flashpair::release_workspace));
+}

@@ -1,0 +1,31 @@
+// The CPU backend for x86-64 with AVX512.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmath>
+
+#include "engine.h"
+#include "order_cpu.h"
+#include "panel_cache_cpu.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+
+#define FP_NAMESPACE avx512
+#define FP_ENGINE avx512_engine
+#define FP_ENGINE_NAME "avx512"
+#define FP_VECTOR_BYTES 64
+#define FP_MR 12  // rows of a register block
+#define FP_NV 2   // vectors of a register block
+
+#include "masks.h"
+#include "reductions.h"
+#include "scores.h"
+
+#include "engine_cpu.h"
+
+#pragma GCC pop_options
+#endif

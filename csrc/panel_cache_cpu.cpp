@@ -1,0 +1,40 @@
+#include "panel_cache_cpu.h"
+
+#include <cstdlib>
+
+namespace flashpair {
+
+bool PanelCache::try_lock() { return mutex_.try_lock(); }
+void PanelCache::unlock() { mutex_.unlock(); }
+bool PanelCache::holds(const PanelKey& key) const { return valid_ && key_ == key; }
+PanelCache::~PanelCache() { release(); }
+
+bool PanelCache::prepare(const PanelKey& key, int64_t bytes, int64_t tiles) {
+  valid_ = false;
+  if (bytes > capacity_) {
+    release();
+    // A whole number of huge pages, so that the kernel can use them.
+    const int64_t page = int64_t(2) << 20, rounded = (bytes + page - 1) / page * page;
+    data_ = std::aligned_alloc(page, rounded);
+    if (data_ == nullptr) return false;
+    capacity_ = rounded;
+  }
+  tiles_.assign(tiles, TileInfo{false, 0, 0});
+  key_ = key;
+  valid_ = true;
+  return true;
+}
+
+void PanelCache::release() {
+  std::free(data_);
+  data_ = nullptr;
+  capacity_ = 0;
+  valid_ = false;
+}
+
+PanelCache& panel_cache() {
+  static PanelCache cache;
+  return cache;
+}
+
+}  // namespace flashpair

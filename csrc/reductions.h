@@ -1,0 +1,95 @@
+// How a term reduces: the states that merge, and what of them is kept.
+#pragma once
+
+#include <math.h>
+
+#include "host_device.h"
+#include "options.h"
+
+namespace flashpair {
+namespace FP_NAMESPACE {
+
+FP_HD inline int reduction_slots(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::sum: return 1;
+    case Reduction::count: return 1;
+    case Reduction::logsumexp: return 1;
+    case Reduction::softmax_mean: return 2;
+    case Reduction::moments: return 5;
+  }
+  return 0;
+}
+
+// Doubles that one owner's state takes in the scratch memory.
+FP_HD inline int reduction_state(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::sum: return 1;
+    case Reduction::count: return 1;
+    case Reduction::logsumexp: return 2;
+    case Reduction::softmax_mean: return 3;
+    case Reduction::moments: return 5;
+  }
+  return 0;
+}
+
+// The states, as arrays of doubles:
+//   sum, count    (total)
+//   logsumexp     (shift, sum of exp(. - shift))                                  empty: (0, 0)
+//   softmax_mean  (shift, sum of exp(. - shift), sum of exp(. - shift) s)
+//   moments       (count, sum, sum of squares, min, max)
+FP_HD inline void state_init(Reduction reduction, double* state) {
+  for (int k = 0; k < reduction_state(reduction); ++k) state[k] = 0;
+  if (reduction == Reduction::moments) state[3] = INFINITY, state[4] = -INFINITY;
+}
+
+FP_HD inline void state_merge(Reduction reduction, double* state, const double* other) {
+  switch (reduction) {
+    case Reduction::sum:
+    case Reduction::count: state[0] += other[0]; return;
+    case Reduction::logsumexp:
+    case Reduction::softmax_mean: {
+      const bool mean = reduction == Reduction::softmax_mean;
+      if (other[1] == 0) return;
+      if (state[1] == 0) {
+        for (int k = 0; k < (mean ? 3 : 2); ++k) state[k] = other[k];
+        return;
+      }
+      const double top = state[0] > other[0] ? state[0] : other[0];
+      const double mine = exp(state[0] - top), theirs = exp(other[0] - top);
+      state[0] = top;
+      state[1] = state[1] * mine + other[1] * theirs;
+      if (mean) state[2] = state[2] * mine + other[2] * theirs;
+      return;
+    }
+    case Reduction::moments:
+      for (int k = 0; k < 3; ++k) state[k] += other[k];
+      // A NaN stays: comparisons with it are false.
+      state[3] = (other[3] < state[3] || other[3] != other[3]) && state[3] == state[3] ? other[3] : state[3];
+      state[4] = (other[4] > state[4] || other[4] != other[4]) && state[4] == state[4] ? other[4] : state[4];
+      return;
+  }
+}
+
+// State → the statistics of the reduction, `stride` apart.
+template <class T>
+FP_HD inline void state_finish(Reduction reduction, const double* state, T* out, long long stride) {
+  switch (reduction) {
+    case Reduction::sum:
+    case Reduction::count: out[0] = T(state[0]); return;
+    case Reduction::logsumexp: out[0] = T(state[1] == 0 ? -INFINITY : state[0] + log(state[1])); return;
+    case Reduction::softmax_mean:
+      out[0] = T(state[1] == 0 ? 0.0 : state[2] / state[1]);
+      out[stride] = T(state[1] == 0 ? -INFINITY : state[0] + log(state[1]));
+      return;
+    case Reduction::moments: {
+      const double n = state[0], mean = n == 0 ? 0 : state[1] / n;
+      const double variance = n == 0 ? 0 : state[2] / n - mean * mean;
+      out[0] = T(n), out[stride] = T(mean), out[2 * stride] = T(variance < 0 ? 0 : variance);
+      out[3 * stride] = T(state[3]), out[4 * stride] = T(state[4]);
+      return;
+    }
+  }
+}
+
+}  // namespace FP_NAMESPACE
+}  // namespace flashpair

@@ -1,0 +1,144 @@
+// The embeddings as the kernels read them: sorted, normalised, padded copies, cut into tiles. Included per instruction
+// set.
+
+constexpr int kTile = 192;    // largest tile; S, the two operands and the two gradients of a tile share the L2 cache
+constexpr int kUnit = 96;     // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
+static_assert(kUnit % FP_MR == 0 && kUnit % kPanel<float> == 0 && kUnit % kPanel<double> == 0 && kTile % kUnit == 0);
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Uninitialised aligned memory.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) { allocate(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { free(data_); }
+  void allocate(int64_t count) {
+    free(data_);
+    data_ = static_cast<T*>(aligned_alloc(64, round_up(count * int64_t(sizeof(T)) + 64, 64)));
+  }
+  void zero(int64_t count) { memset(data_, 0, count * sizeof(T)); }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// One call of a lambda per task.
+template <class F>
+void parallel_tasks(Parallel parallel, int64_t count, const F& task) {
+  if (count == 1) return task(0);
+  parallel(count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); },
+           const_cast<void*>(static_cast<const void*>(&task)));
+}
+
+// The rows or the columns of S.
+template <class T>
+struct Side {
+  int64_t count = 0, features = 0;
+  int64_t width = 0;              // features in whole vectors
+  int64_t ld = 0;                 // row stride: width, and never a power of two that would crowd one cache set
+  const int64_t* index = nullptr; // position → row of the input
+  const int32_t* label = nullptr; // by position
+  Buffer<T> data;                 // (count padded, ld)
+  Buffer<T> norm;                 // max(|x|, 1e-12); with `normalize`
+  Buffer<T> square;               // |x|^2 of the copy; for distances
+  Buffer<Lane<T>> label_lanes;    // labels as wide as the numbers
+  uint64_t hash = 0;              // of the input
+
+  int64_t padded() const { return round_up(count, kUnit); }
+
+  void prepare(const T* input, int64_t rows, int64_t depth, const Order& order, bool normalize, bool squares,
+               int threads, Parallel parallel) {
+    count = rows, features = depth;
+    width = round_up(depth > 0 ? depth : 1, kWidth<T>);
+    ld = width * int64_t(sizeof(T)) % 1024 == 0 ? width + kWidth<T> : width;
+    index = order.index.data();
+    label = order.label.empty() ? nullptr : order.label.data();
+    data.allocate(padded() * ld);
+    if (normalize) norm.allocate(padded());
+    if (squares) square.allocate(padded() + kTile), square.zero(padded() + kTile);
+    if (label) {
+      label_lanes.allocate(padded() + kTile);
+      label_lanes.zero(padded() + kTile);
+      for (int64_t p = 0; p < count; ++p) label_lanes[p] = label[p];
+    }
+    memset(data.get() + count * ld, 0, (padded() - count) * ld * sizeof(T));
+    const int64_t tasks = count > 256 ? threads : 1, step = (count + tasks - 1) / tasks;
+    Buffer<uint64_t> hashes(tasks);
+    parallel_tasks(parallel, tasks, [&](int64_t task) {
+      uint64_t total = 0;
+      for (int64_t p = task * step; p < count && p < (task + 1) * step; ++p)
+        total += copy_row(input, p, normalize, squares);
+      hashes[task] = total;
+    });
+    for (int64_t task = 0; task < tasks; ++task) hash += hashes[task];
+  }
+
+ private:
+  uint64_t copy_row(const T* input, int64_t p, bool normalize, bool squares) {
+    const T* row = input + index[p] * features;
+    T* copy = data.get() + p * ld;
+    memcpy(copy, row, features * sizeof(T));
+    memset(copy + features, 0, (ld - features) * sizeof(T));
+    Vec<T> sum{};
+    MaskVec<T> hash_lanes = MaskVec<T>{} + 0x1b873593;
+    for (int64_t d = 0; d < width; d += kWidth<T>) {
+      const Vec<T> v = load(copy + d);
+      sum += v * v;
+      hash_lanes = (hash_lanes ^ vec_to_bits<T>(v)) * 0x5bd1e995 + 0x5f356495;
+    }
+    T total = sum_lanes<T>(sum);
+    if (normalize) {
+      const T length = std::sqrt(total);
+      const T divisor = length < T(1e-12) ? T(1e-12) : length;
+      norm[p] = divisor;
+      for (int64_t d = 0; d < features; ++d) copy[d] /= divisor;
+    }
+    if (squares) {
+      // In the order of the matrix product, so that the distance of equal rows is exactly 0.
+      total = 0;
+      for (int64_t d = 0; d < features; ++d) total += copy[d] * copy[d];
+      square[p] = total;
+    }
+    uint64_t mixed = uint64_t(index[p]) * 0x9e3779b97f4a7c15u;
+    for (int l = 0; l < kWidth<T>; ++l) {
+      mixed = (mixed ^ uint64_t(hash_lanes[l])) * 0xff51afd7ed558ccdu;
+      mixed ^= mixed >> 33;
+    }
+    return mixed;
+  }
+};
+
+// A side cut into groups of tiles: a group belongs to one thread at a time.
+struct Tiling {
+  int64_t tiles = 0, groups = 0;
+  Buffer<int64_t> start;        // (tiles + 1,) first position of each tile
+  Buffer<int64_t> group_start;  // (groups + 1,) first tile of each group
+
+  void cut(int64_t count, int64_t wanted_groups) {
+    tiles = 0;
+    const int64_t units = (count + kUnit - 1) / kUnit, per_tile = kTile / kUnit;
+    groups = wanted_groups < units ? wanted_groups : units;
+    if (groups < 1) groups = 1;
+    start.allocate(units + 2);
+    group_start.allocate(groups + 1);
+    int64_t unit = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      group_start[g] = tiles;
+      const int64_t share = units / groups + (g < units % groups ? 1 : 0);
+      const int64_t parts = (share + per_tile - 1) / per_tile;
+      for (int64_t part = 0; part < parts; ++part) {
+        start[tiles++] = unit * kUnit;
+        unit += share / parts + (part < share % parts ? 1 : 0);
+      }
+    }
+    group_start[groups] = tiles;
+    start[tiles] = count;
+  }
+};

@@ -1,0 +1,340 @@
+// First pass: the statistics of every term. Included per instruction set.
+
+// A sum of exponentials below this may have lost terms to underflow: it is then taken again with its own shift.
+template <class T>
+constexpr T kTinySum = sizeof(T) == 4 ? T(1e-20) : T(1e-250);
+
+template <class T>
+class Stats {
+ public:
+  Stats(Walk<T>& walk) : walk_(walk), problem_(walk.problem()) {
+    count_ = int(problem_.terms.size());
+    data_ = new TermData<T>[count_];
+    for (int t = 0; t < count_; ++t) {
+      data_[t].gather(problem_.terms[t], walk);
+      const int width = reduction_state(problem_.terms[t].reduction);
+      data_[t].state.allocate(data_[t].owner->count * width + 1);
+      for (int64_t p = 0; p < data_[t].owner->count; ++p)
+        state_init(problem_.terms[t].reduction, data_[t].state.get() + p * width);
+    }
+    items_ = make_items(walk, data_, count_, item_count_);
+    threads_ = new ThreadState[walk.threads()];
+    for (int t = 0; t < walk.threads(); ++t) threads_[t].shift.allocate(item_count_ + 1), threads_[t].reset(item_count_);
+  }
+  ~Stats() { delete[] data_, delete[] items_, delete[] threads_; }
+  Stats(const Stats&) = delete;
+
+  void run(T* rows, T* columns) {
+    walk_.tiles([&](const Tile<T>& tile) { return wanted_tile(walk_, items_, item_count_, tile); },
+                [&](Tile<T>& tile, int thread) {
+                  walk_.distances(tile, thread);
+                  body(tile, threads_[thread]);
+                });
+    for (int t = 0; t < count_; ++t) {
+      const Term<T>& term = problem_.terms[t];
+      const Side<T>& owner = *data_[t].owner;
+      T* out = (term.axis == Axis::rows ? rows : columns) + term.slot * owner.count;
+      const int width = reduction_state(term.reduction);
+      for (int64_t p = 0; p < owner.count; ++p)
+        state_finish(term.reduction, data_[t].state.get() + p * width, out + owner.index[p], owner.count);
+    }
+  }
+
+ private:
+  struct ThreadState {
+    RowBuffers<T> buffers;
+    alignas(64) T sums[5][kTile];            // per column
+    alignas(64) Lane<T> kept[kTile];         // columns with a kept entry
+    Buffer<T> shift;                         // per item, see `sticky`
+    void reset(int items) {
+      for (int k = 0; k < items; ++k) shift[k] = T(-INFINITY);
+    }
+    // A shift that stays over many tiles, so that most partial sums are added without rescaling.
+    T sticky(int item, T bound) {
+      T& last = shift[item];
+      if (!(bound <= last && bound > last - T(10))) last = bound - bound == 0 ? std::ceil(bound / 4) * 4 : bound;
+      return last;
+    }
+  };
+
+  void body(const Tile<T>& tile, ThreadState& thread) {
+    for (int k = 0; k < item_count_; ++k) {
+      const Item<T>& item = items_[k];
+      const Coverage coverage = walk_.coverage(item.any()->term->mask, tile);
+      if (coverage == Coverage::empty) continue;
+      const bool masked = needs_base(walk_, tile, coverage);
+      TermData<T>* to_row = item.to_row;
+      TermData<T>* to_column = tile.diagonal ? nullptr : item.to_column;
+      if (to_row && outside(*to_row, tile, true)) to_row = nullptr;
+      if (to_column && outside(*to_column, tile, false)) to_column = nullptr;
+      if (!to_row && !to_column) continue;
+      if (item.any()->uniform() && item.any()->term->reduction == Reduction::logsumexp) {
+        shared_logsumexp(tile, to_row, to_column, masked, k, thread);
+        continue;
+      }
+      if (to_row) directed<true>(tile, *to_row, masked, thread);
+      if (to_column) directed<false>(tile, *to_column, masked, thread);
+    }
+  }
+
+  // Row and column sums from one exponential per pair.
+  void shared_logsumexp(const Tile<T>& tile, TermData<T>* to_row, TermData<T>* to_column, bool masked, int item,
+                        ThreadState& thread) {
+    RowBuffers<T>& buffers = thread.buffers;
+    TermData<T>& any = to_row ? *to_row : *to_column;
+    const int n = whole<T>(tile.columns);
+    const bool identity = any.term->score == Score::identity;
+    const T shift = thread.sticky(item, score_bound(any, tile, true, tile.low, tile.high));
+    const bool ragged = masked || any.thresholds();
+    if (to_column) memset(thread.sums[0], 0, n * sizeof(T)), memset(thread.kept, 0, n * sizeof(Lane<T>));
+    for (int r = 0; r < tile.rows; ++r) {
+      const T* s = tile.s + r * kTile;
+      memset(buffers.built, 0, sizeof buffers.built);
+      const Lane<T>* base = masked ? base_lanes(walk_, tile, r, any.term->mask, buffers) : nullptr;
+      bool row_any = to_row != nullptr, column_any = to_column != nullptr;
+      const Lane<T>* keep_row = base;
+      const Lane<T>* keep_column = base;
+      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
+      if (to_column)
+        keep_column =
+            keep_lanes_of<T, false>(*to_column, base, s, n, tile.i0 + r, tile.j0, buffers.keep_column, column_any);
+      if (!row_any && !column_any) continue;
+      const T* z = s;
+      T scale = any.term->scale.number, offset = any.term->offset.number - shift;
+      if (!identity) {
+        score_row<T, true>(any, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+        z = buffers.f, scale = 1, offset = -shift;
+      }
+      T sum;
+      if (!ragged)
+        sum = to_column ? exp_sums<false, true>(z, scale, offset, n, nullptr, nullptr, thread)
+                        : exp_sums<false, false>(z, scale, offset, n, nullptr, nullptr, thread);
+      else
+        sum = column_any ? exp_sums<true, true>(z, scale, offset, n, keep_row, keep_column, thread)
+                         : exp_sums<true, false>(z, scale, offset, n, keep_row, keep_column, thread);
+      if (!row_any) continue;
+      double* state = to_row->state.get() + (tile.i0 + r) * 2;
+      if (sum >= kTinySum<T>)
+        merge_softmax(state, double(shift), double(sum));
+      else
+        exact_row(*to_row, tile, r, keep_row, buffers, state);
+    }
+    if (to_column) finish_columns(*to_column, tile, shift, ragged, thread);
+  }
+
+  // Sum over the row; with COLUMNS also into thread.sums[0].
+  template <bool MASKED, bool COLUMNS>
+  FP_INLINE T exp_sums(const T* z, T scale, T offset, int n, const Lane<T>* keep_row, const Lane<T>* keep_column,
+                       ThreadState& thread) {
+    Vec<T> sum{};
+    for (int j = 0; j < n; j += kWidth<T>) {
+      const Vec<T> e = exp_lanes<T>(scale * load(z + j) + offset);
+      sum += MASKED && keep_row ? keep_lanes<T>(load_mask<T>(keep_row + j), e) : e;
+      if (COLUMNS) {
+        T* column = thread.sums[0] + j;
+        if (MASKED && keep_column) {
+          const MaskVec<T> keep = load_mask<T>(keep_column + j);
+          store(column, load(column) + keep_lanes<T>(keep, e));
+          store_mask<T>(thread.kept + j, load_mask<T>(thread.kept + j) | keep);
+        } else {
+          store(column, load(column) + e);
+        }
+      }
+    }
+    return sum_lanes<T>(sum);
+  }
+
+  static FP_INLINE void merge_softmax(double* state, double shift, double sum) {
+    if (state[0] == shift && state[1] != 0) {
+      state[1] += sum;
+      return;
+    }
+    const double other[5] = {shift, sum};
+    state_merge(Reduction::logsumexp, state, other);
+  }
+
+  // One row with its own shift.
+  void exact_row(TermData<T>& data, const Tile<T>& tile, int r, const Lane<T>* keep, RowBuffers<T>& buffers,
+                 double* state) {
+    const int n = whole<T>(tile.columns);
+    const T* s = tile.s + r * kTile;
+    const bool mean = data.term->reduction == Reduction::softmax_mean;
+    score_row<T, true>(data, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+    const T top = kept_max(buffers.f, keep, n);
+    if (top == T(-INFINITY)) return;
+    exp_affine(buffers.f, T(1), -top, n, buffers.e);
+    const T* weight = data.weight ? data.weight.data.get() + tile.j0 : nullptr;
+    double partial[5] = {double(top), double(kept_sum(buffers.e, weight, keep, n)), 0};
+    if (mean) {
+      for (int j = 0; j < n; j += kWidth<T>) store(buffers.e + j, load(buffers.e + j) * load(s + j));
+      partial[2] = double(kept_sum(buffers.e, weight, keep, n));
+    }
+    state_merge(data.term->reduction, state, partial);
+  }
+
+  // Column sums of exponentials → states. A sum that is too small is taken again with its own shift.
+  void finish_columns(TermData<T>& data, const Tile<T>& tile, T shift, bool ragged, ThreadState& thread) {
+    const bool mean = data.term->reduction == Reduction::softmax_mean;
+    const int width = reduction_state(data.term->reduction);
+    for (int j = 0; j < tile.columns; ++j) {
+      if (ragged && !thread.kept[j]) continue;
+      double* state = data.state.get() + (tile.j0 + j) * width;
+      const T sum = thread.sums[0][j];
+      if (sum >= kTinySum<T>) {
+        if (!mean) {
+          merge_softmax(state, double(shift), double(sum));
+          continue;
+        }
+        const double partial[5] = {double(shift), double(sum), double(thread.sums[1][j])};
+        state_merge(data.term->reduction, state, partial);
+      } else {
+        exact_column(data, tile, j, state);
+      }
+    }
+  }
+
+  void exact_column(TermData<T>& data, const Tile<T>& tile, int j, double* state) {
+    const int64_t column = tile.j0 + j;
+    double top = -INFINITY;
+    for (int pass = 0; pass < 2; ++pass) {
+      double partial[5] = {top, 0, 0};
+      bool bad = false;
+      for (int r = 0; r < tile.rows; ++r) {
+        const int64_t row = tile.i0 + r;
+        const T s = tile.s[r * kTile + j];
+        if (!keeps_pair(walk_, data, row, column, s, false)) continue;
+        const double f = double(scalar_score(data, s, column, row));
+        if (pass == 0) {
+          top = f > top ? f : top;
+          bad |= f != f;
+          continue;
+        }
+        const double e = exp(f - top) * double(data.weight ? data.weight.data[row] : T(1));
+        partial[1] += e, partial[2] += e * double(s);
+      }
+      if (bad) top = NAN;
+      if (pass == 0 && top == -INFINITY) return;
+      if (pass == 1) state_merge(data.term->reduction, state, partial);
+    }
+  }
+
+  // Any reduction, one direction.
+  template <bool TO_ROW>
+  void directed(const Tile<T>& tile, TermData<T>& data, bool masked, ThreadState& thread) {
+    RowBuffers<T>& buffers = thread.buffers;
+    const Term<T>& term = *data.term;
+    const int n = whole<T>(tile.columns), width = reduction_state(term.reduction);
+    const bool ragged = masked || data.thresholds();
+    T shift = 0;
+    if (!TO_ROW) {
+      for (int k = 0; k < 5; ++k) memset(thread.sums[k], 0, n * sizeof(T));
+      memset(thread.kept, 0, n * sizeof(Lane<T>));
+      if (term.reduction == Reduction::moments)
+        for (int j = 0; j < n; ++j) thread.sums[3][j] = T(INFINITY), thread.sums[4][j] = T(-INFINITY);
+      if (data.softmax()) shift = score_bound(data, tile, false, tile.low, tile.high);
+    }
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t row = tile.i0 + r;
+      const T* s = tile.s + r * kTile;
+      memset(buffers.built, 0, sizeof buffers.built);
+      const Lane<T>* base = masked ? base_lanes(walk_, tile, r, term.mask, buffers) : nullptr;
+      bool any = true;
+      const Lane<T>* keep = keep_lanes_of<T, TO_ROW>(data, base, s, n, row, tile.j0,
+                                                     TO_ROW ? buffers.keep_row : buffers.keep_column, any);
+      if (!any) continue;
+      double* state = data.state.get() + row * width;  // to row only
+      if (TO_ROW && data.softmax()) {
+        exact_row(data, tile, r, keep, buffers, state);
+        continue;
+      }
+      const T* f = s;
+      if (term.reduction != Reduction::moments) {
+        score_row<T, TO_ROW>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+        f = buffers.f;
+      }
+      if (TO_ROW) {
+        double partial[5] = {0, 0, 0, INFINITY, -INFINITY};
+        row_sums(term.reduction, f, data.weight ? data.weight.data.get() + tile.j0 : nullptr, keep, n, tile.columns,
+                 partial);
+        state_merge(term.reduction, state, partial);
+      } else {
+        column_sums(term.reduction, f, s, shift, data.weight ? data.weight.data[row] : T(1), keep, n, thread);
+      }
+    }
+    if (TO_ROW) return;
+    if (data.softmax()) return finish_columns(data, tile, shift, ragged, thread);
+    for (int j = 0; j < tile.columns; ++j) {
+      double partial[5];
+      for (int k = 0; k < 5; ++k) partial[k] = double(thread.sums[k][j]);
+      state_merge(term.reduction, data.state.get() + (tile.j0 + j) * width, partial);
+    }
+  }
+
+  static void row_sums(Reduction reduction, const T* f, const T* weight, const Lane<T>* keep, int n, int columns,
+                       double* partial) {
+    if (reduction == Reduction::sum) {
+      partial[0] = double(kept_sum(f, weight, keep, n));
+      return;
+    }
+    Vec<T> count{}, sum{}, squares{}, low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
+    MaskVec<T> bad{};
+    for (int j = 0; j < n; j += kWidth<T>) {
+      const Vec<T> v = load(f + j);
+      MaskVec<T> lanes = keep ? load_mask<T>(keep + j) : all_lanes<T>();
+      if (reduction == Reduction::count) lanes &= ~MaskVec<T>(v <= 0);
+      count += keep_lanes<T>(lanes, broadcast(T(1)));
+      sum += keep_lanes<T>(lanes, v);
+      squares += keep_lanes<T>(lanes, v * v);
+      low = MaskVec<T>(v < low) & lanes ? v : low;
+      high = MaskVec<T>(v > high) & lanes ? v : high;
+      bad |= MaskVec<T>(v != v) & lanes;
+    }
+    partial[0] = double(sum_lanes<T>(count));
+    if (reduction == Reduction::count) return;
+    partial[1] = double(sum_lanes<T>(sum)), partial[2] = double(sum_lanes<T>(squares));
+    for (int l = 0; l < kWidth<T>; ++l) {
+      if (low[l] < partial[3]) partial[3] = double(low[l]);
+      if (high[l] > partial[4]) partial[4] = double(high[l]);
+    }
+    if (any_lane<T>(bad)) partial[3] = partial[4] = NAN;
+    (void)columns;
+  }
+
+  static void column_sums(Reduction reduction, const T* f, const T* s, T shift, T weight, const Lane<T>* keep, int n,
+                          ThreadState& thread) {
+    auto add = [&](int k, int j, Vec<T> v) { store(thread.sums[k] + j, load(thread.sums[k] + j) + v); };
+    for (int j = 0; j < n; j += kWidth<T>) {
+      const Vec<T> v = load(f + j);
+      MaskVec<T> lanes = keep ? load_mask<T>(keep + j) : all_lanes<T>();
+      switch (reduction) {
+        case Reduction::sum: add(0, j, keep_lanes<T>(lanes, v * weight)); break;
+        case Reduction::count: add(0, j, keep_lanes<T>(lanes & ~MaskVec<T>(v <= 0), broadcast(T(1)))); break;
+        case Reduction::logsumexp:
+        case Reduction::softmax_mean: {
+          const Vec<T> e = keep_lanes<T>(lanes, exp_lanes<T>(v - shift) * weight);
+          add(0, j, e);
+          if (reduction == Reduction::softmax_mean) add(1, j, keep_lanes<T>(lanes, e * load(s + j)));
+          store_mask<T>(thread.kept + j, load_mask<T>(thread.kept + j) | lanes);
+          break;
+        }
+        case Reduction::moments: {
+          add(0, j, keep_lanes<T>(lanes, broadcast(T(1))));
+          add(1, j, keep_lanes<T>(lanes, v));
+          add(2, j, keep_lanes<T>(lanes, v * v));
+          const Vec<T> low = load(thread.sums[3] + j), high = load(thread.sums[4] + j);
+          // Not `not greater`: a NaN replaces the extreme and then stays.
+          store(thread.sums[3] + j, ~MaskVec<T>(v >= low) & MaskVec<T>(low == low) & lanes ? v : low);
+          store(thread.sums[4] + j, ~MaskVec<T>(v <= high) & MaskVec<T>(high == high) & lanes ? v : high);
+          break;
+        }
+      }
+    }
+  }
+
+  Walk<T>& walk_;
+  const Problem<T>& problem_;
+  TermData<T>* data_ = nullptr;
+  Item<T>* items_ = nullptr;
+  ThreadState* threads_ = nullptr;
+  int count_ = 0, item_count_ = 0;
+};

@@ -1,0 +1,239 @@
+// Visiting the tiles of S: which exist, which thread has which, and their similarities. Included per instruction set.
+//
+// Two tiles that run at the same time share neither rows nor columns, so that whatever is accumulated per row or column
+// needs no lock, and its order is fixed: a Latin square over (row group, column group), a round robin over pairs of
+// groups for the triangle of a self-similarity.
+
+template <class T>
+struct Tile {
+  int64_t i0, j0;           // first row and column, as positions
+  int rows, columns;
+  bool diagonal;            // of a self-similarity: holds (i, j) and (j, i)
+  T* s;                     // (rows, kTile) similarities; dot products unless `distances` was called
+  T low, high;              // over the dot products
+};
+
+// Scratch memory of one thread.
+template <class T>
+struct Scratch {
+  Buffer<T> s, w, packed;
+  int64_t packed_tile = -1;
+};
+
+template <class T>
+class Walk {
+ public:
+  explicit Walk(const Problem<T>& problem) : problem_(problem) {
+    bool labelled = false, squares = problem.similarity != Similarity::dot;
+    for (const Term<T>& term : problem.terms) labelled |= mask_uses_labels(term.mask);
+    for (const Extreme<T>& extreme : problem.extremes) labelled |= mask_uses_labels(extreme.mask);
+    make_orders(labelled ? problem.labels : nullptr, problem.rows, problem.ref_labels, problem.columns, symmetric(),
+                row_order_, column_order_);
+    const int threads = problem.threads;
+    rows_side_.prepare(problem.x, problem.rows, problem.features, row_order_, problem.normalize, squares, threads,
+                       problem.parallel);
+    if (!symmetric())
+      columns_side_.prepare(problem.y, problem.columns, problem.features, column_order_, problem.normalize, squares,
+                            threads, problem.parallel);
+    cut(threads);
+    if (problem.exclude) {
+      Buffer<int64_t> position(problem.columns);
+      for (int64_t p = 0; p < problem.columns; ++p) position[columns().index[p]] = p;
+      excluded_.allocate(problem.rows);
+      for (int64_t p = 0; p < problem.rows; ++p) {
+        const int64_t column = problem.exclude[rows().index[p]];
+        excluded_[p] = column >= 0 && column < problem.columns ? position[column] : -1;
+      }
+    }
+    scratch_ = new Scratch<T>[threads_];
+  }
+  ~Walk() {
+    if (locked_) panel_cache().unlock();
+    delete[] scratch_;
+  }
+  Walk(const Walk&) = delete;
+
+  const Problem<T>& problem() const { return problem_; }
+  bool symmetric() const { return problem_.symmetric(); }
+  const Side<T>& rows() const { return rows_side_; }
+  const Side<T>& columns() const { return symmetric() ? rows_side_ : columns_side_; }
+  int threads() const { return threads_; }
+  Scratch<T>& scratch(int thread) const { return scratch_[thread]; }
+
+  // Is this column position out of bounds for this row position, whatever the mask?
+  bool excluded(int64_t row, int64_t column) const {
+    if (excluded_ && excluded_[row] == column) return true;
+    return problem_.exclude_self && row == column;  // both sides hold the same rows in the same order
+  }
+  const int64_t* excluded_positions() const { return excluded_.get(); }
+
+  Coverage coverage(Mask mask, const Tile<T>& tile) const {
+    const Side<T>& c = columns();
+    if (!mask_uses_labels(mask)) return mask_coverage(mask, 0, 0, 0, 0);
+    return mask_coverage(mask, rows().label[tile.i0], rows().label[tile.i0 + tile.rows - 1], c.label[tile.j0],
+                         c.label[tile.j0 + tile.columns - 1]);
+  }
+
+  // Keeps S for the pass that follows, or takes it from the pass before. `keep`: a further pass will come.
+  void use_cache(bool keep) {
+    PanelKey key;
+    key.rows_hash = rows().hash, key.columns_hash = columns().hash;
+    key.order_hash = row_order_.hash * 31 + column_order_.hash;
+    key.rows = problem_.rows, key.columns = problem_.columns, key.features = problem_.features;
+    key.element_bytes = sizeof(T), key.vector_bytes = FP_VECTOR_BYTES, key.threads = threads_;
+    key.symmetric = symmetric(), key.normalize = problem_.normalize;
+    const int64_t count = symmetric() ? row_tiling_.tiles * (row_tiling_.tiles + 1) / 2
+                                      : row_tiling_.tiles * column_tiling_.tiles;
+    // Tiles at most kTile square, all of one size in the cache.
+    const int64_t bytes = count * kTile * kTile * int64_t(sizeof(T));
+    locked_ = panel_cache().try_lock();
+    if (!locked_) return;
+    if (panel_cache().holds(key))
+      cached_ = true;
+    else if (keep && bytes <= problem_.workspace_bytes)
+      cached_ = panel_cache().prepare(key, bytes, count);
+  }
+
+  // body(tile, thread) for every tile for which wanted(tile) holds; s is filled in before the body runs.
+  template <class Wanted, class Body>
+  void tiles(const Wanted& wanted, const Body& body) {
+    if (problem_.rows == 0 || problem_.columns == 0) return;
+    const int64_t p = threads_;
+    if (!symmetric()) {
+      for (int64_t round = 0; round < p; ++round)
+        parallel_tasks(problem_.parallel, p, [&](int64_t t) { block(t, (t + round) % p, int(t), wanted, body); });
+      return;
+    }
+    const int64_t g = row_tiling_.groups;
+    if (g == 1) return block(0, 0, 0, wanted, body);
+    // Groups on the diagonal first, two a thread; then the rounds of a tournament of g players (one rests if g is odd).
+    const int64_t players = g + g % 2;
+    parallel_tasks(problem_.parallel, p, [&](int64_t t) {
+      for (int64_t d = t; d < g; d += p) block(d, d, int(t), wanted, body);
+    });
+    for (int64_t round = 0; round + 1 < players; ++round)
+      parallel_tasks(problem_.parallel, players / 2, [&](int64_t t) {
+        int64_t a = t == 0 ? players - 1 : (round + t) % (players - 1);
+        int64_t b = (round + players - 1 - t) % (players - 1);
+        if (a > b) {
+          const int64_t swap = a;
+          a = b, b = swap;
+        }
+        if (b < g) block(a, b, int(t), wanted, body);
+      });
+  }
+
+  // Dot products → distances, in the scratch memory.
+  void distances(Tile<T>& tile, int thread) const {
+    if (problem_.similarity == Similarity::dot) return;
+    T* out = scratch_[thread].s.get();
+    const T* squares = columns().square.get() + tile.j0;
+    for (int r = 0; r < tile.rows; ++r) {
+      const Vec<T> own = broadcast(rows().square[tile.i0 + r]);
+      const T* s = tile.s + r * kTile;
+      for (int k = 0; k < tile.columns; k += kWidth<T>) {
+        const Vec<T> squared = at_least((own + load(squares + k)) - T(2) * load(s + k), Vec<T>{});
+        store(out + r * kTile + k, problem_.similarity == Similarity::euclidean ? sqrt_lanes<T>(squared) : squared);
+      }
+    }
+    tile.s = out;
+    range(tile);
+  }
+
+ private:
+  void cut(int threads) {
+    const int64_t wanted = symmetric() && threads > 1 ? 2 * int64_t(threads) : threads;
+    row_tiling_.cut(problem_.rows, wanted);
+    if (symmetric()) {
+      threads_ = row_tiling_.groups > 1 ? int((row_tiling_.groups + 1) / 2) : 1;
+      return;
+    }
+    column_tiling_.cut(problem_.columns, wanted);
+    const int64_t least =
+        row_tiling_.groups < column_tiling_.groups ? row_tiling_.groups : column_tiling_.groups;
+    if (row_tiling_.groups != least) row_tiling_.cut(problem_.rows, least);
+    if (column_tiling_.groups != least) column_tiling_.cut(problem_.columns, least);
+    threads_ = int(least);
+  }
+
+  template <class Wanted, class Body>
+  void block(int64_t row_group, int64_t column_group, int thread, const Wanted& wanted, const Body& body) {
+    const Tiling& ct = symmetric() ? row_tiling_ : column_tiling_;
+    Scratch<T>& scratch = scratch_[thread];
+    if (!scratch.s) {
+      scratch.s.allocate(kTile * kTile), scratch.w.allocate(kTile * kTile);
+      scratch.s.zero(kTile * kTile), scratch.w.zero(kTile * kTile);
+      scratch.packed.allocate(kTile * problem_.features);
+    }
+    for (int64_t j = ct.group_start[column_group]; j < ct.group_start[column_group + 1]; ++j)
+      for (int64_t i = row_tiling_.group_start[row_group]; i < row_tiling_.group_start[row_group + 1]; ++i) {
+        if (symmetric() && i > j) continue;
+        Tile<T> tile;
+        tile.i0 = row_tiling_.start[i], tile.j0 = ct.start[j];
+        tile.rows = int(row_tiling_.start[i + 1] - tile.i0), tile.columns = int(ct.start[j + 1] - tile.j0);
+        tile.diagonal = symmetric() && i == j;
+        if (!wanted(tile)) continue;
+        similarities(tile, i, j, scratch);
+        body(tile, thread);
+      }
+  }
+
+  void similarities(Tile<T>& tile, int64_t i, int64_t j, Scratch<T>& scratch) {
+    PanelCache::TileInfo* info = nullptr;
+    tile.s = scratch.s.get();
+    if (cached_) {
+      const int64_t slot = symmetric() ? j * (j + 1) / 2 + i : i * column_tiling_.tiles + j;
+      info = panel_cache().tiles() + slot;
+      tile.s = static_cast<T*>(panel_cache().data()) + slot * kTile * kTile;
+      tile.low = T(info->low), tile.high = T(info->high);
+      if (info->present) return;
+    }
+    const Side<T>& c = columns();
+    if (scratch.packed_tile != j) {
+      pack_columns(c.data.get() + tile.j0 * c.ld, c.ld, tile.columns, problem_.features, scratch.packed.get());
+      scratch.packed_tile = j;
+    }
+    gemm_similarity(rows().data.get() + tile.i0 * rows().ld, rows().ld, tile.rows, scratch.packed.get(), tile.columns,
+                    problem_.features, tile.s, int64_t(kTile));
+    range(tile);
+    if (info) *info = {true, double(tile.low), double(tile.high)};
+  }
+
+  // low and high of the tile; infinite where it holds a NaN, so that no bound speaks for it.
+  static void range(Tile<T>& tile) {
+    Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
+    MaskVec<T> bad{};
+    bool bad_rest = false;
+    const int whole = tile.columns / kWidth<T> * kWidth<T>;
+    T low_rest = T(INFINITY), high_rest = T(-INFINITY);
+    for (int r = 0; r < tile.rows; ++r) {
+      const T* s = tile.s + r * kTile;
+      for (int k = 0; k < whole; k += kWidth<T>) {
+        const Vec<T> v = load(s + k);
+        low = v < low ? v : low;
+        high = v > high ? v : high;
+        bad |= MaskVec<T>(v != v);
+      }
+      for (int k = whole; k < tile.columns; ++k) {
+        if (s[k] < low_rest) low_rest = s[k];
+        if (s[k] > high_rest) high_rest = s[k];
+        bad_rest |= s[k] != s[k];
+      }
+    }
+    for (int l = 0; l < kWidth<T>; ++l) {
+      if (low[l] < low_rest) low_rest = low[l];
+      if (high[l] > high_rest) high_rest = high[l];
+    }
+    tile.low = low_rest, tile.high = high_rest;
+    if (bad_rest || any_lane<T>(bad)) tile.low = T(-INFINITY), tile.high = T(INFINITY);
+  }
+
+  const Problem<T>& problem_;
+  Order row_order_, column_order_;
+  Side<T> rows_side_, columns_side_;
+  Tiling row_tiling_, column_tiling_;
+  Buffer<int64_t> excluded_;
+  Scratch<T>* scratch_ = nullptr;
+  int threads_ = 1;
+  bool cached_ = false, locked_ = false;
+};
