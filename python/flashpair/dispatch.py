@@ -66,7 +66,13 @@ def named(name: str) -> Backend:
     raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
 
 
-@torch.compiler.assume_constant_result
+def _constant(function):
+    """`torch.compiler.assume_constant_result`, whose own import of torch._dynamo would cost every user a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _module_why_not(name: str, x: Tensor | None) -> list[str]:
     """Reasons of a backend's module; they depend on x through its dtype and device only, which compiled code guards."""
     module = named(name).load()
@@ -74,7 +80,7 @@ def _module_why_not(name: str, x: Tensor | None) -> list[str]:
     return reasons or ([] if x is None else module.why_not(x))
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _environment() -> str | None:
     return os.environ.get("FLASHPAIR_BACKEND") or None
 
