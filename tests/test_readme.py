@@ -1,0 +1,77 @@
+"""The README's code runs and names what exists; so do the examples in public docstrings."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashpair
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def with_doctests() -> list[str]:
+    """Modules of the package whose source holds an example; found by text, so that nothing is imported to collect."""
+    folders = {"flashpair": ROOT / "python" / "flashpair", "flashpair.kernels": ROOT / "kernels"}
+    found = []
+    for name, folder in folders.items():
+        for path in sorted(folder.rglob("*.py")):
+            if ">>> " in path.read_text():
+                parts = [name, *path.relative_to(folder).with_suffix("").parts]
+                found.append(".".join(parts).removesuffix(".__init__"))
+    return found
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
+def test_code_block_runs(block):
+    torch.manual_seed(0)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_own_loss_is_complete_and_short():
+    (block,) = (b for b in BLOCKS if "BinomialDevianceLoss(nn.Module)" in b)
+    (own,) = (n for n in ast.parse(block).body if isinstance(n, ast.ClassDef))
+    assert own.end_lineno - own.lineno + 1 <= 30
+
+
+def test_every_public_loss_and_miner_is_named():
+    for package in (flashpair.losses, flashpair.miners):
+        public = [n for n in package.__all__ if n.endswith(("Loss", "Miner", "Memory"))]
+        assert public
+        assert [n for n in public if f"`{n}`" not in README] == []
+
+
+def test_every_name_in_the_loss_table_exists():
+    rows = re.findall(r"^\| (`[A-Z][^|]*) \|", README, re.MULTILINE)
+    names = [n for row in rows for n in re.findall(r"`([A-Z]\w+(?:Loss|Memory))`", row)]
+    assert names
+    assert [n for n in names if not hasattr(flashpair.losses, n)] == []
+
+
+def test_every_file_the_readme_links_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
+def test_make_targets_named_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("name", with_doctests())
+def test_docstring_examples(name):
+    if name.startswith("flashpair.kernels"):
+        pytest.importorskip("triton")
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried > 0
+    assert failed == 0
