@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import checks
+from ..pairs import pair_similarity
 
 
 def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
@@ -48,6 +50,13 @@ def check_matched(image_features: Tensor, text_features: Tensor, names=("image_f
     if image_features.shape[0] != text_features.shape[0]:
         rows = image_features.shape[0], text_features.shape[0]
         raise ValueError(f"{names[0]} and {names[1]} must have equal numbers of rows; got {rows[0]} and {rows[1]}")
+
+
+@torch.no_grad()
+def own_logits(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool = False) -> Tensor:
+    """(B,) logits of the matched rows, as constants: softmax does not depend on a shift, its rounding does."""
+    index = torch.arange(x.shape[0], device=x.device)
+    return scale * pair_similarity(x, y, index, index, normalize=normalize)
 
 
 def require_one_process(world_size: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..primitives import pair_reduce
 from ..terms import Axis, Mask, Reduction, Term
-from .arguments import as_scalar, check_matched, require_one_process
+from .arguments import as_scalar, check_matched, own_logits, require_one_process
 from .statistics import PairStatistics, moments
 
 
@@ -27,11 +27,13 @@ def clip_loss(
     batch = image_features.shape[0]
     if labels is None:
         labels = torch.arange(batch, device=image_features.device)
-    # One pass; the diagonal is a term of it, so that p_ii - 1 is formed before the product with the features.
+    # One pass. Logits relative to the diagonal keep the digits of a small loss; the diagonal is a term of the pass, so
+    # that p_ii - 1 is formed before the product with the features.
+    shift = -own_logits(image_features, text_features, scale)
     terms = [
-        Term(Reduction.LOGSUMEXP, scale=scale),
-        Term(Reduction.LOGSUMEXP, axis=Axis.COLUMNS, scale=scale),
-        Term(Reduction.SUM, mask=Mask.SAME, scale=scale),
+        Term(Reduction.LOGSUMEXP, scale=scale, offset=shift),
+        Term(Reduction.LOGSUMEXP, axis=Axis.COLUMNS, scale=scale, offset=shift),
+        Term(Reduction.SUM, mask=Mask.SAME, scale=scale, offset=shift),
     ]
     if return_stats:
         terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]

@@ -9,7 +9,7 @@ from .. import checks
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Mask, Reduction, Term
-from .arguments import check_matched, inverse_temperature
+from .arguments import check_matched, inverse_temperature, own_logits
 from .problem import log_add_exp
 from .statistics import PairStatistics, merge, moments, single
 
@@ -35,7 +35,11 @@ def info_nce_loss(
     scale, index = inverse_temperature(temperature), torch.arange(query.shape[0], device=query.device)
     spread = [Term(Reduction.MOMENTS)] if return_stats else []
     if in_batch_negatives:
-        pieces = [Term(Reduction.LOGSUMEXP, scale=scale), Term(Reduction.SUM, mask=Mask.SAME, scale=scale)]
+        shift = -own_logits(query, positive_key, scale, normalize)
+        pieces = [
+            Term(Reduction.LOGSUMEXP, scale=scale, offset=shift),
+            Term(Reduction.SUM, mask=Mask.SAME, scale=scale, offset=shift),
+        ]
         pieces += [Term(Reduction.MOMENTS, mask=m) for m in (Mask.SAME, Mask.DIFFERENT)] if return_stats else []
         everything, own, *found = pair_reduce(
             query, positive_key, pieces, labels=index, ref_labels=index, normalize=normalize
@@ -44,14 +48,14 @@ def info_nce_loss(
         gap = everything - own  # LSE over all keys so far, less the own one: a well separated query keeps its digits
     else:
         similarity = pair_similarity(query, positive_key, index, index, normalize=normalize)
-        own = scale * similarity
+        own, shift = scale * similarity, 0.0
         gap = torch.zeros_like(own)
         none = torch.zeros_like(index, dtype=torch.bool)
         found = [single(similarity, ~none), single(similarity, none)]
     for others in (negative_keys, None if queue is None else queue.detach()):
         if others is not None:
             more, *slots = pair_reduce(
-                query, others, [Term(Reduction.LOGSUMEXP, scale=scale), *spread], normalize=normalize
+                query, others, [Term(Reduction.LOGSUMEXP, scale=scale, offset=shift), *spread], normalize=normalize
             )
             gap = log_add_exp(gap, more - own)
             if return_stats:

@@ -45,8 +45,8 @@ def reducer_rule(reducer, part: str = "loss") -> Rule:
 
 
 def reduce_values(values: Tensor, rule: Rule, valid: Tensor | None = None) -> Tensor:
-    """One number from losses (n,), of which only `valid` (n,) ones exist; 0 where nothing is left."""
-    keep = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
+    """One number from losses (n,), of which only `valid` (n,) ones exist (or are NaN); 0 where nothing is left."""
+    keep = torch.ones_like(values, dtype=torch.bool) if valid is None else valid | values.detach().isnan()
     if rule.low is not None:
         keep = keep & ~(values.detach() <= rule.low)
     if rule.high is not None:

@@ -41,8 +41,11 @@ def sup_con_loss(
     distance = CosineSimilarity() if distance is None else distance
     problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
     sign = problem.geometry.sign
+    # A softmax does not depend on a shift, its rounding does: cosines count from 1 down, as distances do from 0.
+    top = scale if sign > 0 and problem.geometry.normalize else 0.0
+    logits = {"scale": sign * scale, "offset": -top.detach() if isinstance(top, Tensor) else -top}
     (everything, attraction), (positives, negatives) = problem.reduce(
-        [Term(Reduction.LOGSUMEXP, scale=sign * scale), Term(Reduction.SUM, mask=Mask.SAME, scale=sign * scale)],
+        [Term(Reduction.LOGSUMEXP, **logits), Term(Reduction.SUM, mask=Mask.SAME, **logits)],
         counts=(Mask.SAME, Mask.DIFFERENT),
         statistics=return_stats,
     )

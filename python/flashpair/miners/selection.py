@@ -1,7 +1,8 @@
 """What miners return: a rule that losses apply while they compute, or one triplet a row; index tensors on demand.
 
 Both behave like the index tuple they stand for (`len`, iteration, indexing), which is computed only when that is
-used, so losses of other libraries accept them too.
+used, so losses of other libraries accept them too (pytorch-metric-learning's TripletMarginLoss wants a real tuple:
+give it `as_tuple()`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,370 @@
+"""What every loss promises beside its value: empty and poisoned batches, errors, memory, precision, compilation."""
+# ruff: noqa: F811
+
+import math
+
+import pytest
+import support
+import torch
+from loss_cases import CASES, METRIC, Batch, batch, engine, evaluate, operator, sides_of  # noqa: F401
+
+from flashpair import losses, miners
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_empty_batch(case, side, engine):
+    data = batch("random", side, b=0, n=0).to(torch.float64, support.device(engine))
+    loss = case.ours(data)
+    assert loss.shape == () and loss.item() == 0
+    loss.backward()
+    assert data.x.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("b, n", [(4, 0), (0, 4), (1, 1)])
+@pytest.mark.parametrize("case", METRIC, ids=repr)
+def test_one_side_empty(case, b, n, engine):
+    data = batch("all distinct", True, b=b, n=n).to(torch.float64, support.device(engine))
+    loss = case.ours(data)
+    loss.backward()
+    assert loss.item() == 0 or case.name.startswith(("contrastive", "multi"))
+    assert data.x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("case", METRIC, ids=repr)
+def test_without_positives(case, engine):
+    """Zero where the definition has nothing to pull together, with a connected graph."""
+    data = batch("all distinct", False).to(torch.float64, support.device(engine))
+    loss = case.ours(data)
+    assert loss.requires_grad
+    loss.backward()
+    assert data.x.grad.isfinite().all()
+    if case.name not in ("contrastive", "multi_similarity"):  # their negatives stand alone
+        assert loss.item() == 0
+        assert (data.x.grad == 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["random", "one lonely", "one class", "all distinct"])
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_poison_reaches_the_loss(case, side, kind, value, engine):
+    """One bad number, also in a row without positives, makes the loss NaN; no row is dropped for it."""
+    data = batch(kind, side)
+    data.x[0, 1] = value
+    loss = case.ours(data.to(torch.float64, support.device(engine)))
+    assert loss.isnan() or (case.name in ("clip", "siglip") and value == math.inf and loss == math.inf)
+
+
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_statistics(case, side, engine):
+    """The same loss, and the moments of each row's pairs; counts say when there are no positives."""
+    data = batch("one lonely", side).to(torch.float64, support.device(engine))
+    if side == "matched":
+        module = {"clip": losses.ClipLoss, "siglip": losses.SigLipLoss}.get(case.name)
+        if module is not None:
+            loss, stats = module()(data.x, data.y, data.scale, data.bias, return_stats=True)
+            named, again = module()(data.x, data.y, data.scale, data.bias, output_dict=True, return_stats=True)
+            assert torch.equal(named["contrastive_loss"], loss) and torch.equal(
+                again.positive.mean, stats.positive.mean
+            )
+            s = data.x @ data.y.T
+        else:
+            loss, stats = losses.info_nce_loss(data.x, data.y, temperature=1 / data.scale, return_stats=True)
+            s = torch.cosine_similarity(data.x[:, None], data.y[None], dim=-1)
+        same = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        keep = torch.ones_like(same)
+    else:
+        name = {
+            "nt_xent": "NTXentLoss", "sup_con": "SupConLoss", "contrastive": "ContrastiveLoss",
+            "multi_similarity": "MultiSimilarityLoss", "circle": "CircleLoss", "triplet": "TripletMarginLoss",
+        }[case.name.split()[0]]  # fmt: skip
+        options = {"temperature": 1 / data.scale} if name in ("NTXentLoss", "SupConLoss") else {}
+        if "all anchors" in case.name:
+            options["reduction"] = losses.SupConReduction.ALL_ANCHORS
+        mined = None
+        if "mined" in case.name or "hard" in case.name:
+            miner = miners.BatchHardMiner() if "hard" in case.name else miners.MultiSimilarityMiner()
+            mined = miner(data.x, data.labels, data.y, data.ref_labels)
+        call = (data.x, data.labels, mined, data.y, data.ref_labels)
+        loss, stats = getattr(losses, name)(**options)(*call, return_stats=True)
+        y, refs = (data.x, data.labels) if data.y is None else (data.y, data.ref_labels)
+        s = torch.cosine_similarity(data.x[:, None], y[None], dim=-1)
+        s = (2 - 2 * s).clamp_min(0).sqrt() if case.distance else s
+        same = data.labels[:, None] == refs[None]
+        keep = torch.ones_like(same) if data.y is not None else ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+        if mined is not None:
+            a, p, *rest = mined.as_tuple()
+            chosen = torch.zeros_like(same)
+            chosen[a, p] = True
+            chosen[rest[0] if len(rest) == 2 else a, rest[-1]] = True
+            keep = keep & chosen
+    torch.testing.assert_close(loss, case.ours(data), rtol=1e-12, atol=0)
+    assert not any(t.requires_grad for side_ in stats for t in side_)
+    for found, mask in ((stats.positive, same & keep), (stats.negative, ~same & keep)):
+        for i in range(len(s)):
+            row = s[i][mask[i]].detach()
+            assert found.count[i] == len(row)
+            if len(row):
+                want = torch.stack([row.mean(), row.var(correction=0), row.min(), row.max()])
+                got = torch.stack([m[i] for m in found[1:]])
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+            else:
+                assert [m[i].item() for m in found[1:]] == [0, 0, math.inf, -math.inf]
+
+
+def kept_bytes(function, data: Batch) -> int:
+    """Bytes of the distinct storages that autograd keeps for backward."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(data)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_memory_kept_for_backward(case, side, operator):
+    """At most a few copies of the embeddings; the similarity matrix would be 32 of them."""
+    d, b = 16, 512
+    data = batch("random", side, b=b, n=b, d=d).to(torch.float32, support.device(operator))
+    inputs = data.x.nbytes + (0 if data.y is None else data.y.nbytes)
+    vectors = 40 * b * 8
+    assert kept_bytes(case.ours, data) <= 4 * inputs + vectors < b * b * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_precision(case, side, dtype, engine):
+    """No farther from float64 than 1.5 times dense PyTorch in that dtype (the peer's own code where there is one)."""
+    if not support.serves(engine, dtype):
+        pytest.skip(f"{engine} does not serve {dtype}")
+    at, data = support.device(engine), batch("random", side, b=40, n=36, d=24)
+    if side == "matched":  # features come normalised; exact in bfloat16
+        data.x, data.y = (torch.nn.functional.normalize(v).bfloat16().double() for v in (data.x, data.y))
+    oracle = evaluate(case.ours, data.to(torch.float64, at), case.learns)
+    got = evaluate(case.ours, data.to(dtype, at), case.learns)
+    rivals = []
+    with support.forced("reference"):
+        rivals.append(evaluate(case.ours, data.to(dtype), case.learns))
+    if case.peer is not None and dtype == torch.float32:
+        rivals.append(evaluate(case.peer, data.to(dtype), case.learns))
+    for name, value in got.items():
+        eps = 2 * torch.finfo(dtype).eps if name in ("dx", "dy") else 4 * torch.finfo(torch.float32).eps
+        for rival in rivals:
+            support.assert_as_good(name, value, rival[name], oracle[name], eps)
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.9])
+@pytest.mark.parametrize("name", ["clip", "info_nce"])
+def test_precision_of_a_trained_model(name, noise, engine):
+    """Scale 100 and pairs that match: logits of 90 and more, losses of nearly nothing, gradients of what is left."""
+    at, g = support.device(engine), torch.Generator().manual_seed(1)
+    case = next(c for c in CASES if c.name == name)
+    unit = lambda v: torch.nn.functional.normalize(v).float().double()  # noqa: E731
+    data = batch("random", "matched", b=64, d=32)
+    data.x = unit(torch.randn(64, 32, generator=g))
+    data.y = unit(data.x + noise * torch.randn(64, 32, generator=g) / 32**0.5)
+    data.scale = torch.tensor(100.0, dtype=torch.float64)
+    oracle = evaluate(case.ours, data.to(torch.float64, at), case.learns)
+    got = evaluate(case.ours, data.to(torch.float32, at), case.learns)
+
+    def dense(d):
+        x, y = (d.x, d.y) if name == "clip" else map(torch.nn.functional.normalize, (d.x, d.y))
+        logits, target = d.scale * x @ y.T, torch.arange(64)
+        rows = torch.nn.functional.cross_entropy(logits, target)
+        return (rows + torch.nn.functional.cross_entropy(logits.T, target)) / 2 if name == "clip" else rows
+
+    plain = evaluate(dense, data.to(torch.float32), case.learns)
+    eps = torch.finfo(torch.float32).eps
+    for part, value in got.items():
+        # The scale's gradient is a difference of two means of similarities near 1, each of which is rounded.
+        support.assert_as_good(part, value, plain[part], oracle[part], 4 * eps, noise=eps if part == "dscale" else 0.0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_half_precision_gives_a_float32_loss(case, side, dtype, engine):
+    if not support.serves(engine, dtype):
+        pytest.skip(f"{engine} does not serve {dtype}")
+    data = batch("random", side).to(dtype, support.device(engine))
+    loss = case.ours(data)
+    loss.backward()
+    assert loss.dtype == torch.float32 and data.x.grad.dtype == dtype
+    with torch.autocast(data.x.device.type, dtype=torch.bfloat16):
+        assert torch.equal(case.ours(data), loss)
+
+
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_autocast_changes_nothing(case, side, engine):
+    data = batch("random", side).to(torch.float32, support.device(engine))
+    with torch.autocast(data.x.device.type, dtype=torch.bfloat16):
+        inside = case.ours(data)
+    assert torch.equal(inside, case.ours(data))
+
+
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_bitwise_repeatable(case, side, engine):
+    data = batch("random", side, b=40, n=36, d=24)
+    first, second = (evaluate(case.ours, data.to(torch.float32, support.device(engine)), case.learns) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("case, side", sides_of(CASES))
+def test_compiles_once_for_all_batch_sizes(case, side, operator):
+    """fullgraph, and no recompilation when B and N change."""
+    torch._dynamo.reset()
+    at = support.device(operator)
+    compiled = torch.compile(case.ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for b, n in ((11, 9), (14, 6), (7, 16)):
+            data = batch("random", side, b=b, n=n).to(torch.float32, at)
+            loss = compiled(data)
+            (grad,) = torch.autograd.grad(loss, data.x)
+            again = data.to(torch.float32, at)
+            eager = case.ours(again)
+            torch.testing.assert_close(loss, eager)
+            torch.testing.assert_close(grad, torch.autograd.grad(eager, again.x)[0])
+
+
+# --- errors ---
+
+X = torch.eye(4)
+LABELS = torch.tensor([0, 0, 1, 1])
+HARD = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]))
+METRIC_MODULES = [
+    losses.NTXentLoss, losses.SupConLoss, losses.ContrastiveLoss, losses.MultiSimilarityLoss, losses.CircleLoss,
+    losses.TripletMarginLoss,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", METRIC_MODULES, ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ((X[0], LABELS), ValueError, "embeddings must have shape"),
+        ((X.long(), LABELS), TypeError, "embeddings must be one of"),
+        ((X.tolist(), LABELS), TypeError, "embeddings must be a tensor; got list"),
+        ((X,), ValueError, "labels or indices_tuple"),
+        ((X, LABELS[:3]), ValueError, r"labels must have shape \(4,\).*got \(3,\)"),
+        ((X, LABELS[None]), ValueError, "labels must have shape"),
+        ((X, LABELS.float()), TypeError, "labels must be int64; got torch.float32"),
+        ((X, LABELS.int()), TypeError, "labels must be int64; got torch.int32"),
+        ((X, LABELS, None, X[:, :3], LABELS), ValueError, "equal features; got 4 and 3"),
+        ((X, LABELS, None, X.double(), LABELS), TypeError, "one dtype"),
+        ((X, LABELS, None, X.clone()), ValueError, "ref_emb was given without ref_labels"),
+        ((X, LABELS, None, None, LABELS), ValueError, "ref_labels was given without ref_emb"),
+        ((X, LABELS, None, X.clone(), LABELS[:2]), ValueError, "ref_labels must have shape"),
+        ((X, LABELS, HARD[:2]), ValueError, "indices_tuple must be .*length 2"),
+        ((X, LABELS, "hard"), ValueError, "indices_tuple must be .*str"),
+        ((X, LABELS, (*HARD[:2], torch.tensor([4]))), ValueError, r"indices_tuple\[2\] .*\[0, 4\); got 4 to 4"),
+        ((X, LABELS, (torch.tensor([-1]), *HARD[1:])), ValueError, r"indices_tuple\[0\] .*got -1 to -1"),
+        ((X, LABELS, (*HARD[:2], torch.tensor([2, 3]))), ValueError, r"indices_tuple\[2\] must have length 1"),
+        ((X, LABELS, (*HARD[:2], torch.tensor([2.0]))), TypeError, r"indices_tuple\[2\] must be a 1-D int64"),
+        ((X, LABELS.to("meta")), ValueError, "labels must be on the device"),
+        ((X, LABELS, None, X.to("meta"), LABELS), ValueError, "ref_emb must be on the device"),
+    ],
+)
+def test_bad_calls(make, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        make()(*arguments)
+
+
+@pytest.mark.parametrize(
+    "build, kind, message",
+    [
+        (lambda: losses.NTXentLoss(temperature=0), ValueError, r"temperature must be in \(0.*got 0"),
+        (lambda: losses.NTXentLoss(temperature=-1.0), ValueError, "temperature .*got -1"),
+        (lambda: losses.SupConLoss(temperature=math.nan), ValueError, "temperature must not be NaN"),
+        (lambda: losses.SupConLoss(temperature="hot"), TypeError, "temperature must be a number; got str"),
+        (lambda: losses.SupConLoss(temperature=torch.ones(2)), ValueError, "temperature .*one element"),
+        (lambda: losses.SupConLoss(reduction="mean"), TypeError, "SupConReduction"),
+        (lambda: losses.SupConLoss(base_temperature=0), ValueError, "base_temperature"),
+        (lambda: losses.InfoNCELoss(temperature=0.0), ValueError, "temperature"),
+        (lambda: losses.ContrastiveLoss(pos_margin=math.nan), ValueError, "pos_margin must not be NaN"),
+        (lambda: losses.ContrastiveLoss(neg_margin=None), TypeError, "neg_margin must be a number"),
+        (lambda: losses.TripletMarginLoss(margin=math.nan), ValueError, "margin must not be NaN"),
+        (lambda: losses.TripletMarginLoss(triplets_per_anchor=3), ValueError, "triplets_per_anchor must be"),
+        (lambda: losses.MultiSimilarityLoss(alpha=0), ValueError, "alpha must be"),
+        (lambda: losses.MultiSimilarityLoss(beta=-1), ValueError, "beta must be"),
+        (lambda: losses.MultiSimilarityLoss(base=math.nan), ValueError, "base must not be NaN"),
+        (lambda: losses.CircleLoss(gamma=0), ValueError, "gamma must be"),
+        (lambda: losses.CircleLoss(m=math.nan), ValueError, "m must not be NaN"),
+        (lambda: losses.CircleLoss(distance=losses.LpDistance()), ValueError, "CosineSimilarity for CircleLoss"),
+        (lambda: losses.NTXentLoss(distance=losses.LpDistance(p=1)), ValueError, r"distance must be .*p=1"),
+        (lambda: losses.NTXentLoss(distance=torch.nn.Identity()), ValueError, "distance must be .*Identity"),
+        (lambda: losses.NTXentLoss(reducer=torch.nn.Identity()), ValueError, "reducer must be .*Identity"),
+        (lambda: losses.ClipLoss(world_size=2), ValueError, "world_size must be 1.*got 2"),
+        (lambda: losses.SigLipLoss(world_size=2), ValueError, "world_size must be 1.*got 2"),
+        (lambda: losses.SigLipLoss(dist_impl="ring"), ValueError, "dist_impl must be .*'ring'"),
+        (lambda: miners.MultiSimilarityMiner(epsilon=math.nan), ValueError, "epsilon must not be NaN"),
+        (lambda: miners.BatchHardMiner(distance=torch.nn.Identity()), ValueError, "distance must be"),
+        (lambda: losses.CrossBatchMemory(losses.SupConLoss(), 0), ValueError, "embedding_size must be"),
+        (lambda: losses.CrossBatchMemory(losses.SupConLoss(), 4, 0), ValueError, "memory_size must be"),
+    ],
+)
+def test_bad_settings(build, kind, message):
+    with pytest.raises(kind, match=message):
+        build()
+
+
+@pytest.mark.parametrize("make", [losses.ClipLoss, losses.SigLipLoss])
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ((X, X[:3], 1.0), ValueError, "equal numbers of rows; got 4 and 3"),
+        ((X, X[:, :3], 1.0), ValueError, "equal features"),
+        ((X[0], X, 1.0), ValueError, "image_features must have shape"),
+        ((X, X.double(), 1.0), TypeError, "one dtype"),
+        ((X, X, math.nan), ValueError, "logit_scale must be finite; got nan"),
+        ((X, X, "1"), TypeError, "logit_scale must be a number or a tensor"),
+        ((X, X, torch.ones(2)), ValueError, "logit_scale .*one element"),
+        ((X, X, torch.tensor(1)), TypeError, "logit_scale must be floating point"),
+        ((X, X, 1.0, torch.ones(2)), ValueError, "logit_bias .*one element"),
+    ],
+)
+def test_bad_image_text_calls(make, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        make()(*arguments)
+
+
+def test_other_bad_calls():
+    with pytest.raises(ValueError, match="indices_tuple must be given"):
+        losses.TripletMarginLoss()(X, LABELS)
+    with pytest.raises(ValueError, match=r"pair \(0, 1\) as positive and as negative"):
+        losses.SupConLoss()(X, None, (HARD[0], HARD[1], HARD[0], HARD[1]))
+    with pytest.raises(ValueError, match="query and positive_key must have equal numbers of rows"):
+        losses.InfoNCELoss()(X, X[:2])
+    with pytest.raises(ValueError, match="query and queue must have equal features"):
+        losses.InfoNCELoss()(X, X, queue=X[:, :2])
+    with pytest.raises(ValueError, match="in_batch_negatives=False needs"):
+        losses.InfoNCELoss(in_batch_negatives=False)(X, X)
+
+
+def test_learnable_temperature_is_a_parameter():
+    loss = losses.NTXentLoss(temperature=torch.nn.Parameter(torch.tensor(0.1)))
+    loss(torch.randn(6, 4), torch.arange(6) % 2).backward()
+    (parameter,) = loss.parameters()
+    assert parameter.grad.abs() > 0
+
+
+def test_image_text_extras(engine):
+    """Dict output, a bias without influence but with a gradient, cached labels, stored logits for subclasses."""
+    data = batch("random", "matched").to(torch.float64, support.device(engine))
+    clip, siglip = losses.ClipLoss(cache_labels=True), losses.SigLipLoss()
+    assert list(clip(data.x, data.y, data.scale, output_dict=True)) == ["contrastive_loss"]
+    assert list(siglip(data.x, data.y, data.scale, data.bias, output_dict=True)) == ["contrastive_loss"]
+    assert torch.equal(clip(data.x, data.y, data.scale, data.bias), clip(data.x, data.y, data.scale))
+    assert torch.autograd.grad(clip(data.x, data.y, data.scale, data.bias), data.bias)[0] == 0
+    assert clip.get_ground_truth(data.x.device, 11) is clip.get_ground_truth(data.x.device, 11)
+    rows, columns = clip.get_logits(data.x, data.y, data.scale)
+    target = clip.get_ground_truth(data.x.device, 11)
+    ce = torch.nn.functional.cross_entropy
+    torch.testing.assert_close((ce(rows, target) + ce(columns, target)) / 2, clip(data.x, data.y, data.scale))
+    stored = siglip._loss(data.x, data.y, data.scale, data.bias)
+    torch.testing.assert_close(stored, siglip(data.x, data.y, data.scale, data.bias))
+    scale = data.scale.item()
+    torch.testing.assert_close(clip(data.x, data.y, scale), clip(data.x, data.y, data.scale.reshape(1)))
