@@ -101,10 +101,13 @@ struct Side {
       for (int64_t d = 0; d < features; ++d) copy[d] /= divisor;
     }
     if (squares) {
-      // In the order of the matrix product, so that the distance of equal rows is exactly 0.
-      total = 0;
-      for (int64_t d = 0; d < features; ++d) total += copy[d] * copy[d];
-      square[p] = total;
+      // As the matrix product rounds it, so that the distance of equal rows is exactly 0: lane 0 is |copy|^2.
+      Vec<T> acc{};
+      for (int64_t d = 0; d < features; ++d) acc += copy[d] * load(copy + d);
+      T lanes[kWidth<T>];
+      store(lanes, acc);
+      asm volatile("" : : "r"(lanes) : "memory");  // all lanes are wanted: alone, lane 0 would be rounded otherwise
+      square[p] = lanes[0];
     }
     uint64_t mixed = uint64_t(index[p]) * 0x9e3779b97f4a7c15u;
     for (int l = 0; l < kWidth<T>; ++l) {

@@ -18,6 +18,7 @@ class TileConfig:
     block_d: int  # features at a time
     warps: int
     stages: int
+    parts: int = 1  # column parts that the epilogue takes one after the other, which bounds its registers
     group: int = 8  # row tiles that share the columns they walk
 
 
@@ -90,5 +91,5 @@ def choose(kernel: str, kind: str, arch: int, D: int) -> TileConfig:
     config = TABLE[kernel, kind, arch]
     if D <= SHORT_D:
         short = max(16, min(config.block_d, 1 << max(D - 1, 1).bit_length()))
-        config = TileConfig(config.block_b, config.block_n, short, config.warps, 2, config.group)
+        config = TileConfig(config.block_b, config.block_n, short, config.warps, 2, config.parts, config.group)
     return config

@@ -19,11 +19,13 @@ from .extremes import _extremes_kernel, _top_k_kernel
 from .program import (
     Gradients,
     Parameters,
-    extremes_program,
-    masks_of,
-    statistics_program,
+    Pass,
+    extremes_codes,
+    padded,
+    padded_length,
+    statistics_codes,
     statistics_slots,
-    weights_program,
+    weights_codes,
     written_slots,
 )
 from .reductions import COUNT, LOGSUMEXP, MOMENTS, SOFTMAX_MEAN, SUM, _fold_kernel
@@ -50,6 +52,7 @@ def launch(kernel, programs: int, config: configs.TileConfig | None, *args, **co
             "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
             "GROUP": config.group,
+            "PARTS": config.parts,
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
@@ -70,19 +73,25 @@ def group_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor
     return ids[: labels.shape[0]], (ids if ref_labels is None else ids[labels.shape[0] :])
 
 
+def _padded_labels(ids: Tensor) -> Tensor:
+    """(rows,) → (padded rows,), repeating the last label so that padding widens no tile's range."""
+    missing = padded_length(ids.shape[0]) - ids.shape[0]
+    return torch.cat([ids, ids[-1:].expand(missing)]) if missing else ids
+
+
 @dataclass
 class Operands:
     """What every kernel of a pass reads, apart from the terms' parameters."""
 
     x: Tensor  # (B, D)
     y: Tensor  # (N, D)
-    x_norms: Tensor  # (2, B) inverse norm, squared norm
-    y_norms: Tensor  # (2, N)
-    x_labels: Tensor  # (B,) int32
-    y_labels: Tensor  # (N,) int32
-    exclude: Tensor  # (B,) int32
+    x_norms: Tensor  # (2, padded B) inverse norm, squared norm
+    y_norms: Tensor  # (2, padded N)
+    x_labels: Tensor  # (padded B,) int32
+    y_labels: Tensor  # (padded N,) int32
+    exclude: Tensor  # (padded B,) int32
     pair_mask: Tensor  # (B, N) uint8
-    constants: dict  # constexpr arguments
+    header: Pass
     kind: str
     orders: tuple[Tensor | None, Tensor | None]  # rows and columns as sorted by label
 
@@ -100,7 +109,7 @@ class Operands:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (
-            self.x, self.y, self.x_norms, self.y_norms, self.x_labels, self.y_labels, self.exclude, self.pair_mask
+            self.x, self.y, self.x_norms, self.y_norms, self.x_labels, self.y_labels, self.exclude, self.exclude, self.pair_mask
         )  # fmt: skip
 
     def config(self, kernel: str) -> configs.TileConfig:
@@ -108,14 +117,15 @@ class Operands:
 
 
 def _norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
-    """(2, rows): 1 / max(norm, 1e-12), and the squared norm after that division."""
-    out = torch.zeros(2, x.shape[0], dtype=torch.float32, device=x.device)
+    """(2, padded rows): 1 / max(norm, 1e-12), and the squared norm after that division."""
+    rows = x.shape[0]
+    out = torch.zeros(2, padded_length(rows), dtype=torch.float32, device=x.device)
     if normalize:
-        out[0] = 1.0 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(_EPSILON)
+        out[0, :rows] = 1.0 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(_EPSILON)
     if squared:
         wide = x.float()
-        wide = wide * out[0][:, None] if normalize else wide
-        out[1] = (wide * wide).sum(1)
+        wide = wide * out[0, :rows, None] if normalize else wide
+        out[1, :rows] = (wide * wide).sum(1)
     return out
 
 
@@ -140,8 +150,9 @@ def operands(request, masks: set[int]) -> Operands:
     exclude = x_labels
     if request.exclude is not None:
         inside = (request.exclude >= 0) & (request.exclude < y.shape[0])
-        exclude = torch.where(inside, request.exclude, -1).to(torch.int32)
+        exclude = padded(torch.where(inside, request.exclude, -1).to(torch.int32))
     pair_mask = x_labels if request.pair_mask is None else request.pair_mask.contiguous().view(torch.uint8)
+    x_labels, y_labels = _padded_labels(x_labels), _padded_labels(y_labels)
     half = x.dtype != torch.float32
     tf32 = not half and int(request.precision) == 1
     kind = "half" if half else "tf32" if tf32 else "ieee"
@@ -154,14 +165,7 @@ def operands(request, masks: set[int]) -> Operands:
         y_labels,
         exclude,
         pair_mask,
-        {
-            "SIMILARITY": int(request.similarity),
-            "NORMALIZE": request.normalize,
-            "EXCLUDE_SELF": request.exclude_self,
-            "HAS_EXCLUDE": request.exclude is not None,
-            "SAME_ONLY": same_only,
-            "INPUT_PRECISION": "ieee" if kind == "ieee" else "tf32",
-        },
+        Pass(int(request.similarity), request.normalize, request.exclude_self, request.exclude is not None, same_only),
         kind,
         orders,
     )
@@ -279,11 +283,13 @@ def _set_neutral(buffer: Tensor, entries: tuple[int, ...]) -> None:
 
 
 def _dimensions(op: Operands) -> tuple[int, ...]:
-    return op.x.shape[0], op.y.shape[0], op.x.shape[1], op.x.stride(0), op.y.stride(0)
+    B, N = op.x.shape[0], op.y.shape[0]
+    return N, op.x.shape[1], op.x.stride(0), op.y.stride(0), padded_length(B), padded_length(N)
 
 
 def _tile_constants(op: Operands, config: configs.TileConfig) -> dict:
-    return {**op.constants, "EVEN_D": op.x.shape[1] % config.block_d == 0}
+    precision = "ieee" if op.kind == "ieee" else "tf32"
+    return {"EVEN_D": op.x.shape[1] % config.block_d == 0, "INPUT_PRECISION": precision}
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -298,15 +304,15 @@ def stats(request) -> tuple[Tensor, Tensor]:
     request = _arranged(request, op)
     firsts, slots = _state_layout(request)
     parameters = Parameters(device, request.symmetric)
-    program = statistics_program(request, parameters, firsts, LOGSUMEXP.value)
-    entries = (statistics_slots(program, 0), statistics_slots(program, 1))
+    codes = statistics_codes(request, parameters, firsts, LOGSUMEXP.value)
+    entries = (statistics_slots(codes, 0), statistics_slots(codes, 1))
     rows_state = torch.empty(slots[0], B, dtype=torch.float64, device=device)
     columns_state = rows_state if request.symmetric else torch.empty(slots[1], N, dtype=torch.float64, device=device)
     _set_neutral(rows_state, entries[0])
     if not request.symmetric:
         _set_neutral(columns_state, entries[1])
     if B and N:
-        _stats_panels(request, op, parameters.packed(), program, slots, entries, (rows_state, columns_state))
+        _stats_panels(request, op, parameters.packed(), codes, slots, entries, (rows_state, columns_state))
     rows, columns = [], []
     for term, first in zip(request.terms, firsts, strict=True):
         side = int(term.axis)
@@ -321,23 +327,24 @@ def _joined(parts: list[Tensor], length: int, device) -> Tensor:
     return torch.cat(parts).to(torch.float32)
 
 
-def _stats_panels(request, op: Operands, packed, program, slots, entries, states) -> None:
+def _stats_panels(request, op: Operands, packed, codes, slots, entries, states) -> None:
     B, N = request.shape
     config = op.config("stats")
 
     def cost(rows: int, columns: int) -> int:
-        across, down = _tiles(columns, config.block_n), _tiles(rows, config.block_b)
+        across, down = _tiles(columns, config.block_n) * config.parts, _tiles(rows, config.block_b)
         return 4 * (slots[0] * across * rows + slots[1] * down * columns)
 
     panel_b, panel_n = panel_shape(B, N, config, request.max_workspace_bytes, cost)
-    skips = request.symmetric or op.constants["SAME_ONLY"]
+    program = op.header.program(codes, triangle=request.symmetric)
+    skips = request.symmetric or op.header.same_only
     for first_b, end_b in _panels(B, panel_b):
         for first_n, end_n in _panels(N, panel_n):
             if request.symmetric and end_n <= first_b:
                 continue
             length_b, length_n = end_b - first_b, end_n - first_n
             tiles_b, tiles_n = _tiles(length_b, config.block_b), _tiles(length_n, config.block_n)
-            row_partials = _partials(slots[0], tiles_n, length_b, op.x.device)
+            row_partials = _partials(slots[0], tiles_n * config.parts, length_b, op.x.device)
             column_partials = _partials(slots[1], tiles_b, length_n, op.x.device)
             if skips:
                 for partials, count, side in ((row_partials, slots[0], 0), (column_partials, slots[1], 1)):
@@ -346,9 +353,9 @@ def _stats_panels(request, op: Operands, packed, program, slots, entries, states
             launch(
                 _stats_kernel, tiles_b * tiles_n, config, *op.tensors(), *packed, row_partials, column_partials,
                 *_dimensions(op), first_b, first_n, end_b, end_n,
-                PROGRAM=program, TRIANGLE=request.symmetric, **_tile_constants(op, config),
+                PROGRAM=program, **_tile_constants(op, config),
             )  # fmt: skip
-            _fold(row_partials, states[0], tiles_n, length_b, first_b, entries[0])
+            _fold(row_partials, states[0], tiles_n * config.parts, length_b, first_b, entries[0])
             _fold(column_partials, states[1], tiles_b, length_n, first_n, entries[1])
 
 
@@ -450,7 +457,7 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
     request = _arranged(request, op)
     symmetric, distance = request.symmetric, int(request.similarity) != 0
     parameters = Parameters(device, symmetric)
-    program, diagonal, gradients = weights_program(
+    codes, diagonal, gradients = weights_codes(
         request, parameters, LOGSUMEXP.value, cotangents, statistics, needs.params, with_value
     )
     need_x, need_y = needs.x, needs.y and not symmetric
@@ -469,9 +476,9 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
     scale = _half_scale(request, cotangents) if op.x.dtype == torch.float16 and B and N else None
     x, y = _gemm_operand(op.x, op.x_norms, request.normalize), None
     y = x if symmetric else _gemm_operand(op.y, op.y_norms, request.normalize)
-    if B and N and program:
+    if B and N and codes:
         _weights_panels(
-            request, op, parameters.packed(), (program, diagonal), gradients, (rows_state, columns_state),
+            request, op, parameters.packed(), (codes, diagonal), gradients, (rows_state, columns_state),
             (x, y), (dx, dy), (row_sum, column_sum), scale,
         )  # fmt: skip
     if dx is not None:
@@ -490,10 +497,10 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
 
 def _gemm_operand(x: Tensor, norms: Tensor, normalize: bool) -> Tensor:
     """x as the gradient GEMMs read it."""
-    return (x.float() * norms[0][:, None]).to(x.dtype) if normalize else x
+    return (x.float() * norms[0, : x.shape[0], None]).to(x.dtype) if normalize else x
 
 
-def _weights_panels(request, op, packed, programs, gradients: Gradients, states, xy, dxy, sum_slots, scale) -> None:
+def _weights_panels(request, op, packed, codes, gradients: Gradients, states, xy, dxy, sum_slots, scale) -> None:
     B, N = request.shape
     config = op.config("weights")
     symmetric = request.symmetric
@@ -502,22 +509,22 @@ def _weights_panels(request, op, packed, programs, gradients: Gradients, states,
     slots, size = gradients.used, op.x.element_size() if store else 0
 
     def cost(rows: int, columns: int) -> int:
-        across, down = _tiles(columns, config.block_n), _tiles(rows, config.block_b)
+        across, down = _tiles(columns, config.block_n) * config.parts, _tiles(rows, config.block_b)
         return size * rows * columns + 4 * (slots[0] * across * rows + slots[1] * down * columns)
 
     panel_b, panel_n = panel_shape(B, N, config, request.max_workspace_bytes, cost, symmetric, tall=1024)
     width = _round_up(min(panel_n, N), 16)
     workspace = torch.empty(min(panel_b, B) * width if store else 1, dtype=op.x.dtype, device=op.x.device)
-    skips = op.constants["SAME_ONLY"]
+    skips = op.header.same_only
     for first_b, end_b in _panels(B, panel_b):
         for first_n, end_n in _panels(N, panel_n):
             if symmetric and first_n < first_b:
                 continue
             on_diagonal = symmetric and first_n == first_b
-            program = programs[1] if on_diagonal else programs[0]
+            visible = codes[1] if on_diagonal else codes[0]
             length_b, length_n = end_b - first_b, end_n - first_n
             tiles_b, tiles_n = _tiles(length_b, config.block_b), _tiles(length_n, config.block_n)
-            row_partials = _partials(slots[0], tiles_n, length_b, op.x.device)
+            row_partials = _partials(slots[0], tiles_n * config.parts, length_b, op.x.device)
             column_partials = _partials(slots[1], tiles_b, length_n, op.x.device)
             column_slot = -1 if on_diagonal else column_sum
             stride_w = _round_up(length_n, 16)
@@ -529,14 +536,16 @@ def _weights_panels(request, op, packed, programs, gradients: Gradients, states,
                 _weights_kernel, tiles_b * tiles_n, config, *op.tensors(), *packed, row_partials, column_partials,
                 panel, packed[1] if scale is None else scale, *_dimensions(op), stride_w,
                 first_b, first_n, end_b, end_n,
-                PROGRAM=program, STORE=store, SCALED=scale is not None,
-                ROW_SUM_SLOT=row_sum, COLUMN_SUM_SLOT=column_slot, **_tile_constants(op, config),
+                PROGRAM=op.header.program(
+                    visible, store=store, scaled=scale is not None, row_sum=row_sum, column_sum=column_slot
+                ),
+                **_tile_constants(op, config),
             )  # fmt: skip
             for side, partials, tiles, length, first in (
-                (0, row_partials, tiles_n, length_b, first_b), (1, column_partials, tiles_b, length_n, first_n)
+                (0, row_partials, tiles_n * config.parts, length_b, first_b), (1, column_partials, tiles_b, length_n, first_n)
             ):  # fmt: skip
                 extra = (row_sum, column_slot)[side]
-                written = written_slots(program, side) + ((extra,) if extra >= 0 else ())
+                written = written_slots(visible, side) + ((extra,) if extra >= 0 else ())
                 entries = tuple(v for slot in written for v in (SUM.value, slot))
                 _fold(partials, states[side], tiles, length, first, entries)
             if not store:
@@ -555,7 +564,7 @@ def _finished_gradient(
     d: Tensor,  # (rows, D) float32: sum of weights times the other side
     operand: Tensor,  # (rows, D) as the GEMMs read it
     raw: Tensor,  # (rows, D)
-    norms: Tensor,  # (2, rows)
+    norms: Tensor,  # (2, padded rows)
     normalize: bool,
     weight_sums: Tensor | None,  # (rows,) for distances
     scale: Tensor | None,  # (1,)
@@ -566,11 +575,12 @@ def _finished_gradient(
     if scale is not None:
         d = d / scale
     if normalize:
-        unit = raw.float() * norms[0][:, None]
+        inverse = norms[0, : raw.shape[0], None]
+        unit = raw.float() * inverse
         along = (unit * d).sum(1, keepdim=True)
         # Rows below the smallest norm are divided by a constant, which has no gradient of its own.
-        along = torch.where(norms[0][:, None] < 1.0 / _EPSILON, along, 0.0)
-        d = (d - unit * along) * norms[0][:, None]
+        along = torch.where(inverse < 1.0 / _EPSILON, along, 0.0)
+        d = (d - unit * along) * inverse
     return d.to(raw.dtype)
 
 
@@ -635,14 +645,15 @@ def _single(request, extremes) -> list[tuple[Tensor, Tensor]]:
     op = operands(request, {int(e.mask) for e in extremes})
     extremes = [_thresholds(e, op) for e in extremes]
     parameters = Parameters(device, request.symmetric)
-    program = extremes_program(extremes, request.symmetric, parameters)
+    codes = extremes_codes(extremes, request.symmetric, parameters)
+    program = op.header.program(codes, triangle=request.symmetric)
     packed = parameters.packed()
     config = op.config("extremes")
     best = torch.full((count, B), _MISSING, dtype=torch.int64, device=device)
     columns_of = int(request.symmetric)
 
     def cost(rows: int, columns: int) -> int:
-        across, down = _tiles(columns, config.block_n), _tiles(rows, config.block_b)
+        across, down = _tiles(columns, config.block_n) * config.parts, _tiles(rows, config.block_b)
         return 8 * count * (across * rows + columns_of * down * columns)
 
     panel_b, panel_n = panel_shape(B, N, config, request.max_workspace_bytes, cost) if B and N else (1, 1)
@@ -652,18 +663,18 @@ def _single(request, extremes) -> list[tuple[Tensor, Tensor]]:
                 continue
             length_b, length_n = end_b - first_b, end_n - first_n
             tiles_b, tiles_n = _tiles(length_b, config.block_b), _tiles(length_n, config.block_n)
-            row_partials = _partials(count, tiles_n, length_b, device, torch.int64)
+            row_partials = _partials(count, tiles_n * config.parts, length_b, device, torch.int64)
             column_partials = _partials(count * columns_of, tiles_b, length_n, device, torch.int64)
-            if request.symmetric or op.constants["SAME_ONLY"]:
+            if request.symmetric or op.header.same_only:
                 row_partials.fill_(_MISSING)
                 column_partials.fill_(_MISSING)
             launch(
                 _extremes_kernel, tiles_b * tiles_n, config, *op.tensors(), *packed, row_partials, column_partials,
                 *_dimensions(op), first_b, first_n, end_b, end_n,
-                PROGRAM=program, TRIANGLE=request.symmetric, **_tile_constants(op, config),
+                PROGRAM=program, **_tile_constants(op, config),
             )  # fmt: skip
             for partials, tiles, first, end in (
-                (row_partials, tiles_n, first_b, end_b), (column_partials, tiles_b, first_n, end_n)
+                (row_partials, tiles_n * config.parts, first_b, end_b), (column_partials, tiles_b, first_n, end_n)
             )[: 1 + columns_of]:  # fmt: skip
                 panel = partials.view(count, tiles, end - first).amax(1)
                 best[:, first:end] = torch.maximum(best[:, first:end], panel)
@@ -676,7 +687,7 @@ def _top_k(request, extreme) -> tuple[Tensor, Tensor]:
     op = operands(request, {int(extreme.mask)})
     extreme = _thresholds(extreme, op)
     parameters = Parameters(device, request.symmetric)
-    program = extremes_program([extreme], False, parameters)
+    program = op.header.program(extremes_codes([extreme], False, parameters))
     packed = parameters.packed()
     config = op.config("top_k")
     k = extreme.k

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .program import ABOVE, ABSENT, BELOW, MASK, MIRRORED, SIDE
-from .tiles import parameter
+from .program import ABOVE, ABSENT, BELOW, EXCLUDE_SELF, HAS_EXCLUDE, MASK, MIRRORED, SIDE, TRIANGLE
+from .tiles import along_columns, along_rows, columns_of, inside_tile, parameter, rows_of
 
 ALL = tl.constexpr(0)
 SAME = tl.constexpr(1)
@@ -14,72 +14,50 @@ NOT_GIVEN = tl.constexpr(4)
 
 
 @triton.jit
-def labels_meet(
-    x_labels_ptr,  # (B,) int32
-    y_labels_ptr,  # (N,) int32
-    i,
-    j,
-):
-    """False where the label ranges of a tile's rows and columns are disjoint, so that it holds no pair of equals."""
-    x_labels = tl.load(x_labels_ptr + i)
-    y_labels = tl.load(y_labels_ptr + j)
-    return (tl.min(x_labels) <= tl.max(y_labels)) & (tl.min(y_labels) <= tl.max(x_labels))
-
-
-@triton.jit
 def keep_tile(
-    inside,  # (BLOCK_B, BLOCK_N) bool
-    s,  # (BLOCK_B, BLOCK_N)
-    vectors,
-    x_labels_ptr,  # (B,) int32
-    y_labels_ptr,  # (N,) int32
-    exclude_ptr,  # (B,) int32
-    pair_mask_ptr,  # (B, N) uint8
-    CODE: tl.constexpr,
+    s,  # (BLOCK_B, span)
+    view,
+    PROGRAM: tl.constexpr,
     AT: tl.constexpr,  # first field of the evaluation
-    TRIANGLE: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
 ):
-    """(BLOCK_B, BLOCK_N) bool: the pairs that an evaluation reduces."""
-    i = vectors[4]
-    j = vectors[5]
-    N = tl.cast(vectors[7], tl.int64)
-    mirrored: tl.constexpr = CODE[AT + MIRRORED]
-    keep = inside
-    if TRIANGLE:
-        if mirrored:
-            keep = keep & (i[:, None] < j[None, :])
+    """(BLOCK_B, span) bool: the pairs that an evaluation reduces. A NaN passes every threshold."""
+    x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N = view[3]
+    place = view[2]
+    i = rows_of(view)
+    j = columns_of(view)
+    keep = inside_tile(view)
+    if PROGRAM[TRIANGLE]:
+        if PROGRAM[AT + MIRRORED]:
+            keep = keep & (i < j)
         else:
-            keep = keep & (i[:, None] <= j[None, :])
-    if EXCLUDE_SELF:
-        keep = keep & (i[:, None] != j[None, :])
-    if HAS_EXCLUDE:
-        if mirrored:
-            keep = keep & (tl.load(exclude_ptr + j)[None, :] != i[:, None])
+            keep = keep & (i <= j)
+    if PROGRAM[EXCLUDE_SELF]:
+        keep = keep & (i != j)
+    if PROGRAM[HAS_EXCLUDE]:
+        if PROGRAM[AT + MIRRORED]:
+            keep = keep & (along_columns(y_exclude_ptr, place) != i)
         else:
-            keep = keep & (tl.load(exclude_ptr + i)[:, None] != j[None, :])
-    mask: tl.constexpr = CODE[AT + MASK]
-    if (mask == SAME) or (mask == DIFFERENT):
-        same = tl.load(x_labels_ptr + i)[:, None] == tl.load(y_labels_ptr + j)[None, :]
-        if mask == SAME:
+            keep = keep & (along_rows(x_exclude_ptr, place) != j)
+    if (PROGRAM[AT + MASK] == SAME) or (PROGRAM[AT + MASK] == DIFFERENT):
+        same = along_rows(x_labels_ptr, place) == along_columns(y_labels_ptr, place)
+        if PROGRAM[AT + MASK] == SAME:
             keep = keep & same
         else:
             keep = keep & (same == 0)
-    if (mask == GIVEN) or (mask == NOT_GIVEN):
-        if mirrored:
-            given = tl.load(pair_mask_ptr + j[None, :] * N + i[:, None], mask=inside, other=0)
+    if (PROGRAM[AT + MASK] == GIVEN) or (PROGRAM[AT + MASK] == NOT_GIVEN):
+        if PROGRAM[AT + MIRRORED]:
+            offset = j.to(tl.int64) * N + i
         else:
-            given = tl.load(pair_mask_ptr + i[:, None] * N + j[None, :], mask=inside, other=0)
-        if mask == GIVEN:
+            offset = i.to(tl.int64) * N + j
+        given = tl.load(pair_mask_ptr + offset, mask=inside_tile(view), other=0)
+        if PROGRAM[AT + MASK] == GIVEN:
             keep = keep & (given != 0)
         else:
             keep = keep & (given == 0)
-    side: tl.constexpr = CODE[AT + SIDE]
-    if CODE[AT + ABOVE] != ABSENT:
-        above = parameter(vectors, CODE[AT + ABOVE], CODE[AT + ABOVE + 1], side, 0.0)
+    if PROGRAM[AT + ABOVE] != ABSENT:
+        above = parameter(view, PROGRAM[AT + ABOVE], PROGRAM[AT + ABOVE + 1], PROGRAM[AT + SIDE], 0.0)
         keep = keep & ((s <= above) == 0)
-    if CODE[AT + BELOW] != ABSENT:
-        below = parameter(vectors, CODE[AT + BELOW], CODE[AT + BELOW + 1], side, 0.0)
+    if PROGRAM[AT + BELOW] != ABSENT:
+        below = parameter(view, PROGRAM[AT + BELOW], PROGRAM[AT + BELOW + 1], PROGRAM[AT + SIDE], 0.0)
         keep = keep & ((s >= below) == 0)
     return keep

@@ -1,4 +1,4 @@
-"""A pass as the kernels see it: a flat tuple of integers, `WIDTH` per evaluation of a term on a tile.
+"""A pass as the kernels see it: a flat tuple of integers, a header and then `WIDTH` per evaluation of a term on a tile.
 
 An evaluation reduces one tile along one side. A term of a rectangular problem has one evaluation, a term of a
 self-similarity has two: tile (I, J) also stands for its mirror image (J, I).
@@ -17,6 +17,22 @@ ABSENT = tl.constexpr(0)
 NUMBER = tl.constexpr(1)  # an entry of `numbers`
 SCALAR = tl.constexpr(2)  # an entry of `scalars` on the device
 VECTOR = tl.constexpr(3)  # a row of `row_vectors` or `column_vectors`
+
+#: Every tile's sides divide this.
+MAX_BLOCK = 256
+
+#: Header: what holds for all evaluations.
+SIMILARITY = tl.constexpr(0)
+NORMALIZE = tl.constexpr(1)
+EXCLUDE_SELF = tl.constexpr(2)
+HAS_EXCLUDE = tl.constexpr(3)
+SAME_ONLY = tl.constexpr(4)  # only pairs of equal labels count: tiles without any are skipped
+TRIANGLE = tl.constexpr(5)  # self-similarity: only pairs i <= j are visited, which also stand for (j, i)
+STORE = tl.constexpr(6)  # pair weights are wanted, not only sums
+SCALED = tl.constexpr(7)  # float16: pair weights are multiplied by a scale before rounding
+ROW_SUM_SLOT = tl.constexpr(8)  # sums of the stored weights, for distances; -1 for none
+COLUMN_SUM_SLOT = tl.constexpr(9)
+HEADER = tl.constexpr(10)
 
 #: Fields of an evaluation. Parameters take two: kind and position.
 REDUCTION = tl.constexpr(0)  # for extremes: 1 largest, 0 smallest
@@ -81,11 +97,21 @@ class Parameters:
         return self.seen[key]
 
     def packed(self) -> tuple[tuple[float, ...], Tensor, Tensor, Tensor]:
-        """numbers, scalars (S,), row_vectors (P, B), column_vectors (Q, N)."""
+        """numbers, scalars (S,), row_vectors (P, padded B), column_vectors (Q, padded N)."""
         scalars = _stack(self.scalars, self.device).reshape(-1)
-        rows = _stack(self.vectors[0], self.device)
-        columns = rows if self.shared else _stack(self.vectors[1], self.device)
+        rows = padded(_stack(self.vectors[0], self.device))
+        columns = rows if self.shared else padded(_stack(self.vectors[1], self.device))
         return tuple(self.numbers) or (0.0,), scalars, rows, columns
+
+
+def padded_length(length: int) -> int:
+    """Length that holds whole tiles of every configuration."""
+    return -(-length // MAX_BLOCK) * MAX_BLOCK
+
+
+def padded(vectors: Tensor) -> Tensor:
+    """(..., length) → (..., padded length), so that kernels read tiles of vectors without masks."""
+    return torch.nn.functional.pad(vectors, (0, padded_length(vectors.shape[-1]) - vectors.shape[-1])).contiguous()
 
 
 def _stack(values: list[Tensor], device: torch.device) -> Tensor:
@@ -144,11 +170,29 @@ def _pair_up(codes: list[list[int]], logsumexp: int, symmetric_mask: bool) -> No
                 break
 
 
+@dataclass(frozen=True)
+class Pass:
+    """The header of a program."""
+
+    similarity: int
+    normalize: bool
+    exclude_self: bool
+    has_exclude: bool
+    same_only: bool
+
+    def program(
+        self, codes: tuple[int, ...], triangle=False, store=False, scaled=False, row_sum=-1, column_sum=-1
+    ) -> tuple[int, ...]:
+        """A complete program from its evaluations."""
+        flags = (self.normalize, self.exclude_self, self.has_exclude, self.same_only, triangle, store, scaled)
+        return (self.similarity, *map(int, flags), row_sum, column_sum, *codes)
+
+
 def _flat(codes: list[list[int]]) -> tuple[int, ...]:
     return tuple(v for code in codes for v in code)
 
 
-def statistics_program(request, parameters: Parameters, firsts: list[int], logsumexp: int) -> tuple[int, ...]:
+def statistics_codes(request, parameters: Parameters, firsts: list[int], logsumexp: int) -> tuple[int, ...]:
     """Evaluations of a pass over the statistics; term t writes its partials from slot firsts[t] on."""
     codes = []
     for mirrored in (False, True) if request.symmetric else (False,):
@@ -173,7 +217,7 @@ class Gradients:
         return self.used[side] - 1
 
 
-def weights_program(
+def weights_codes(
     request,
     parameters: Parameters,
     logsumexp: int,
@@ -182,7 +226,7 @@ def weights_program(
     needs_params: tuple[bool, ...],
     with_value: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...], Gradients]:
-    """Programs of blocks off and on the diagonal, and the slots of their sums.
+    """Evaluations of blocks off and on the diagonal, and the slots of their sums.
 
     On a diagonal block every pair is visited twice, so mirrored evaluations add to the pair weights only.
     """
@@ -227,7 +271,7 @@ def weights_program(
     return _flat(codes), _flat(diagonal), gradients
 
 
-def extremes_program(extremes, symmetric: bool, parameters: Parameters) -> tuple[int, ...]:
+def extremes_codes(extremes, symmetric: bool, parameters: Parameters) -> tuple[int, ...]:
     """Evaluations of a mining pass; slot e is extreme e."""
     codes = []
     for mirrored in (False, True) if symmetric else (False,):
@@ -243,11 +287,11 @@ def extremes_program(extremes, symmetric: bool, parameters: Parameters) -> tuple
     return _flat(codes)
 
 
-def written_slots(program: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """Slots of sums that a weights program writes on one side."""
+def written_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """Slots of sums that weights write on one side."""
     slots = set()
-    for at in range(0, len(program), WIDTH.value):
-        code = program[at : at + WIDTH.value]
+    for at in range(0, len(codes), WIDTH.value):
+        code = codes[at : at + WIDTH.value]
         for name, slot in (*_SLOTS.items(), ("value", VALUE_SLOT)):
             other = name in ("other_offset", "weight")
             if code[slot.value] >= 0 and code[SIDE.value] ^ int(other) == side:
@@ -255,16 +299,12 @@ def written_slots(program: tuple[int, ...], side: int) -> tuple[int, ...]:
     return tuple(sorted(slots))
 
 
-def statistics_slots(program: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """(reduction, slot, ...) of the statistics that a program writes on one side."""
+def statistics_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """(reduction, slot, ...) of the statistics that are written on one side."""
     entries = []
-    for at in range(0, len(program), WIDTH.value):
-        code = program[at : at + WIDTH.value]
+    for at in range(0, len(codes), WIDTH.value):
+        code = codes[at : at + WIDTH.value]
         if code[SIDE.value] == side:
             entries += [code[REDUCTION.value], code[SLOT.value]]
     return tuple(entries)
 
-
-def masks_of(program: tuple[int, ...]) -> set[int]:
-    """The masks that a program uses."""
-    return {program[at + MASK.value] for at in range(0, len(program), WIDTH.value)}

@@ -30,15 +30,15 @@ def logaddexp(p, q):
 
 
 @triton.jit
-def combined_offset(vectors, CODE: tl.constexpr, AT: tl.constexpr):
+def combined_offset(view, PROGRAM: tl.constexpr, AT: tl.constexpr):
     """combine(p, q), broadcastable to the tile."""
-    side: tl.constexpr = CODE[AT + SIDE]
-    p = parameter(vectors, CODE[AT + OFFSET], CODE[AT + OFFSET + 1], side, 0.0)
-    if CODE[AT + OTHER] == ABSENT:
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    p = parameter(view, PROGRAM[AT + OFFSET], PROGRAM[AT + OFFSET + 1], side, 0.0)
+    if PROGRAM[AT + OTHER] == ABSENT:
         value = p
     else:
-        q = parameter(vectors, CODE[AT + OTHER], CODE[AT + OTHER + 1], 1 - side, 0.0)
-        if CODE[AT + COMBINE] == LOGADDEXP:
+        q = parameter(view, PROGRAM[AT + OTHER], PROGRAM[AT + OTHER + 1], 1 - side, 0.0)
+        if PROGRAM[AT + COMBINE] == LOGADDEXP:
             value = logaddexp(p, q)
         else:
             value = p + q
@@ -46,33 +46,33 @@ def combined_offset(vectors, CODE: tl.constexpr, AT: tl.constexpr):
 
 
 @triton.jit
-def affine(s, vectors, CODE: tl.constexpr, AT: tl.constexpr, FACTOR: tl.constexpr):
+def affine(s, view, PROGRAM: tl.constexpr, AT: tl.constexpr, FACTOR: tl.constexpr):
     """FACTOR * (scale * s + combine(offset, other_offset)), skipping what is absent."""
-    side: tl.constexpr = CODE[AT + SIDE]
+    side: tl.constexpr = PROGRAM[AT + SIDE]
     z = s
-    if (CODE[AT + SCALE] != ABSENT) or (FACTOR != 1.0):
-        z = z * (parameter(vectors, CODE[AT + SCALE], CODE[AT + SCALE + 1], side, 1.0) * FACTOR)
-    if (CODE[AT + OFFSET] != ABSENT) or (CODE[AT + OTHER] != ABSENT):
-        z = z + combined_offset(vectors, CODE, AT) * FACTOR
+    if (PROGRAM[AT + SCALE] != ABSENT) or (FACTOR != 1.0):
+        z = z * (parameter(view, PROGRAM[AT + SCALE], PROGRAM[AT + SCALE + 1], side, 1.0) * FACTOR)
+    if (PROGRAM[AT + OFFSET] != ABSENT) or (PROGRAM[AT + OTHER] != ABSENT):
+        z = z + combined_offset(view, PROGRAM, AT) * FACTOR
     return z
 
 
 @triton.jit
-def constant_of(vectors, CODE: tl.constexpr, AT: tl.constexpr):
+def constant_of(view, PROGRAM: tl.constexpr, AT: tl.constexpr):
     """The c of a score."""
-    return parameter(vectors, CODE[AT + CONSTANT], CODE[AT + CONSTANT + 1], 0, 0.0)
+    return parameter(view, PROGRAM[AT + CONSTANT], PROGRAM[AT + CONSTANT + 1], 0, 0.0)
 
 
 @triton.jit
-def exponent(s, keep, vectors, CODE: tl.constexpr, AT: tl.constexpr):
+def exponent(s, keep, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
     """(log2(w * exp(phi(z))), keep): pairs of weight zero are not kept."""
-    if CODE[AT + SCORE] == IDENTITY:
-        e = affine(s, vectors, CODE, AT, LOG2E)
+    if PROGRAM[AT + SCORE] == IDENTITY:
+        e = affine(s, view, PROGRAM, AT, LOG2E)
     else:
-        z = affine(s, vectors, CODE, AT, 1.0)
-        e = score_value(z, constant_of(vectors, CODE, AT), CODE[AT + SCORE]) * LOG2E
-    if CODE[AT + WEIGHT] != ABSENT:
-        w = parameter(vectors, CODE[AT + WEIGHT], CODE[AT + WEIGHT + 1], 1 - CODE[AT + SIDE], 1.0)
+        z = affine(s, view, PROGRAM, AT, 1.0)
+        e = score_value(z, constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE]) * LOG2E
+    if PROGRAM[AT + WEIGHT] != ABSENT:
+        w = parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - PROGRAM[AT + SIDE], 1.0)
         keep = keep & (w != 0.0)
         e = e + tl.log2(tl.where(w == 0.0, 1.0, w))
     return e, keep
@@ -130,6 +130,82 @@ def owner_moments(s, keep, SIDE: tl.constexpr):
     return count, mean, tl.sum(deviation * deviation, 1 - SIDE), low, high
 
 
+@triton.jit
+def fold_entry(
+    partial_ptr,
+    state_ptr,
+    at,  # (BLOCK,) position in the panel
+    tiles,
+    length,
+    first,
+    state_length,
+    REDUCTION: tl.constexpr,
+    SLOT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merge one statistic's partials; one tile of tiles at a time, in their order."""
+    t = tl.arange(0, BLOCK_T)
+    state = state_ptr + tl.cast(state_length, tl.int64) * SLOT + first + at
+    step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
+    inside = at < length
+    if (REDUCTION == SUM) or (REDUCTION == COUNT):
+        total = tl.load(state, mask=inside, other=0.0)
+        for start in range(0, tiles, BLOCK_T):
+            mask = (t[:, None] < tiles - start) & inside[None, :]
+            offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
+            total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
+        tl.store(state, total, mask=inside)
+    elif REDUCTION == MOMENTS:
+        count = tl.load(state, mask=inside, other=0.0)
+        mean = tl.load(state + state_length, mask=inside, other=0.0)
+        spread = tl.load(state + 2 * state_length, mask=inside, other=0.0)
+        low = tl.load(state + 3 * state_length, mask=inside, other=0.0)
+        high = tl.load(state + 4 * state_length, mask=inside, other=0.0)
+        for start in range(0, tiles, 1):
+            offset = step * SLOT + tl.cast(start, tl.int64) * length + at
+            c = tl.load(partial_ptr + offset, mask=inside, other=0.0).to(tl.float64)
+            difference = tl.load(partial_ptr + offset + step, mask=inside, other=0.0).to(tl.float64) - mean
+            m2 = tl.load(partial_ptr + offset + 2 * step, mask=inside, other=0.0).to(tl.float64)
+            lo = tl.load(partial_ptr + offset + 3 * step, mask=inside, other=0.0).to(tl.float64)
+            hi = tl.load(partial_ptr + offset + 4 * step, mask=inside, other=0.0).to(tl.float64)
+            share = c / tl.maximum(count + c, 1.0)
+            spread += m2 + tl.where(c == 0.0, 0.0, difference * difference * count * share)
+            mean += tl.where(c == 0.0, 0.0, difference * share)
+            count += c
+            low = tl.where((lo < low) | (lo != lo), lo, low)
+            high = tl.where((hi > high) | (hi != hi), hi, high)
+        tl.store(state, count, mask=inside)
+        tl.store(state + state_length, mean, mask=inside)
+        tl.store(state + 2 * state_length, spread, mask=inside)
+        tl.store(state + 3 * state_length, low, mask=inside)
+        tl.store(state + 4 * state_length, high, mask=inside)
+    else:
+        m = tl.load(state, mask=inside, other=0.0).to(tl.float32)
+        l = tl.load(state + state_length, mask=inside, other=0.0)
+        weighted = l
+        if REDUCTION == SOFTMAX_MEAN:
+            weighted = tl.load(state + 2 * state_length, mask=inside, other=0.0)
+        for start in range(0, tiles, BLOCK_T):
+            mask = (t[:, None] < tiles - start) & inside[None, :]
+            offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
+            tile_m = tl.load(partial_ptr + offset, mask=mask, other=-float("inf"))
+            tile_l = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
+            new_m = tl.maximum(m, tl.max(tile_m, 0))
+            shift = finite_offset(new_m)
+            old = tl.exp2(m - shift).to(tl.float64)
+            # An empty tile counts for nothing, and 0 * inf must not make it count.
+            factor = tl.where(tile_l == 0.0, 0.0, tl.exp2(tile_m - shift[None, :])).to(tl.float64)
+            l = tl.where(l == 0.0, 0.0, l * old) + tl.sum(tile_l.to(tl.float64) * factor, 0)
+            if REDUCTION == SOFTMAX_MEAN:
+                tile_t = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
+                weighted = weighted * old + tl.sum(tile_t * factor, 0)
+            m = new_m
+        tl.store(state, m.to(tl.float64), mask=inside)
+        tl.store(state + state_length, l, mask=inside)
+        if REDUCTION == SOFTMAX_MEAN:
+            tl.store(state + 2 * state_length, weighted, mask=inside)
+
+
 @triton.jit(do_not_specialize=["tiles", "length", "first", "state_length"])
 def _fold_kernel(
     partial_ptr,  # (slots, tiles, length) float32
@@ -142,68 +218,10 @@ def _fold_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge the tiles' partials of one panel into the running statistics, in a fixed order."""
+    """Merge the partials of one panel into the running statistics."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.arange(0, BLOCK_T)
     for n in tl.static_range(len(ENTRIES) // 2):
-        reduction: tl.constexpr = ENTRIES[2 * n]
-        slot: tl.constexpr = ENTRIES[2 * n + 1]
-        state = state_ptr + tl.cast(state_length, tl.int64) * slot + first + at
-        step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
-        inside = at < length
-        if (reduction == SUM) or (reduction == COUNT):
-            total = tl.load(state, mask=inside, other=0.0)
-            for start in range(0, tiles, BLOCK_T):
-                mask = (t[:, None] < tiles - start) & inside[None, :]
-                offset = step * slot + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
-                total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
-            tl.store(state, total, mask=inside)
-        elif reduction == MOMENTS:
-            count = tl.load(state, mask=inside, other=0.0)
-            mean = tl.load(state + state_length, mask=inside, other=0.0)
-            spread = tl.load(state + 2 * state_length, mask=inside, other=0.0)
-            low = tl.load(state + 3 * state_length, mask=inside, other=0.0)
-            high = tl.load(state + 4 * state_length, mask=inside, other=0.0)
-            for start in range(0, tiles, 1):
-                offset = step * slot + tl.cast(start, tl.int64) * length + at
-                c = tl.load(partial_ptr + offset, mask=inside, other=0.0).to(tl.float64)
-                difference = tl.load(partial_ptr + offset + step, mask=inside, other=0.0).to(tl.float64) - mean
-                m2 = tl.load(partial_ptr + offset + 2 * step, mask=inside, other=0.0).to(tl.float64)
-                lo = tl.load(partial_ptr + offset + 3 * step, mask=inside, other=0.0).to(tl.float64)
-                hi = tl.load(partial_ptr + offset + 4 * step, mask=inside, other=0.0).to(tl.float64)
-                share = c / tl.maximum(count + c, 1.0)
-                spread += m2 + tl.where(c == 0.0, 0.0, difference * difference * count * share)
-                mean += tl.where(c == 0.0, 0.0, difference * share)
-                count += c
-                low = tl.where((lo < low) | (lo != lo), lo, low)
-                high = tl.where((hi > high) | (hi != hi), hi, high)
-            tl.store(state, count, mask=inside)
-            tl.store(state + state_length, mean, mask=inside)
-            tl.store(state + 2 * state_length, spread, mask=inside)
-            tl.store(state + 3 * state_length, low, mask=inside)
-            tl.store(state + 4 * state_length, high, mask=inside)
-        else:
-            m = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-            l = tl.load(state + state_length, mask=inside, other=0.0)
-            weighted = l
-            if reduction == SOFTMAX_MEAN:
-                weighted = tl.load(state + 2 * state_length, mask=inside, other=0.0)
-            for start in range(0, tiles, BLOCK_T):
-                mask = (t[:, None] < tiles - start) & inside[None, :]
-                offset = step * slot + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
-                tile_m = tl.load(partial_ptr + offset, mask=mask, other=-float("inf"))
-                tile_l = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
-                new_m = tl.maximum(m, tl.max(tile_m, 0))
-                shift = finite_offset(new_m)
-                old = tl.exp2(m - shift).to(tl.float64)
-                # An empty tile counts for nothing, and 0 * inf must not make it count.
-                factor = tl.where(tile_l == 0.0, 0.0, tl.exp2(tile_m - shift[None, :])).to(tl.float64)
-                l = tl.where(l == 0.0, 0.0, l * old) + tl.sum(tile_l.to(tl.float64) * factor, 0)
-                if reduction == SOFTMAX_MEAN:
-                    tile_t = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
-                    weighted = weighted * old + tl.sum(tile_t * factor, 0)
-                m = new_m
-            tl.store(state, m.to(tl.float64), mask=inside)
-            tl.store(state + state_length, l, mask=inside)
-            if reduction == SOFTMAX_MEAN:
-                tl.store(state + 2 * state_length, weighted, mask=inside)
+        fold_entry(
+            partial_ptr, state_ptr, at, tiles, length, first, state_length,
+            ENTRIES[2 * n], ENTRIES[2 * n + 1], BLOCK_T,
+        )  # fmt: skip

@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from .masks import keep_tile, labels_meet
-from .program import PARTNER, REDUCTION, SCORE, SIDE, SLOT, WEIGHT, WIDTH
-from .program import ABSENT
+from .masks import keep_tile
+from .program import ABSENT, HEADER, PARTNER, REDUCTION, SAME_ONLY, SCORE, SIDE, SLOT, TRIANGLE, WEIGHT, WIDTH
 from .reductions import (
     COUNT,
     LOGSUMEXP,
@@ -19,25 +18,25 @@ from .reductions import (
     shared_logsumexp,
 )
 from .scores import score_value
-from .tiles import dot_tile, parameter, similarity_tile, store_partial, tile_of
+from .tiles import (
+    dot_tile,
+    halves,
+    parameter,
+    partials_of,
+    similarity_tile,
+    store_owner,
+    tile_of,
+    view_of,
+    visited,
+)
 
 
 @triton.jit
-def store_owner(partials, value, slot, SIDE: tl.constexpr):
-    """A partial vector of the owners on SIDE."""
-    rows_ptr, columns_ptr, tile_b, tile_n, tiles_b, tiles_n, at_b, at_n, length_b, length_n = partials
-    if SIDE == 0:
-        store_partial(rows_ptr, value, slot, tile_n, tiles_n, at_b, length_b)
-    else:
-        store_partial(columns_ptr, value, slot, tile_b, tiles_b, at_n, length_n)
-
-
-@triton.jit
-def store_statistic(s, keep, vectors, partials, CODE: tl.constexpr, AT: tl.constexpr):
+def store_statistic(s, keep, view, partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
     """Reduce one tile for one evaluation."""
-    side: tl.constexpr = CODE[AT + SIDE]
-    slot: tl.constexpr = CODE[AT + SLOT]
-    reduction: tl.constexpr = CODE[AT + REDUCTION]
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    slot: tl.constexpr = PROGRAM[AT + SLOT]
+    reduction: tl.constexpr = PROGRAM[AT + REDUCTION]
     if reduction == MOMENTS:
         count, mean, spread, low, high = owner_moments(s, keep, side)
         store_owner(partials, count, slot, side)
@@ -46,105 +45,126 @@ def store_statistic(s, keep, vectors, partials, CODE: tl.constexpr, AT: tl.const
         store_owner(partials, low, slot + 3, side)
         store_owner(partials, high, slot + 4, side)
     elif (reduction == LOGSUMEXP) or (reduction == SOFTMAX_MEAN):
-        e, keep = exponent(s, keep, vectors, CODE, AT)
+        e, keep = exponent(s, keep, view, PROGRAM, AT)
         m, l, p = owner_logsumexp(e, keep, side)
         store_owner(partials, m, slot, side)
         store_owner(partials, l, slot + 1, side)
         if reduction == SOFTMAX_MEAN:
             store_owner(partials, tl.sum(tl.where(keep, p * s, 0.0), 1 - side), slot + 2, side)
     else:
-        z = affine(s, vectors, CODE, AT, 1.0)
-        value = score_value(z, constant_of(vectors, CODE, AT), CODE[AT + SCORE])
+        z = affine(s, view, PROGRAM, AT, 1.0)
+        value = score_value(z, constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE])
         if reduction == COUNT:
             value = tl.where(value <= 0.0, 0.0, 1.0)
-        elif CODE[AT + WEIGHT] != ABSENT:
-            value = value * parameter(vectors, CODE[AT + WEIGHT], CODE[AT + WEIGHT + 1], 1 - side, 1.0)
+        elif PROGRAM[AT + WEIGHT] != ABSENT:
+            value = value * parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - side, 1.0)
         store_owner(partials, tl.sum(tl.where(keep, value, 0.0), 1 - side), slot, side)
 
 
-@triton.jit(do_not_specialize=["B", "N", "first_b", "first_n", "end_b", "end_n"])
+@triton.jit
+def store_statistics(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.constexpr):
+    """Reduce one tile for an evaluation, and for its partner with the same exponentials."""
+    at: tl.constexpr = HEADER + INDEX * WIDTH
+    keep = keep_tile(s, view, PROGRAM, at)
+    if PROGRAM[at + PARTNER] >= 0:
+        other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
+        other_keep = keep_tile(s, view, PROGRAM, other)
+        e, _ = exponent(s, keep, view, PROGRAM, at)
+        m, l, other_m, other_l = shared_logsumexp(e, keep, other_keep, PROGRAM[at + SIDE])
+        store_owner(partials, m, PROGRAM[at + SLOT], PROGRAM[at + SIDE])
+        store_owner(partials, l, PROGRAM[at + SLOT] + 1, PROGRAM[at + SIDE])
+        store_owner(partials, other_m, PROGRAM[other + SLOT], PROGRAM[other + SIDE])
+        store_owner(partials, other_l, PROGRAM[other + SLOT] + 1, PROGRAM[other + SIDE])
+    else:
+        store_statistic(s, keep, view, partials, PROGRAM, at)
+
+
+@triton.jit
+def stats_epilogue(
+    dots,  # (BLOCK_B, BLOCK_N / PARTS)
+    inputs,
+    panel,
+    outputs,
+    tile_b,
+    tile_n,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Statistics of one part of a tile."""
+    view = view_of(inputs, panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
+    partials = partials_of(outputs[0], outputs[1], panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
+    s, _ = similarity_tile(dots, view, PROGRAM)
+    for n in tl.static_range((len(PROGRAM) - HEADER) // WIDTH):
+        if (PROGRAM[HEADER + n * WIDTH + PARTNER] < 0) or (PROGRAM[HEADER + n * WIDTH + PARTNER] > n):
+            store_statistics(s, view, partials, PROGRAM, n)
+
+
+@triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
 def _stats_kernel(
     x_ptr,  # (B, D)
     y_ptr,  # (N, D)
-    x_norms_ptr,  # (2, B) float32
-    y_norms_ptr,  # (2, N) float32
-    x_labels_ptr,  # (B,) int32
-    y_labels_ptr,  # (N,) int32
-    exclude_ptr,  # (B,) int32
+    x_norms_ptr,  # (2, padded_b) float32
+    y_norms_ptr,  # (2, padded_n) float32
+    x_labels_ptr,  # (padded_b,) int32
+    y_labels_ptr,  # (padded_n,) int32
+    x_exclude_ptr,  # (padded_b,) int32: column that row i never meets
+    y_exclude_ptr,  # (padded_n,) int32: the same for the mirror image
     pair_mask_ptr,  # (B, N) uint8
     numbers,  # floats
     scalars_ptr,  # (S,) float32
-    row_vectors_ptr,  # (P, B) float32
-    column_vectors_ptr,  # (Q, N) float32
-    row_partials_ptr,  # (slots, tiles_n, length_b) float32
+    row_vectors_ptr,  # (P, padded_b) float32
+    column_vectors_ptr,  # (Q, padded_n) float32
+    row_partials_ptr,  # (slots, tiles_n * PARTS, length_b) float32
     column_partials_ptr,  # (slots, tiles_b, length_n) float32
-    B,
     N,
     D,
     stride_xb,
     stride_yn,
+    padded_b,  # length of vectors along the rows, a multiple of every tile
+    padded_n,
     first_b,  # the panel's rows: first_b to end_b
     first_n,
     end_b,
     end_n,
     PROGRAM: tl.constexpr,
-    SIMILARITY: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
-    TRIANGLE: tl.constexpr,  # self-similarity: only pairs i <= j, which also stand for (j, i)
-    SAME_ONLY: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    length_b = end_b - first_b
-    length_n = end_n - first_n
-    tiles_b = tl.cdiv(length_b, BLOCK_B)
-    tiles_n = tl.cdiv(length_n, BLOCK_N)
-    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tiles_n, GROUP)
-    if TRIANGLE:
-        if first_b + tile_b * BLOCK_B > tl.minimum(first_n + (tile_n + 1) * BLOCK_N, end_n) - 1:
-            return
-    at_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    at_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = tl.minimum(first_b + at_b, end_b - 1).to(tl.int64)
-    j = tl.minimum(first_n + at_n, end_n - 1).to(tl.int64)
-    if SAME_ONLY:
-        if labels_meet(x_labels_ptr, y_labels_ptr, i, j) == 0:
+    tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
+    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
+    inputs = (
+        (x_norms_ptr, y_norms_ptr, padded_b, padded_n),
+        (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr),
+        (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
+    )
+    panel = (first_b, first_n, end_b, end_n)
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):
+        if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(
-        x_ptr, y_ptr, i, j, D, stride_xb, stride_yn, BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION
-    )
-    s, _ = similarity_tile(dots, x_norms_ptr, y_norms_ptr, i, j, B, N, SIMILARITY, NORMALIZE)
-    inside = (at_b < length_b)[:, None] & (at_n < length_n)[None, :]
-    vectors = (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr, i, j, B, N)
-    partials = (
-        row_partials_ptr, column_partials_ptr, tile_b, tile_n, tiles_b, tiles_n, at_b, at_n, length_b, length_n
+        x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
+        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION,
     )  # fmt: skip
-    for n in tl.static_range(len(PROGRAM) // WIDTH):
-        at: tl.constexpr = n * WIDTH
-        partner: tl.constexpr = PROGRAM[at + PARTNER]
-        if (partner < 0) or (partner > n):
-            keep = keep_tile(
-                inside, s, vectors, x_labels_ptr, y_labels_ptr, exclude_ptr, pair_mask_ptr,
-                PROGRAM, at, TRIANGLE, EXCLUDE_SELF, HAS_EXCLUDE,
-            )  # fmt: skip
-            if partner > n:
-                other: tl.constexpr = partner * WIDTH
-                other_keep = keep_tile(
-                    inside, s, vectors, x_labels_ptr, y_labels_ptr, exclude_ptr, pair_mask_ptr,
-                    PROGRAM, other, TRIANGLE, EXCLUDE_SELF, HAS_EXCLUDE,
-                )  # fmt: skip
-                side: tl.constexpr = PROGRAM[at + SIDE]
-                e, _ = exponent(s, keep, vectors, PROGRAM, at)
-                m, l, other_m, other_l = shared_logsumexp(e, keep, other_keep, side)
-                store_owner(partials, m, PROGRAM[at + SLOT], side)
-                store_owner(partials, l, PROGRAM[at + SLOT] + 1, side)
-                store_owner(partials, other_m, PROGRAM[other + SLOT], 1 - side)
-                store_owner(partials, other_l, PROGRAM[other + SLOT] + 1, 1 - side)
-            else:
-                store_statistic(s, keep, vectors, partials, PROGRAM, at)
+    outputs = (row_partials_ptr, column_partials_ptr)
+    if PARTS == 1:
+        stats_epilogue(dots, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+    else:
+        left, right = halves(dots, BLOCK_B, BLOCK_N)
+        if PARTS == 2:
+            stats_epilogue(left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+        else:
+            first, second = halves(left, BLOCK_B, BLOCK_N // 2)
+            third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
+            stats_epilogue(first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)

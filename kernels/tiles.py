@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .program import NUMBER, SCALAR, VECTOR
+from .program import EXCLUDE_SELF, HAS_EXCLUDE, HEADER, NORMALIZE, NUMBER, SAME_ONLY, SCALAR, SIMILARITY, TRIANGLE, VECTOR
 
 DOT = tl.constexpr(0)  # numbered as in `flashpair.Similarity`
 SQUARED_EUCLIDEAN = tl.constexpr(1)
@@ -23,8 +23,10 @@ def tile_of(pid, tiles_b, tiles_n, GROUP: tl.constexpr):
 def dot_tile(
     x_ptr,  # (B, D)
     y_ptr,  # (N, D)
-    i,  # (BLOCK_B,) int64, inside
-    j,  # (BLOCK_N,) int64, inside
+    start_b,  # first row of the tile
+    start_n,
+    end_b,  # rows from here on are not read
+    end_n,
     D,
     stride_xb,
     stride_yn,
@@ -34,7 +36,9 @@ def dot_tile(
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """(BLOCK_B, BLOCK_N) float32 dot products of the rows i of x and j of y."""
+    """(BLOCK_B, BLOCK_N) float32 dot products; rows beyond the end repeat the last one."""
+    i = tl.minimum(start_b + tl.arange(0, BLOCK_B), end_b - 1).to(tl.int64)
+    j = tl.minimum(start_n + tl.arange(0, BLOCK_N), end_n - 1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + i[:, None] * stride_xb + d[None, :]
     y_ptrs = y_ptr + j[None, :] * stride_yn + d[:, None]
@@ -53,61 +57,137 @@ def dot_tile(
 
 
 @triton.jit
-def similarity_tile(
-    dots,  # (BLOCK_B, BLOCK_N)
-    x_norms_ptr,  # (2, B) inverse norm, squared norm
-    y_norms_ptr,  # (2, N)
-    i,
-    j,
-    B,
-    N,
-    SIMILARITY: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """(s, ds/ddot), both (BLOCK_B, BLOCK_N)."""
-    if NORMALIZE:
-        dots = dots * tl.load(x_norms_ptr + i)[:, None] * tl.load(y_norms_ptr + j)[None, :]
-    if SIMILARITY == DOT:
+def along_rows(ptr, place):
+    """(BLOCK_B, 1) entries of a padded vector along the tile's rows."""
+    return tl.load(ptr + place[0] + place[2])[:, None]
+
+
+@triton.jit
+def along_columns(ptr, place):
+    """(1, BLOCK_N) entries of a padded vector along the tile's columns."""
+    return tl.load(ptr + place[1] + place[3])[None, :]
+
+
+@triton.jit
+def similarity_tile(dots, view, PROGRAM: tl.constexpr):
+    """(s, ds/ddot), both like dots (BLOCK_B, span)."""
+    x_norms_ptr, y_norms_ptr, padded_b, padded_n = view[0]
+    place = view[2]
+    if PROGRAM[NORMALIZE]:
+        dots = dots * along_rows(x_norms_ptr, place) * along_columns(y_norms_ptr, place)
+    if PROGRAM[SIMILARITY] == DOT:
         s = dots
         slope = tl.full(dots.shape, 1.0, tl.float32)
     else:
-        squared = tl.load(x_norms_ptr + B + i)[:, None] + tl.load(y_norms_ptr + N + j)[None, :] - 2.0 * dots
+        squared = along_rows(x_norms_ptr + padded_b, place) + along_columns(y_norms_ptr + padded_n, place) - 2.0 * dots
         s = tl.where(squared < 0.0, 0.0, squared)
         slope = tl.where(squared < 0.0, 0.0, -2.0)
-        if SIMILARITY == EUCLIDEAN:
+        if PROGRAM[SIMILARITY] == EUCLIDEAN:
             s = tl.sqrt_rn(s)
             slope = tl.where(s == 0.0, 0.0, -1.0 / tl.where(s == 0.0, 1.0, s))
     return s, slope
 
 
 @triton.jit
-def parameter(vectors, KIND: tl.constexpr, AT: tl.constexpr, SIDE: tl.constexpr, absent):
+def parameter(view, KIND: tl.constexpr, AT: tl.constexpr, SIDE: tl.constexpr, absent):
     """A parameter that broadcasts over the tile: a number, or a vector along SIDE."""
-    numbers, scalars_ptr, rows_ptr, columns_ptr, i, j, B, N = vectors
+    numbers, scalars_ptr, rows_ptr, columns_ptr = view[1]
+    place = view[2]
     if KIND == NUMBER:
         value = numbers[AT]
     elif KIND == SCALAR:
         value = tl.load(scalars_ptr + AT)
     elif KIND == VECTOR:
         if SIDE == 0:
-            value = tl.load(rows_ptr + tl.cast(B, tl.int64) * AT + i)[:, None]
+            value = along_rows(rows_ptr + tl.cast(view[0][2], tl.int64) * AT, place)
         else:
-            value = tl.load(columns_ptr + tl.cast(N, tl.int64) * AT + j)[None, :]
+            value = along_columns(columns_ptr + tl.cast(view[0][3], tl.int64) * AT, place)
     else:
         value = absent
     return value
 
 
 @triton.jit
-def store_partial(
-    partial_ptr,  # (slots, tiles, length)
-    value,  # (BLOCK,) along the side
-    slot,
-    tile,  # position of this tile across the side
-    tiles,
-    at,  # (BLOCK,) position along the side, inside the panel or beyond its end
-    length,
+def view_of(
+    inputs, panel, tile_b, tile_n, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """One vector of one tile; a second kernel folds the tiles in their order."""
-    row = (tl.cast(slot, tl.int64) * tiles + tile) * length
+    """What an epilogue reads for one part of a tile: norms, parameters, place, filters, ends of the panel."""
+    first_b, first_n, end_b, end_n = panel
+    start_b = tl.multiple_of(first_b + tile_b * BLOCK_B, 16)
+    start_n = tl.multiple_of(first_n + tile_n * BLOCK_N + PART * (BLOCK_N // PARTS), 16)
+    place = (start_b, start_n, tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N // PARTS))
+    return (inputs[0], inputs[1], place, inputs[2], (end_b, end_n))
+
+
+@triton.jit
+def rows_of(view):
+    """(BLOCK_B, 1) int32 rows of S."""
+    return view[2][0] + view[2][2][:, None]
+
+
+@triton.jit
+def columns_of(view):
+    """(1, span) int32 columns of S."""
+    return view[2][1] + view[2][3][None, :]
+
+
+@triton.jit
+def inside_tile(view):
+    """(BLOCK_B, span) bool: inside the panel."""
+    return (rows_of(view) < view[4][0]) & (columns_of(view) < view[4][1])
+
+
+@triton.jit
+def partials_of(
+    row_partials_ptr,  # (slots, tiles_n * PARTS, length_b)
+    column_partials_ptr,  # (slots, tiles_b, length_n)
+    panel,
+    tile_b,
+    tile_n,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where one part of a tile writes its partials, for `store_owner`."""
+    length_b = panel[2] - panel[0]
+    length_n = panel[3] - panel[1]
+    at_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    at_n = tile_n * BLOCK_N + PART * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+    rows = (row_partials_ptr, tile_n * PARTS + PART, tl.cdiv(length_n, BLOCK_N) * PARTS, at_b, length_b)
+    columns = (column_partials_ptr, tile_b, tl.cdiv(length_b, BLOCK_B), at_n, length_n)
+    return (rows, columns)
+
+
+@triton.jit
+def store_owner(partials, value, SLOT: tl.constexpr, SIDE: tl.constexpr):
+    """One vector along a side of one tile; a second kernel folds the tiles in their order."""
+    partial_ptr, tile, tiles, at, length = partials[SIDE]
+    row = (tl.cast(tiles, tl.int64) * SLOT + tile) * length
     tl.store(partial_ptr + row + at, value, mask=at < length)
+
+
+@triton.jit
+def labels_meet(view):
+    """False where the label ranges of a tile's rows and columns are disjoint, so that it holds no pair of equals."""
+    x_labels = along_rows(view[3][0], view[2])
+    y_labels = along_columns(view[3][1], view[2])
+    return (tl.min(x_labels) <= tl.max(y_labels)) & (tl.min(y_labels) <= tl.max(x_labels))
+
+
+@triton.jit
+def visited(view, PROGRAM: tl.constexpr):
+    """False where a tile lies below the diagonal of a self-similarity or holds no pair of equal labels."""
+    wanted = view[2][0] < view[4][0]
+    if PROGRAM[TRIANGLE]:
+        last_column = tl.minimum(view[2][1] + view[2][3].shape[0], view[4][1]) - 1
+        wanted = wanted & (view[2][0] <= last_column)
+    if PROGRAM[SAME_ONLY]:
+        wanted = wanted & labels_meet(view)
+    return wanted
+
+
+@triton.jit
+def halves(tile, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile, each thread keeping what it holds."""
+    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_B, 2, BLOCK_N // 2]), [0, 2, 1]))

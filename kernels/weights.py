@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
-from .masks import keep_tile, labels_meet
+from .masks import keep_tile
 from .program import (
     ABSENT,
+    COLUMN_SUM_SLOT,
     COMBINE,
     COTANGENT,
     DETACH,
+    HEADER,
     LSE,
     MEAN,
     OFFSET,
@@ -17,35 +19,40 @@ from .program import (
     OTHER_SLOT,
     PARTNER,
     REDUCTION,
+    ROW_SUM_SLOT,
+    SAME_ONLY,
     SCALE,
     SCALE_SLOT,
+    SCALED,
     SCORE,
     SIDE,
+    STORE,
+    TRIANGLE,
     VALUE_SLOT,
     WEIGHT,
     WEIGHT_SLOT,
     WIDTH,
 )
-from .reductions import (
-    LOG2E,
-    LOGADDEXP,
-    SHARED_RANGE,
-    SOFTMAX_MEAN,
-    SUM,
-    affine,
-    combined_offset,
-    constant_of,
-    exponent,
-)
+from .reductions import LOG2E, LOGADDEXP, SHARED_RANGE, SOFTMAX_MEAN, SUM, affine, constant_of, exponent
 from .scores import score_slope, score_value
-from .stats import store_owner
-from .tiles import dot_tile, parameter, similarity_tile, tile_of
+from .tiles import (
+    dot_tile,
+    halves,
+    inside_tile,
+    parameter,
+    partials_of,
+    similarity_tile,
+    store_owner,
+    tile_of,
+    view_of,
+    visited,
+)
 
 
 @triton.jit
-def owner(vectors, CODE: tl.constexpr, AT: tl.constexpr, FIELD: tl.constexpr, absent):
+def owner(view, PROGRAM: tl.constexpr, AT: tl.constexpr, FIELD: tl.constexpr, absent):
     """A parameter of the owners, broadcastable to the tile."""
-    return parameter(vectors, CODE[AT + FIELD], CODE[AT + FIELD + 1], CODE[AT + SIDE], absent)
+    return parameter(view, PROGRAM[AT + FIELD], PROGRAM[AT + FIELD + 1], PROGRAM[AT + SIDE], absent)
 
 
 @triton.jit
@@ -55,12 +62,12 @@ def base2(lse):
 
 
 @triton.jit
-def offset_share(vectors, CODE: tl.constexpr, AT: tl.constexpr, FIELD: tl.constexpr, IS_OWNER: tl.constexpr):
+def offset_share(view, PROGRAM: tl.constexpr, AT: tl.constexpr, FIELD: tl.constexpr, IS_OWNER: tl.constexpr):
     """d combine(p, q) / dp or dq."""
-    side: tl.constexpr = CODE[AT + SIDE]
-    if (CODE[AT + COMBINE] == LOGADDEXP) and (CODE[AT + OTHER] != ABSENT):
-        p = parameter(vectors, CODE[AT + OFFSET], CODE[AT + OFFSET + 1], side, 0.0)
-        q = parameter(vectors, CODE[AT + OTHER], CODE[AT + OTHER + 1], 1 - side, 0.0)
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    if (PROGRAM[AT + COMBINE] == LOGADDEXP) and (PROGRAM[AT + OTHER] != ABSENT):
+        p = parameter(view, PROGRAM[AT + OFFSET], PROGRAM[AT + OFFSET + 1], side, 0.0)
+        q = parameter(view, PROGRAM[AT + OTHER], PROGRAM[AT + OTHER + 1], 1 - side, 0.0)
         if IS_OWNER:
             difference = p - q
         else:
@@ -72,60 +79,60 @@ def offset_share(vectors, CODE: tl.constexpr, AT: tl.constexpr, FIELD: tl.conste
 
 
 @triton.jit
-def own_probability(s, keep, vectors, CODE: tl.constexpr, AT: tl.constexpr):
+def own_probability(s, keep, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
     """(w exp(phi(z) - lse), keep) of one evaluation; for a plain sum the first is not used."""
-    if CODE[AT + REDUCTION] == SUM:
+    if PROGRAM[AT + REDUCTION] == SUM:
         p = s
     else:
-        e, keep = exponent(s, keep, vectors, CODE, AT)
-        p = tl.exp2(e - base2(owner(vectors, CODE, AT, LSE, 0.0)))
+        e, keep = exponent(s, keep, view, PROGRAM, AT)
+        p = tl.exp2(e - base2(owner(view, PROGRAM, AT, LSE, 0.0)))
     return p, keep
 
 
 @triton.jit
-def term_weights(s, keep, probability, vectors, partials, CODE: tl.constexpr, AT: tl.constexpr):
+def term_weights(s, keep, probability, view, partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
     """dL/ds of one evaluation (0 outside its mask); stores its sums for parameters and value."""
-    side: tl.constexpr = CODE[AT + SIDE]
-    reduction: tl.constexpr = CODE[AT + REDUCTION]
-    g = owner(vectors, CODE, AT, COTANGENT, 1.0)
-    w = parameter(vectors, CODE[AT + WEIGHT], CODE[AT + WEIGHT + 1], 1 - side, 1.0)
-    constant = constant_of(vectors, CODE, AT)
-    z = affine(s, vectors, CODE, AT, 1.0)
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    reduction: tl.constexpr = PROGRAM[AT + REDUCTION]
+    g = owner(view, PROGRAM, AT, COTANGENT, 1.0)
+    w = parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - side, 1.0)
+    constant = constant_of(view, PROGRAM, AT)
+    z = affine(s, view, PROGRAM, AT, 1.0)
     if reduction == SUM:
-        per_weight = g * score_value(z, constant, CODE[AT + SCORE])  # dL/dw
-        u = g * w * score_slope(z, constant, CODE[AT + SCORE])  # dL/dz
+        per_weight = g * score_value(z, constant, PROGRAM[AT + SCORE])  # dL/dw
+        u = g * w * score_slope(z, constant, PROGRAM[AT + SCORE])  # dL/dz
         direct = 0.0
     else:
         p = g * probability
-        u = p * score_slope(z, constant, CODE[AT + SCORE])
+        u = p * score_slope(z, constant, PROGRAM[AT + SCORE])
         per_weight = p
         direct = 0.0
         if reduction == SOFTMAX_MEAN:
-            centred = s - owner(vectors, CODE, AT, MEAN, 0.0)
+            centred = s - owner(view, PROGRAM, AT, MEAN, 0.0)
             direct = p
-            if CODE[AT + DETACH]:
+            if PROGRAM[AT + DETACH]:
                 u = u * 0.0
                 per_weight = u
             else:
                 u = u * centred
                 per_weight = p * centred
-        if CODE[AT + WEIGHT] != ABSENT:
+        if PROGRAM[AT + WEIGHT] != ABSENT:
             per_weight = per_weight / tl.where(w == 0.0, 1.0, w)
     u = tl.where(keep, u, 0.0)
-    if CODE[AT + SCALE_SLOT] >= 0:
-        store_owner(partials, tl.sum(tl.where(keep, u * s, 0.0), 1 - side), CODE[AT + SCALE_SLOT], side)
-    if CODE[AT + OFFSET_SLOT] >= 0:
-        share = offset_share(vectors, CODE, AT, OFFSET, True)
-        store_owner(partials, tl.sum(tl.where(keep, u * share, 0.0), 1 - side), CODE[AT + OFFSET_SLOT], side)
-    if CODE[AT + OTHER_SLOT] >= 0:
-        share = offset_share(vectors, CODE, AT, OTHER, False)
-        store_owner(partials, tl.sum(tl.where(keep, u * share, 0.0), side), CODE[AT + OTHER_SLOT], 1 - side)
-    if CODE[AT + WEIGHT_SLOT] >= 0:
-        store_owner(partials, tl.sum(tl.where(keep, per_weight, 0.0), side), CODE[AT + WEIGHT_SLOT], 1 - side)
-    if CODE[AT + VALUE_SLOT] >= 0:
-        value = w * score_value(z, constant, CODE[AT + SCORE])
-        store_owner(partials, tl.sum(tl.where(keep, value, 0.0), 1 - side), CODE[AT + VALUE_SLOT], side)
-    ds = u * owner(vectors, CODE, AT, SCALE, 1.0)
+    if PROGRAM[AT + SCALE_SLOT] >= 0:
+        store_owner(partials, tl.sum(tl.where(keep, u * s, 0.0), 1 - side), PROGRAM[AT + SCALE_SLOT], side)
+    if PROGRAM[AT + OFFSET_SLOT] >= 0:
+        share = offset_share(view, PROGRAM, AT, OFFSET, True)
+        store_owner(partials, tl.sum(tl.where(keep, u * share, 0.0), 1 - side), PROGRAM[AT + OFFSET_SLOT], side)
+    if PROGRAM[AT + OTHER_SLOT] >= 0:
+        share = offset_share(view, PROGRAM, AT, OTHER, False)
+        store_owner(partials, tl.sum(tl.where(keep, u * share, 0.0), side), PROGRAM[AT + OTHER_SLOT], 1 - side)
+    if PROGRAM[AT + WEIGHT_SLOT] >= 0:
+        store_owner(partials, tl.sum(tl.where(keep, per_weight, 0.0), side), PROGRAM[AT + WEIGHT_SLOT], 1 - side)
+    if PROGRAM[AT + VALUE_SLOT] >= 0:
+        value = w * score_value(z, constant, PROGRAM[AT + SCORE])
+        store_owner(partials, tl.sum(tl.where(keep, value, 0.0), 1 - side), PROGRAM[AT + VALUE_SLOT], side)
+    ds = u * owner(view, PROGRAM, AT, SCALE, 1.0)
     if reduction == SOFTMAX_MEAN:
         ds += tl.where(keep, direct, 0.0)
     return ds
@@ -154,104 +161,132 @@ def pair_probabilities(e, keep, other_keep, lse, other_lse):
     return tl.where(keep, p, 0.0), tl.where(other_keep, other_p, 0.0)
 
 
-@triton.jit(do_not_specialize=["B", "N", "first_b", "first_n", "end_b", "end_n"])
+@triton.jit
+def evaluated_weights(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.constexpr):
+    """dL/ds of an evaluation, together with its partner's from the same exponentials."""
+    at: tl.constexpr = HEADER + INDEX * WIDTH
+    keep = keep_tile(s, view, PROGRAM, at)
+    if PROGRAM[at + PARTNER] >= 0:
+        other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
+        other_keep = keep_tile(s, view, PROGRAM, other)
+        e, _ = exponent(s, keep, view, PROGRAM, at)
+        lse = owner(view, PROGRAM, at, LSE, 0.0) * LOG2E
+        other_lse = owner(view, PROGRAM, other, LSE, 0.0) * LOG2E
+        p, other_p = pair_probabilities(e, keep, other_keep, lse, other_lse)
+        ds = term_weights(s, keep, p, view, partials, PROGRAM, at)
+        ds += term_weights(s, other_keep, other_p, view, partials, PROGRAM, other)
+    else:
+        p, keep = own_probability(s, keep, view, PROGRAM, at)
+        ds = term_weights(s, keep, p, view, partials, PROGRAM, at)
+    return ds
+
+
+@triton.jit
+def weights_epilogue(
+    dots,  # (BLOCK_B, BLOCK_N / PARTS)
+    inputs,
+    panel,
+    outputs,
+    tile_b,
+    tile_n,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pair weights and sums of one part of a tile."""
+    view = view_of(inputs, panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
+    partials = partials_of(outputs[0], outputs[1], panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
+    s, slope = similarity_tile(dots, view, PROGRAM)
+    ds = tl.zeros(dots.shape, tl.float32)
+    for n in tl.static_range((len(PROGRAM) - HEADER) // WIDTH):
+        if (PROGRAM[HEADER + n * WIDTH + PARTNER] < 0) or (PROGRAM[HEADER + n * WIDTH + PARTNER] > n):
+            ds += evaluated_weights(s, view, partials, PROGRAM, n)
+    if PROGRAM[STORE]:
+        weights_ptr = outputs[2]
+        stride_w = outputs[4]
+        weights = tl.where(inside_tile(view), ds * slope, 0.0)
+        if PROGRAM[SCALED]:
+            weights = weights * tl.load(outputs[3])
+        stored = weights.to(weights_ptr.dtype.element_ty)
+        at_b = partials[0][3]
+        at_n = partials[1][3]
+        weights_ptrs = weights_ptr + at_b.to(tl.int64)[:, None] * stride_w + at_n[None, :]
+        tl.store(weights_ptrs, stored, mask=(at_b < partials[0][4])[:, None] & (at_n < stride_w)[None, :])
+        # Sums of the rounded weights: rounding errors then cancel between W y and its row sum times x.
+        if PROGRAM[ROW_SUM_SLOT] >= 0:
+            store_owner(partials, tl.sum(stored.to(tl.float32), 1), PROGRAM[ROW_SUM_SLOT], 0)
+        if PROGRAM[COLUMN_SUM_SLOT] >= 0:
+            store_owner(partials, tl.sum(stored.to(tl.float32), 0), PROGRAM[COLUMN_SUM_SLOT], 1)
+
+
+@triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
 def _weights_kernel(
     x_ptr,  # (B, D)
     y_ptr,  # (N, D)
-    x_norms_ptr,  # (2, B) float32
-    y_norms_ptr,  # (2, N) float32
-    x_labels_ptr,  # (B,) int32
-    y_labels_ptr,  # (N,) int32
-    exclude_ptr,  # (B,) int32
+    x_norms_ptr,  # (2, padded_b) float32
+    y_norms_ptr,  # (2, padded_n) float32
+    x_labels_ptr,  # (padded_b,) int32
+    y_labels_ptr,  # (padded_n,) int32
+    x_exclude_ptr,  # (padded_b,) int32: column that row i never meets
+    y_exclude_ptr,  # (padded_n,) int32: the same for the mirror image
     pair_mask_ptr,  # (B, N) uint8
     numbers,  # floats
     scalars_ptr,  # (S,) float32
-    row_vectors_ptr,  # (P, B) float32
-    column_vectors_ptr,  # (Q, N) float32
-    row_partials_ptr,  # (slots, tiles_n, length_b) float32
+    row_vectors_ptr,  # (P, padded_b) float32
+    column_vectors_ptr,  # (Q, padded_n) float32
+    row_partials_ptr,  # (slots, tiles_n * PARTS, length_b) float32
     column_partials_ptr,  # (slots, tiles_b, length_n) float32
     weights_ptr,  # (length_b, stride_w) in the dtype of x; columns beyond length_n get zeros
     weight_scale_ptr,  # (1,) float32
-    B,
     N,
     D,
     stride_xb,
     stride_yn,
+    padded_b,  # length of vectors along the rows, a multiple of every tile
+    padded_n,
     stride_w,  # length_n rounded up to a multiple of 16, so that stores are wide
     first_b,  # the panel's rows: first_b to end_b
     first_n,
     end_b,
     end_n,
     PROGRAM: tl.constexpr,
-    SIMILARITY: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
-    SAME_ONLY: tl.constexpr,
-    STORE: tl.constexpr,  # False: only the sums are wanted
-    SCALED: tl.constexpr,  # float16: weights are multiplied by weight_scale before rounding
-    ROW_SUM_SLOT: tl.constexpr,  # sums of the stored weights, for distances; -1 for none
-    COLUMN_SUM_SLOT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    length_b = end_b - first_b
-    length_n = end_n - first_n
-    tiles_b = tl.cdiv(length_b, BLOCK_B)
-    tiles_n = tl.cdiv(length_n, BLOCK_N)
-    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tiles_n, GROUP)
-    at_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    at_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = tl.minimum(first_b + at_b, end_b - 1).to(tl.int64)
-    j = tl.minimum(first_n + at_n, end_n - 1).to(tl.int64)
-    if SAME_ONLY:
-        if labels_meet(x_labels_ptr, y_labels_ptr, i, j) == 0:
+    tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
+    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
+    inputs = (
+        (x_norms_ptr, y_norms_ptr, padded_b, padded_n),
+        (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr),
+        (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
+    )
+    panel = (first_b, first_n, end_b, end_n)
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):
+        if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(
-        x_ptr, y_ptr, i, j, D, stride_xb, stride_yn, BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION
-    )
-    s, slope = similarity_tile(dots, x_norms_ptr, y_norms_ptr, i, j, B, N, SIMILARITY, NORMALIZE)
-    inside = (at_b < length_b)[:, None] & (at_n < length_n)[None, :]
-    vectors = (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr, i, j, B, N)
-    partials = (
-        row_partials_ptr, column_partials_ptr, tile_b, tile_n, tiles_b, tiles_n, at_b, at_n, length_b, length_n
+        x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
+        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION,
     )  # fmt: skip
-    ds = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-    for n in tl.static_range(len(PROGRAM) // WIDTH):
-        at: tl.constexpr = n * WIDTH
-        partner: tl.constexpr = PROGRAM[at + PARTNER]
-        if (partner < 0) or (partner > n):
-            keep = keep_tile(
-                inside, s, vectors, x_labels_ptr, y_labels_ptr, exclude_ptr, pair_mask_ptr,
-                PROGRAM, at, False, EXCLUDE_SELF, HAS_EXCLUDE,
-            )  # fmt: skip
-            if partner > n:
-                other: tl.constexpr = partner * WIDTH
-                other_keep = keep_tile(
-                    inside, s, vectors, x_labels_ptr, y_labels_ptr, exclude_ptr, pair_mask_ptr,
-                    PROGRAM, other, False, EXCLUDE_SELF, HAS_EXCLUDE,
-                )  # fmt: skip
-                e, _ = exponent(s, keep, vectors, PROGRAM, at)
-                lse = owner(vectors, PROGRAM, at, LSE, 0.0) * LOG2E
-                other_lse = owner(vectors, PROGRAM, other, LSE, 0.0) * LOG2E
-                p, other_p = pair_probabilities(e, keep, other_keep, lse, other_lse)
-                ds += term_weights(s, other_keep, other_p, vectors, partials, PROGRAM, other)
-            else:
-                p, keep = own_probability(s, keep, vectors, PROGRAM, at)
-            ds += term_weights(s, keep, p, vectors, partials, PROGRAM, at)
-    if STORE:
-        weights = tl.where(inside, ds * slope, 0.0)
-        if SCALED:
-            weights = weights * tl.load(weight_scale_ptr)
-        stored = weights.to(weights_ptr.dtype.element_ty)
-        weights_ptrs = weights_ptr + at_b.to(tl.int64)[:, None] * stride_w + at_n[None, :]
-        tl.store(weights_ptrs, stored, mask=(at_b < length_b)[:, None] & (at_n < stride_w)[None, :])
-        # Sums of the rounded weights: rounding errors then cancel between W y and its row sum times x.
-        if ROW_SUM_SLOT >= 0:
-            store_owner(partials, tl.sum(stored.to(tl.float32), 1), ROW_SUM_SLOT, 0)
-        if COLUMN_SUM_SLOT >= 0:
-            store_owner(partials, tl.sum(stored.to(tl.float32), 0), COLUMN_SUM_SLOT, 1)
+    outputs = (row_partials_ptr, column_partials_ptr, weights_ptr, weight_scale_ptr, stride_w)
+    if PARTS == 1:
+        weights_epilogue(dots, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+    else:
+        left, right = halves(dots, BLOCK_B, BLOCK_N)
+        if PARTS == 2:
+            weights_epilogue(left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+        else:
+            first, second = halves(left, BLOCK_B, BLOCK_N // 2)
+            third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
+            weights_epilogue(first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)

@@ -224,23 +224,37 @@ def rounded(data: Data, dtype: torch.dtype, seed: int = 0) -> Data:
     return dataclasses.replace(data, **{n: change(v) for n, v in data.leaves().items()})
 
 
+def _sensitivity(program: Program, data: Data, oracle: tuple, dtype: torch.dtype, most: bool) -> dict[str, float]:
+    """How much each result of the oracle changes when its inputs are rounded once: the largest of three trials."""
+    found: dict[str, float] = {}
+    for seed in range(3):
+        changed = evaluate(program, rounded(data, dtype, seed).to(torch.float64), "reference")
+        for part, wanted in zip(changed, oracle, strict=True):
+            for name, value in part.items():
+                change = torch.where(wanted[name].isfinite(), value - wanted[name], 0.0).reshape(-1)
+                size = 0.0 if change.numel() == 0 else change.abs().amax().item() if most else _rms(change)
+                found[name] = max(found.get(name, 0.0), size)
+    return found
+
+
 def compare(program: Program, data: Data, backend: str, dtype: torch.dtype, ill_conditioned: bool = False) -> None:
     """A program on a backend against the float64 reference, to the accuracy promised for `dtype`.
 
-    `ill_conditioned`: allow for four times the change of the oracle when the inputs are rounded once.
+    `ill_conditioned`: allow for twice the change of the oracle when the inputs are rounded once. Scalars in narrow
+    dtypes are allowed it too, since a single number may be right by luck in the dense result.
     """
-    at = device(backend)
-    statistics = torch.promote_types(dtype, torch.float32)
+    at, exact = device(backend), dtype == torch.float64
     oracle = evaluate(program, data.to(torch.float64), "reference")
     got = evaluate(program, data.to(dtype, at), backend)
-    changed = evaluate(program, rounded(data, statistics).to(torch.float64), "reference") if ill_conditioned else oracle
-    dense = evaluate(program, data.to(dtype, at), "reference") if dtype != torch.float64 else oracle
-    for part, plain, wanted, other in zip(got, dense, oracle, changed, strict=True):
+    dense = oracle if exact else evaluate(program, data.to(dtype, at), "reference")
+    noise: dict[str, float] = {}
+    if ill_conditioned or not exact:
+        noise = _sensitivity(program, data, oracle, torch.promote_types(dtype, torch.float32), most=exact)
+    for part, plain, wanted in zip(got, dense, oracle, strict=True):
         for name, value in part.items():
-            change = torch.where(wanted[name].isfinite(), other[name] - wanted[name], 0.0).reshape(-1)
-            if dtype == torch.float64:
-                assert_close(name, value, wanted[name], noise=4 * change.abs().amax().item() if change.numel() else 0.0)
+            allowed = 2 * noise[name] if ill_conditioned or (value.dim() == 0 and not exact) else 0.0
+            if exact:
+                assert_close(name, value, wanted[name], noise=allowed)
                 continue
             eps = 2 * torch.finfo(dtype).eps if name in ("dx", "dy") else 4 * torch.finfo(torch.float32).eps
-            noise = 4 * _rms(change) if change.numel() else 0.0
-            assert_as_good(name, value, plain[name], wanted[name], eps, noise)
+            assert_as_good(name, value, plain[name], wanted[name], eps, allowed)

@@ -83,7 +83,7 @@ def test_opcheck_weights(side, layout, needs, backend):
     statistics = ops.pair_stats(*arguments)
     cotangents = [torch.rand_like(s.T).T for s in statistics]
     need_x, need_y = needs[0], needs[1] and data.y is not None
-    need_params = [need_x, True, False, need_x, False][: len(arguments[6])]
+    need_params = [need_x, True, need_x, False]  # scale, offset, weight; nobody asks for a threshold's
     torch.library.opcheck(ops.pair_weights, (*cotangents, *statistics, *arguments, need_x, need_y, need_params))
 
 
@@ -121,7 +121,7 @@ def test_fakes_tell_the_truth(side, layout, backend):
     """Shapes, dtypes and strides that compiled code is told, against those that it gets."""
     data = _data(backend, side, layout, grad=False)
     arguments = _arguments(data, _terms(data), backend)
-    needs = (True, side == "rectangle", [True] * len(arguments[6]))
+    needs = (True, side == "rectangle", [True, True, True, False])
     sums = _arguments(data, [Term(SUM, scale=data.scale)], backend)
 
     def run(arguments, sums):
