@@ -11,6 +11,8 @@
 #include "panel_cache_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 
@@ -18,8 +20,8 @@
 #define FP_ENGINE avx512_engine
 #define FP_ENGINE_NAME "avx512"
 #define FP_VECTOR_BYTES 64
-#define FP_MR 12  // rows of a register block
-#define FP_NV 2   // vectors of a register block
+#define FP_MR 8   // rows of a register block
+#define FP_NV 3   // vectors of a register block
 
 #include "masks.h"
 #include "reductions.h"

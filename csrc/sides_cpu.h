@@ -2,7 +2,7 @@
 // set.
 
 constexpr int kTile = 192;    // largest tile; S, the two operands and the two gradients of a tile share the L2 cache
-constexpr int kUnit = 96;     // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
+constexpr int kUnit = 48;     // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
 static_assert(kUnit % FP_MR == 0 && kUnit % kPanel<float> == 0 && kUnit % kPanel<double> == 0 && kTile % kUnit == 0);
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

@@ -72,15 +72,26 @@ FP_INLINE Vec<T> keep_lanes(MaskVec<T> m, Vec<T> v) {
 }
 template <class T>
 FP_INLINE T sum_lanes(Vec<T> v) {
-  T total = 0;
-  for (int l = 0; l < kWidth<T>; ++l) total += v[l];
-  return total;
+  T lanes[kWidth<T>];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = kWidth<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 template <class T>
 FP_INLINE bool any_lane(MaskVec<T> m) {
-  Lane<T> any = 0;
-  for (int l = 0; l < kWidth<T>; ++l) any |= m[l];
+#if FP_VECTOR_BYTES == 64
+  return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
+#elif FP_VECTOR_BYTES == 32
+  return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+#else
+  int64_t words[FP_VECTOR_BYTES / 8];
+  __builtin_memcpy(words, &m, sizeof m);
+  int64_t any = 0;
+  for (int64_t word : words) any |= word;
   return any != 0;
+#endif
 }
 // Comparisons with NaN are false, so NaN in `v` stays.
 template <class V>

@@ -247,7 +247,9 @@ def mine(
     checks.extremes(extremes, rows, columns, x.device, labels is not None, pair_mask is not None)
     workspace = workspace_bytes(max_workspace_bytes)
     backend = dispatch.choose(x, rows * columns)
-    _, spec, _ = encode([], similarity, normalize, exclude_self, False, precision)
+    # S may be kept for the loss that usually follows, so a miner under no_grad asks the embeddings themselves.
+    keep = x.requires_grad or (y is not None and y.requires_grad)
+    _, spec, _ = encode([], similarity, normalize, exclude_self, keep, precision)
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, [], spec, [], workspace)
         request.extremes = [_detached(e) for e in extremes]
