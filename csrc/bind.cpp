@@ -47,6 +47,7 @@ Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& lab
   Problem<T> p{};
   p.x = static_cast<const T*>(x.data_ptr());
   p.y = pointer<T>(y);
+  p.self = !y;
   p.rows = x.size(0), p.columns = y ? y->size(0) : x.size(0), p.features = x.size(1);
   p.labels = pointer<int64_t>(labels), p.ref_labels = pointer<int64_t>(ref_labels);
   p.pair_mask = pointer<bool>(pair_mask), p.exclude = pointer<int64_t>(exclude);

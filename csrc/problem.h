@@ -51,13 +51,14 @@ using Parallel = void (*)(int64_t count, void (*task)(int64_t, void*), void* con
 template <class T>
 struct Problem {
   const T* x;                 // (B, D)
-  const T* y;                 // (N, D), nullptr: the columns are the rows
+  const T* y;                 // (N, D); unused in a self-similarity
   int64_t rows, columns, features;
   const int64_t* labels;      // (B,) or nullptr
   const int64_t* ref_labels;  // (N,) or nullptr
   const bool* pair_mask;      // (B, N) or nullptr
   const int64_t* exclude;     // (B,) or nullptr
   Similarity similarity;
+  bool self;                  // the columns are the rows
   bool normalize, exclude_self, keep;
   int64_t workspace_bytes;
   std::vector<Term<T>> terms;
@@ -65,7 +66,7 @@ struct Problem {
   int threads;
   Parallel parallel;
 
-  bool symmetric() const { return y == nullptr; }
+  bool symmetric() const { return self; }
 };
 
 // What a backward pass reads and writes; null pointers are not wanted.
