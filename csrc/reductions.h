@@ -26,7 +26,7 @@ FP_HD inline int reduction_state(Reduction reduction) {
     case Reduction::sum: return 1;
     case Reduction::count: return 1;
     case Reduction::logsumexp: return 2;
-    case Reduction::softmax_mean: return 3;
+    case Reduction::softmax_mean: return 4;
     case Reduction::moments: return 5;
   }
   return 0;
@@ -35,7 +35,8 @@ FP_HD inline int reduction_state(Reduction reduction) {
 // The states, as arrays of doubles:
 //   sum, count    (total)
 //   logsumexp     (shift, sum of exp(. - shift))                                  empty: (0, 0)
-//   softmax_mean  (shift, sum of exp(. - shift), sum of exp(. - shift) s)
+//   softmax_mean  (shift, sum of exp(. - shift), sum of exp(. - shift) (s - origin), origin)
+//                 the origin is the s of the largest exponential, so that a softmax of one pair has its s exactly
 //   moments       (count, sum, sum of squares, min, max)
 FP_HD inline void state_init(Reduction reduction, double* state) {
   for (int k = 0; k < reduction_state(reduction); ++k) state[k] = 0;
@@ -51,14 +52,19 @@ FP_HD inline void state_merge(Reduction reduction, double* state, const double* 
       const bool mean = reduction == Reduction::softmax_mean;
       if (other[1] == 0) return;
       if (state[1] == 0) {
-        for (int k = 0; k < (mean ? 3 : 2); ++k) state[k] = other[k];
+        for (int k = 0; k < (mean ? 4 : 2); ++k) state[k] = other[k];
         return;
       }
-      const double top = state[0] > other[0] ? state[0] : other[0];
-      const double mine = exp(state[0] - top), theirs = exp(other[0] - top);
+      const bool first = state[0] > other[0];
+      const double top = first ? state[0] : other[0];
+      const double mine = exp(state[0] - top) * state[1], theirs = exp(other[0] - top) * other[1];
+      if (mean) {
+        const double origin = first ? state[3] : other[3];
+        state[2] = mine * (state[2] / state[1] + (state[3] - origin)) + theirs * (other[2] / other[1] + (other[3] - origin));
+        state[3] = origin;
+      }
       state[0] = top;
-      state[1] = state[1] * mine + other[1] * theirs;
-      if (mean) state[2] = state[2] * mine + other[2] * theirs;
+      state[1] = mine + theirs;
       return;
     }
     case Reduction::moments:
@@ -78,7 +84,7 @@ FP_HD inline void state_finish(Reduction reduction, const double* state, T* out,
     case Reduction::count: out[0] = T(state[0]); return;
     case Reduction::logsumexp: out[0] = T(state[1] == 0 ? -INFINITY : state[0] + log(state[1])); return;
     case Reduction::softmax_mean:
-      out[0] = T(state[1] == 0 ? 0.0 : state[2] / state[1]);
+      out[0] = T(state[1] == 0 ? 0.0 : state[3] + state[2] / state[1]);
       out[stride] = T(state[1] == 0 ? -INFINITY : state[0] + log(state[1]));
       return;
     case Reduction::moments: {

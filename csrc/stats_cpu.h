@@ -4,6 +4,9 @@
 template <class T>
 constexpr T kTinySum = sizeof(T) == 4 ? T(1e-20) : T(1e-250);
 
+// Rows whose column sums are added in the precision of the numbers.
+constexpr int kFlush = 32;
+
 template <class T>
 class Stats {
  public:
@@ -43,11 +46,24 @@ class Stats {
  private:
   struct ThreadState {
     RowBuffers<T> buffers;
-    alignas(64) T sums[5][kTile];            // per column
+    alignas(64) T sums[5][kTile];            // per column, of a few rows
+    alignas(64) double totals[3][kTile];     // of all rows so far
     alignas(64) Lane<T> kept[kTile];         // columns with a kept entry
     Buffer<T> shift;                         // per item, see `sticky`
     void reset(int items) {
       for (int k = 0; k < items; ++k) shift[k] = T(-INFINITY);
+    }
+    void clear(int vectors, int n) {
+      for (int k = 0; k < vectors; ++k) {
+        memset(sums[k], 0, n * sizeof(T));
+        memset(totals[k], 0, n * sizeof(double));
+      }
+    }
+    // Sums of many rows lose digits one by one; every kFlush rows they go to double precision.
+    void flush(int vectors, int n, int row, int rows) {
+      if ((row + 1) % kFlush != 0 && row + 1 != rows) return;
+      for (int k = 0; k < vectors; ++k)
+        for (int j = 0; j < n; ++j) totals[k][j] += double(sums[k][j]), sums[k][j] = 0;
     }
     // A shift that stays over many tiles, so that most partial sums are added without rescaling.
     T sticky(int item, T bound) {
@@ -86,8 +102,9 @@ class Stats {
     const bool identity = any.term->score == Score::identity;
     const T shift = thread.sticky(item, score_bound(any, tile, true, tile.low, tile.high));
     const bool ragged = masked || any.thresholds();
-    if (to_column) memset(thread.sums[0], 0, n * sizeof(T)), memset(thread.kept, 0, n * sizeof(Lane<T>));
+    if (to_column) thread.clear(1, n), memset(thread.kept, 0, n * sizeof(Lane<T>));
     for (int r = 0; r < tile.rows; ++r) {
+      if (to_column && r > 0) thread.flush(1, n, r - 1, tile.rows);
       const T* s = tile.s + r * kTile;
       memset(buffers.built, 0, sizeof buffers.built);
       const Lane<T>* base = masked ? base_lanes(walk_, tile, r, any.term->mask, buffers) : nullptr;
@@ -119,7 +136,9 @@ class Stats {
       else
         exact_row(*to_row, tile, r, keep_row, buffers, state);
     }
-    if (to_column) finish_columns(*to_column, tile, shift, ragged, thread);
+    if (!to_column) return;
+    thread.flush(1, n, tile.rows - 1, tile.rows);
+    finish_columns(*to_column, tile, shift, ragged, thread);
   }
 
   // Sum over the row; with COLUMNS also into thread.sums[0].
@@ -166,30 +185,30 @@ class Stats {
     const T* weight = data.weight ? data.weight.data.get() + tile.j0 : nullptr;
     double partial[5] = {double(top), double(kept_sum(buffers.e, weight, keep, n)), 0};
     if (mean) {
-      for (int j = 0; j < n; j += kWidth<T>) store(buffers.e + j, load(buffers.e + j) * load(s + j));
-      partial[2] = double(kept_sum(buffers.e, weight, keep, n));
+      const T origin = at_top(buffers.f, s, keep, tile.columns, top);
+      for (int j = 0; j < n; j += kWidth<T>) store(buffers.e + j, load(buffers.e + j) * (load(s + j) - origin));
+      partial[2] = double(kept_sum(buffers.e, weight, keep, n)), partial[3] = double(origin);
     }
     state_merge(data.term->reduction, state, partial);
   }
 
+  // The s of the largest score.
+  static T at_top(const T* f, const T* s, const Lane<T>* keep, int columns, T top) {
+    for (int j = 0; j < columns; ++j)
+      if (f[j] == top && (!keep || keep[j])) return s[j];
+    return T(0);
+  }
+
   // Column sums of exponentials → states. A sum that is too small is taken again with its own shift.
   void finish_columns(TermData<T>& data, const Tile<T>& tile, T shift, bool ragged, ThreadState& thread) {
-    const bool mean = data.term->reduction == Reduction::softmax_mean;
-    const int width = reduction_state(data.term->reduction);
     for (int j = 0; j < tile.columns; ++j) {
       if (ragged && !thread.kept[j]) continue;
-      double* state = data.state.get() + (tile.j0 + j) * width;
-      const T sum = thread.sums[0][j];
-      if (sum >= kTinySum<T>) {
-        if (!mean) {
-          merge_softmax(state, double(shift), double(sum));
-          continue;
-        }
-        const double partial[5] = {double(shift), double(sum), double(thread.sums[1][j])};
-        state_merge(data.term->reduction, state, partial);
-      } else {
+      double* state = data.state.get() + (tile.j0 + j) * 2;
+      const double sum = thread.totals[0][j];
+      if (sum >= double(kTinySum<T>))
+        merge_softmax(state, double(shift), sum);
+      else
         exact_column(data, tile, j, state);
-      }
     }
   }
 
@@ -197,7 +216,7 @@ class Stats {
     const int64_t column = tile.j0 + j;
     double top = -INFINITY;
     for (int pass = 0; pass < 2; ++pass) {
-      double partial[5] = {top, 0, 0};
+      double partial[5] = {top, 0, 0, 0, 0};
       bool bad = false;
       for (int r = 0; r < tile.rows; ++r) {
         const int64_t row = tile.i0 + r;
@@ -207,14 +226,13 @@ class Stats {
         if (pass == 0) {
           top = f > top ? f : top;
           bad |= f != f;
-          continue;
+        } else {
+          partial[1] += exp(f - top) * double(data.weight ? data.weight.data[row] : T(1));
         }
-        const double e = exp(f - top) * double(data.weight ? data.weight.data[row] : T(1));
-        partial[1] += e, partial[2] += e * double(s);
       }
       if (bad) top = NAN;
       if (pass == 0 && top == -INFINITY) return;
-      if (pass == 1) state_merge(data.term->reduction, state, partial);
+      if (pass == 1) state_merge(Reduction::logsumexp, state, partial);
     }
   }
 
@@ -224,16 +242,19 @@ class Stats {
     RowBuffers<T>& buffers = thread.buffers;
     const Term<T>& term = *data.term;
     const int n = whole<T>(tile.columns), width = reduction_state(term.reduction);
-    const bool ragged = masked || data.thresholds();
+    const bool ragged = masked || data.thresholds(), mean = term.reduction == Reduction::softmax_mean;
     T shift = 0;
     if (!TO_ROW) {
-      for (int k = 0; k < 5; ++k) memset(thread.sums[k], 0, n * sizeof(T));
+      thread.clear(3, n);
       memset(thread.kept, 0, n * sizeof(Lane<T>));
       if (term.reduction == Reduction::moments)
         for (int j = 0; j < n; ++j) thread.sums[3][j] = T(INFINITY), thread.sums[4][j] = T(-INFINITY);
-      if (data.softmax()) shift = score_bound(data, tile, false, tile.low, tile.high);
+      if (term.reduction == Reduction::logsumexp) shift = score_bound(data, tile, false, tile.low, tile.high);
+      if (mean) column_tops(tile, data, masked, thread);
     }
+    const int summed = term.reduction == Reduction::moments ? 3 : mean ? 2 : 1;
     for (int r = 0; r < tile.rows; ++r) {
+      if (!TO_ROW && r > 0) thread.flush(summed, n, r - 1, tile.rows);
       const int64_t row = tile.i0 + r;
       const T* s = tile.s + r * kTile;
       memset(buffers.built, 0, sizeof buffers.built);
@@ -262,11 +283,41 @@ class Stats {
       }
     }
     if (TO_ROW) return;
-    if (data.softmax()) return finish_columns(data, tile, shift, ragged, thread);
+    thread.flush(summed, n, tile.rows - 1, tile.rows);
+    if (term.reduction == Reduction::logsumexp) return finish_columns(data, tile, shift, ragged, thread);
     for (int j = 0; j < tile.columns; ++j) {
-      double partial[5];
-      for (int k = 0; k < 5; ++k) partial[k] = double(thread.sums[k][j]);
+      double partial[5] = {thread.totals[0][j], thread.totals[1][j], thread.totals[2][j], double(thread.sums[3][j]),
+                           double(thread.sums[4][j])};
+      if (mean) {
+        if (thread.sums[2][j] == T(-INFINITY)) continue;
+        partial[0] = double(thread.sums[2][j]), partial[1] = thread.totals[0][j], partial[2] = thread.totals[1][j];
+      }
       state_merge(term.reduction, data.state.get() + (tile.j0 + j) * width, partial);
+    }
+  }
+
+  // Largest kept score of each column and the s it belongs to, in thread.sums[2] and [3].
+  void column_tops(const Tile<T>& tile, TermData<T>& data, bool masked, ThreadState& thread) {
+    RowBuffers<T>& buffers = thread.buffers;
+    const int n = whole<T>(tile.columns);
+    for (int j = 0; j < n; ++j) thread.sums[2][j] = T(-INFINITY);
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t row = tile.i0 + r;
+      const T* s = tile.s + r * kTile;
+      memset(buffers.built, 0, sizeof buffers.built);
+      const Lane<T>* base = masked ? base_lanes(walk_, tile, r, data.term->mask, buffers) : nullptr;
+      bool any = true;
+      const Lane<T>* keep = keep_lanes_of<T, false>(data, base, s, n, row, tile.j0, buffers.keep_column, any);
+      if (!any) continue;
+      score_row<T, false>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+      for (int j = 0; j < n; j += kWidth<T>) {
+        const Vec<T> f = load(buffers.f + j), top = load(thread.sums[2] + j);
+        // A NaN takes the place of the largest score and stays.
+        MaskVec<T> higher = ~MaskVec<T>(f <= top) & MaskVec<T>(top == top);
+        if (keep) higher &= load_mask<T>(keep + j);
+        store(thread.sums[2] + j, higher ? f : top);
+        store(thread.sums[3] + j, higher ? load(s + j) : load(thread.sums[3] + j));
+      }
     }
   }
 
@@ -310,11 +361,13 @@ class Stats {
         case Reduction::sum: add(0, j, keep_lanes<T>(lanes, v * weight)); break;
         case Reduction::count: add(0, j, keep_lanes<T>(lanes & ~MaskVec<T>(v <= 0), broadcast(T(1)))); break;
         case Reduction::logsumexp:
-        case Reduction::softmax_mean: {
-          const Vec<T> e = keep_lanes<T>(lanes, exp_lanes<T>(v - shift) * weight);
-          add(0, j, e);
-          if (reduction == Reduction::softmax_mean) add(1, j, keep_lanes<T>(lanes, e * load(s + j)));
+          add(0, j, keep_lanes<T>(lanes, exp_lanes<T>(v - shift) * weight));
           store_mask<T>(thread.kept + j, load_mask<T>(thread.kept + j) | lanes);
+          break;
+        case Reduction::softmax_mean: {
+          const Vec<T> e = keep_lanes<T>(lanes, exp_lanes<T>(v - load(thread.sums[2] + j)) * weight);
+          add(0, j, e);
+          add(1, j, keep_lanes<T>(lanes, e * (load(s + j) - load(thread.sums[3] + j))));
           break;
         }
         case Reduction::moments: {

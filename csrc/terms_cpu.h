@@ -31,6 +31,7 @@ struct TermData {
   // Backward only, owner side:
   Along<T> cotangent, statistic;         // g; logsumexp of softmax-type terms, 0 where empty
   Along<T> mean;                         // of SOFTMAX_MEAN
+  Along<T> log_weight;                   // other side, of softmax-type terms
   Buffer<double> dscale, doffset, dother, dweight;
 
   bool thresholds() const { return term->has_above || term->has_below; }
@@ -137,7 +138,11 @@ template <class T, bool TO_ROW>
 FP_INLINE const Lane<T>* keep_lanes_of(const TermData<T>& data, const Lane<T>* base, const T* s, int n, int64_t row,
                                        int64_t column, Lane<T>* out, bool& any) {
   any = true;
-  if (!data.thresholds()) return base;
+  // A pair of weight 0 is no part of a softmax, however large its score.
+  const bool weighted = data.softmax() && data.weight;
+  if (weighted && !TO_ROW && data.weight.data[row] == 0) return any = false, base;
+  const T* weight = weighted && TO_ROW ? data.weight.data.get() + column : nullptr;
+  if (!data.thresholds() && !weight) return base;
   const T* above = !TO_ROW && data.above ? data.above.data.get() + column : nullptr;
   const T* below = !TO_ROW && data.below ? data.below.data.get() + column : nullptr;
   const T above_all = data.term->has_above ? data.above_at(above ? 0 : TO_ROW ? row : column) : T(-INFINITY);
@@ -148,6 +153,7 @@ FP_INLINE const Lane<T>* keep_lanes_of(const TermData<T>& data, const Lane<T>* b
     MaskVec<T> keep = base ? load_mask<T>(base + j) : all_lanes<T>();
     if (data.term->has_above) keep &= ~MaskVec<T>(v <= (above ? load(above + j) : broadcast(above_all)));
     if (data.term->has_below) keep &= ~MaskVec<T>(v >= (below ? load(below + j) : broadcast(below_all)));
+    if (weight) keep &= MaskVec<T>(load(weight + j) != 0);
     store_mask<T>(out + j, keep);
     some |= keep;
   }
@@ -374,6 +380,7 @@ bool keeps_pair(const Walk<T>& walk, const TermData<T>& data, int64_t row, int64
   const bool given = mask_uses_pairs(mask) &&
                      walk.problem().pair_mask[walk.rows().index[row] * walk.problem().columns + walk.columns().index[column]];
   if (!mask_keeps(mask, same, given) || walk.excluded(row, column)) return false;
+  if (data.softmax() && data.weight && data.weight.data[to_row ? column : row] == 0) return false;
   const int64_t owner = to_row ? row : column;
   return !(data.term->has_above && s <= data.above_at(owner)) && !(data.term->has_below && s >= data.below_at(owner));
 }

@@ -74,6 +74,11 @@ class Weights {
       const bool mean = term.reduction == Reduction::softmax_mean;
       if (mean) data.mean.gather(statistics, *data.owner);
       data.statistic.gather(mean ? statistics + owners : statistics, *data.owner);
+      if (data.weight) {
+        // Inside the exponent, as in the statistic: a large exponent then rounds alike in both.
+        data.log_weight.zeros(*data.other);
+        for (int64_t p = 0; p < data.other->count; ++p) data.log_weight.data[p] = T(log(double(data.weight.data[p])));
+      }
       for (int64_t p = 0; p < owners; ++p)
         if (data.statistic.data[p] == T(-INFINITY)) data.statistic.data[p] = 0, data.cotangent.data[p] = 0;
     }
@@ -424,18 +429,17 @@ class Weights {
         const Vec<T> g = along(data.cotangent, T(0), row, j, true);
         const Vec<T> weight = along(data.weight, T(1), row, j, false);
         const Vec<T> f = load(buffers.f + j), v = load(s + j);
-        Vec<T> unweighted = g, direct{}, by_weight = g * f;  // dL/df / w; dL/ds beside z; dL/dw
+        Vec<T> by_score = g * weight, direct{}, by_weight = g * f;  // dL/df; dL/ds beside z; dL/dw
         if (data.softmax()) {
-          unweighted = g * exp_lanes<T>(f - along(data.statistic, T(0), row, j, true));
-          by_weight = unweighted;
+          const Vec<T> exponent = f + along(data.log_weight, T(0), row, j, false);
+          by_score = g * exp_lanes<T>(exponent - along(data.statistic, T(0), row, j, true));
+          if (mean) {
+            direct = keep_lanes<T>(lanes, by_score);
+            by_score = term.detach_weights ? Vec<T>{} : by_score * (v - along(data.mean, T(0), row, j, true));
+          }
+          by_weight = by_score / weight;
         }
-        if (mean) {
-          const Vec<T> deviation = v - along(data.mean, T(0), row, j, true);
-          direct = keep_lanes<T>(lanes, unweighted * weight);
-          unweighted = term.detach_weights ? Vec<T>{} : unweighted * deviation;
-          by_weight = unweighted;
-        }
-        const Vec<T> d = keep_lanes<T>(lanes, unweighted * weight * load(buffers.slope + j));
+        const Vec<T> d = keep_lanes<T>(lanes, by_score * load(buffers.slope + j));
         store(out + j, load(out + j) + along(data.scale, term.scale.number, row, j, true) * d + direct);
         store(buffers.dz + j, d);
         if (data.dweight) store(buffers.dv + j, keep_lanes<T>(lanes, by_weight));
