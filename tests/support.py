@@ -240,7 +240,7 @@ def _sensitivity(program: Program, data: Data, oracle: tuple, dtype: torch.dtype
 def compare(program: Program, data: Data, backend: str, dtype: torch.dtype, ill_conditioned: bool = False) -> None:
     """A program on a backend against the float64 reference, to the accuracy promised for `dtype`.
 
-    `ill_conditioned`: allow for twice the change of the oracle when the inputs are rounded once. Scalars in narrow
+    `ill_conditioned`: allow for four times the change of the oracle when the inputs are rounded once. Scalars in narrow
     dtypes are allowed it too, since a single number may be right by luck in the dense result.
     """
     at, exact = device(backend), dtype == torch.float64
@@ -252,7 +252,7 @@ def compare(program: Program, data: Data, backend: str, dtype: torch.dtype, ill_
         noise = _sensitivity(program, data, oracle, torch.promote_types(dtype, torch.float32), most=exact)
     for part, plain, wanted in zip(got, dense, oracle, strict=True):
         for name, value in part.items():
-            allowed = 2 * noise[name] if ill_conditioned or (value.dim() == 0 and not exact) else 0.0
+            allowed = 4 * noise[name] if ill_conditioned or (value.dim() == 0 and not exact) else 0.0
             if exact:
                 assert_close(name, value, wanted[name], noise=allowed)
                 continue
