@@ -61,9 +61,11 @@ def step(function, inputs):
 
 
 def timed(function, inputs, device: str) -> float:
-    """Seconds of one step."""
+    """Seconds of one step, on inputs that no step before has seen: flashpair may keep S between passes over equal ones."""
     import torch
 
+    with torch.no_grad():
+        inputs.x.mul_(1 + 1e-6)
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

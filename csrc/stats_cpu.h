@@ -38,8 +38,11 @@ class Stats {
       const Side<T>& owner = *data_[t].owner;
       T* out = (term.axis == Axis::rows ? rows : columns) + term.slot * owner.count;
       const int width = reduction_state(term.reduction);
-      for (int64_t p = 0; p < owner.count; ++p)
-        state_finish(term.reduction, data_[t].state.get() + p * width, out + owner.index[p], owner.count);
+      for (int64_t p = 0; p < owner.count; ++p) {
+        double* state = data_[t].state.get() + p * width;
+        if (data_[t].late_offset) state[0] += double(data_[t].late_offset.data[p]);
+        state_finish(term.reduction, state, out + owner.index[p], owner.count);
+      }
     }
   }
 
@@ -117,7 +120,7 @@ class Stats {
             keep_lanes_of<T, false>(*to_column, base, s, n, tile.i0 + r, tile.j0, buffers.keep_column, column_any);
       if (!row_any && !column_any) continue;
       const T* z = s;
-      T scale = any.term->scale.number, offset = any.term->offset.number - shift;
+      T scale = any.term->scale.number, offset = any.offset_number() - shift;
       if (!identity) {
         score_row<T, true>(any, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
         z = buffers.f, scale = 1, offset = -shift;

@@ -27,9 +27,13 @@ struct TermData {
   const Side<T>* other = nullptr;
   Along<T> scale, offset, above, below;  // owner side; empty where uniform
   Along<T> other_offset, weight;         // other side; empty where absent
+  // A logsumexp of an identity score commutes with its owner's offset, which is then added at the end, in double
+  // precision: z stays one function of s for all pairs, and a small result keeps its digits.
+  Along<T> late_offset;
   Buffer<double> state;                  // (owners, reduction_state)
   // Backward only, owner side:
-  Along<T> cotangent, statistic;         // g; logsumexp of softmax-type terms, 0 where empty
+  Along<T> cotangent, statistic;         // g; logsumexp of softmax-type terms without late offset, 0 where empty
+  Buffer<double> exact;                  // the same logsumexp with all its digits
   Along<T> mean;                         // of SOFTMAX_MEAN
   Along<T> log_weight;                   // other side, of softmax-type terms
   Buffer<double> dscale, doffset, dother, dweight;
@@ -40,9 +44,10 @@ struct TermData {
   }
   // z is one affine function of s for all pairs, so both directions share it.
   bool uniform() const {
-    return term->scale.uniform() && term->offset.uniform() && !term->other_offset && !term->weight &&
-           term->combine == Combine::add;
+    return term->scale.uniform() && !offset && !term->other_offset && !term->weight && term->combine == Combine::add;
   }
+  T offset_number() const { return late_offset ? T(0) : term->offset.number; }
+  int offset_index() const { return late_offset ? -1 : term->offset_index; }
 
   void gather(const Term<T>& t, const Walk<T>& walk) {
     term = &t;
@@ -50,14 +55,15 @@ struct TermData {
     owner = rows ? &walk.rows() : &walk.columns();
     other = rows ? &walk.columns() : &walk.rows();
     if (!t.scale.uniform()) scale.gather(t.scale.data, *owner);
-    if (!t.offset.uniform()) offset.gather(t.offset.data, *owner);
+    const bool late = t.reduction == Reduction::logsumexp && t.score == Score::identity && !t.other_offset;
+    if (!t.offset.uniform()) (late ? late_offset : offset).gather(t.offset.data, *owner);
     if (t.has_above && !t.above.uniform()) above.gather(t.above.data, *owner);
     if (t.has_below && !t.below.uniform()) below.gather(t.below.data, *owner);
     if (t.other_offset) other_offset.gather(t.other_offset, *other);
     if (t.weight) weight.gather(t.weight, *other);
   }
   T scale_at(int64_t p) const { return scale ? scale.data[p] : term->scale.number; }
-  T offset_at(int64_t p) const { return offset ? offset.data[p] : term->offset.number; }
+  T offset_at(int64_t p) const { return offset ? offset.data[p] : offset_number(); }
   T above_at(int64_t p) const { return above ? above.data[p] : term->above.number; }
   T below_at(int64_t p) const { return below ? below.data[p] : term->below.number; }
 };
@@ -301,7 +307,7 @@ T score_bound(const TermData<T>& data, const Tile<T>& tile, bool to_row, T low, 
   const int64_t first = to_row ? tile.i0 : tile.j0, other_first = to_row ? tile.j0 : tile.i0;
   const int count = to_row ? tile.rows : tile.columns, other_count = to_row ? tile.columns : tile.rows;
   const Bounds<T> a = along_bounds(data.scale, data.term->scale.number, first, count);
-  Bounds<T> o = along_bounds(data.offset, data.term->offset.number, first, count);
+  Bounds<T> o = along_bounds(data.offset, data.offset_number(), first, count);
   if (data.other_offset) {
     const Bounds<T> q = along_bounds(data.other_offset, T(0), other_first, other_count);
     if (data.term->combine == Combine::add) {
@@ -328,7 +334,7 @@ bool shares_z(const TermData<T>& a, const TermData<T>& b) {
   const Term<T>&p = *a.term, &q = *b.term;
   return a.uniform() && b.uniform() && p.reduction == Reduction::logsumexp && q.reduction == Reduction::logsumexp &&
          p.score == q.score && p.mask == q.mask && p.constant == q.constant && p.scale.number == q.scale.number &&
-         p.offset.number == q.offset.number && p.scale_index == q.scale_index && p.offset_index == q.offset_index;
+         a.offset_number() == b.offset_number() && p.scale_index == q.scale_index && a.offset_index() == b.offset_index();
 }
 
 // The caller deletes the result.

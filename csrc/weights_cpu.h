@@ -79,8 +79,13 @@ class Weights {
         data.log_weight.zeros(*data.other);
         for (int64_t p = 0; p < data.other->count; ++p) data.log_weight.data[p] = T(log(double(data.weight.data[p])));
       }
-      for (int64_t p = 0; p < owners; ++p)
-        if (data.statistic.data[p] == T(-INFINITY)) data.statistic.data[p] = 0, data.cotangent.data[p] = 0;
+      data.exact.allocate(owners + 1);
+      for (int64_t p = 0; p < owners; ++p) {
+        T& statistic = data.statistic.data[p];
+        if (statistic == T(-INFINITY)) statistic = 0, data.cotangent.data[p] = 0;
+        data.exact[p] = double(statistic) - (data.late_offset ? double(data.late_offset.data[p]) : 0.0);
+        statistic = T(data.exact[p]);
+      }
     }
     auto room = [](Buffer<double>& buffer, const T* wanted, const Side<T>& side) {
       if (wanted) buffer.allocate(side.count + 1), buffer.zero(side.count + 1);
@@ -89,6 +94,9 @@ class Weights {
     room(data.doffset, gradients_.doffset[t], *data.owner);
     room(data.dother, gradients_.dother[t], *data.other);
     room(data.dweight, gradients_.dweight[t], *data.other);
+    // The softmax sums to 1, so a late offset has its owner's cotangent as gradient.
+    if (data.late_offset && data.doffset)
+      for (int64_t p = 0; p < owners; ++p) data.doffset[p] = double(data.cotangent.data[p]);
   }
 
   static bool differentiable(const TermData<T>& data) {
@@ -232,14 +240,13 @@ class Weights {
     const T shift = score_bound(any, tile, true, tile.low, tile.high);
     const bool shared = moderate(to_row, shift, tile.i0, tile.rows) && moderate(to_column, shift, tile.j0, tile.columns);
     if (to_column && shared) {
-      const T* statistic = to_column->statistic.data.get() + tile.j0;
+      const double* exact = to_column->exact.get() + tile.j0;
       const T* cotangent = to_column->cotangent.data.get() + tile.j0;
-      for (int j = 0; j < n; j += kWidth<T>) {
-        const Vec<T> g = load(cotangent + j);
-        store(thread.column_factor + j, g == 0 ? Vec<T>{} : g * exp_lanes<T>(shift - load(statistic + j)));
-      }
+      for (int j = 0; j < n; ++j)
+        thread.column_factor[j] =
+            j >= tile.columns || cotangent[j] == 0 ? T(0) : cotangent[j] * T(exp(double(shift) - exact[j]));
     }
-    const bool sums = any.dscale || any.doffset;
+    const bool sums = any.dscale || (any.doffset && !any.late_offset);
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.i0 + r;
       const T* s = tile.s + r * kTile;
@@ -253,7 +260,7 @@ class Weights {
         keep_column = keep_lanes_of<T, false>(*to_column, base, s, n, row, tile.j0, buffers.keep_column, column_any);
       if (!row_any && !column_any) continue;
       const T* z = s;
-      T a = scale, o = any.term->offset.number;
+      T a = scale, o = any.offset_number();
       const T* slope = nullptr;
       if (!identity) {
         score_row<T, true>(any, s, n, row, tile.j0, buffers, buffers.f, buffers.slope, static_cast<T*>(nullptr));
@@ -263,7 +270,7 @@ class Weights {
       T* dz = slope || sums ? buffers.dz : nullptr;  // dL/df where it is needed by itself
       if (shared) {
         const T g = row_any ? to_row->cotangent.data[row] : T(0);
-        const T factor = g == 0 ? T(0) : g * T(exp(double(shift) - double(to_row->statistic.data[row])));
+        const T factor = g == 0 ? T(0) : g * T(exp(double(shift) - to_row->exact[row]));
         const T* columns = column_any ? thread.column_factor : nullptr;
         if (masked || any.thresholds())
           shared_row<true>(z, a, o - shift, factor, columns, keep_row, keep_column, scale, n, out, dz);
@@ -353,7 +360,7 @@ class Weights {
     Vec<T> by_s{}, plain{};
     for (int j = 0; j < n; j += kWidth<T>) by_s += load(dz + j) * load(s + j), plain += load(dz + j);
     if (data.dscale) data.dscale[owner] += double(sum_lanes<T>(by_s));
-    if (data.doffset) data.doffset[owner] += double(sum_lanes<T>(plain));
+    if (data.doffset && !data.late_offset) data.doffset[owner] += double(sum_lanes<T>(plain));
   }
 
   // --- sums with one z for both directions -----------------------------------------------------------------------------------
@@ -475,7 +482,7 @@ class Weights {
     const T* dz = buffers.dz;
     const bool add_offsets = share == nullptr;
     add(data.dscale, true, [&](int j) { return dz[j] == 0 ? T(0) : dz[j] * s[j]; });
-    add(data.doffset, true, [&](int j) { return add_offsets ? dz[j] : dz[j] * share[j]; });
+    if (!data.late_offset) add(data.doffset, true, [&](int j) { return add_offsets ? dz[j] : dz[j] * share[j]; });
     add(data.dother, false, [&](int j) { return add_offsets ? dz[j] : dz[j] * (T(1) - share[j]); });
     add(data.dweight, false, [&](int j) { return buffers.dv[j]; });
   }

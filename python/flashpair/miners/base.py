@@ -49,8 +49,8 @@ def hardest(problem: PairProblem) -> tuple[Mined, Mined]:
     geometry: Geometry = problem.geometry
     closer_is_larger = geometry.sign > 0
     return mine(
-        problem.x.detach(),
-        None if problem.y is None else problem.y.detach(),
+        problem.x,
+        problem.y,
         [
             Extreme(Mask.SAME, largest=not closer_is_larger),
             Extreme(Mask.DIFFERENT, largest=closer_is_larger),
