@@ -183,8 +183,8 @@ def define_nt_xent(data: Batch, pairs=signed_pairs) -> Tensor:
     return mean(terms, data.x)
 
 
-def define_sup_con(data: Batch) -> Tensor:
-    positives, negatives = signed_pairs(data, cosine)
+def define_sup_con(data: Batch, mined: bool = False) -> Tensor:
+    positives, negatives = mined_pairs(data) if mined else signed_pairs(data, cosine)
     if not any(positives) or not any(negatives):
         return (data.x * 0).sum()
     terms = []
@@ -321,6 +321,13 @@ CASES = [
         lambda d: losses.sup_con_loss(*d.call, temperature=1 / d.scale),
         define_sup_con,
         lambda d: peer_losses.SupConLoss(temperature=1 / d.scale)(*d.call),
+        learns=("scale",),
+    ),
+    Case(
+        "sup_con mined",
+        lambda d: mine_then(losses.SupConLoss(1 / d.scale), miners.MultiSimilarityMiner(), d),
+        lambda d: define_sup_con(d, mined=True),
+        lambda d: mine_then(peer_losses.SupConLoss(1 / d.scale), peer_miners.MultiSimilarityMiner(), d),
         learns=("scale",),
     ),
     Case(

@@ -99,6 +99,15 @@ def test_thresholds_between_distances(power):
             torch.testing.assert_close(lazy, loss(data.x, data.labels, mined.as_tuple()), rtol=1e-9, atol=1e-11)
 
 
+def test_equal_rows_stay_positives_in_distances():
+    """A threshold on cosines above 1 excludes nothing, a distance of exactly zero included."""
+    x, labels = torch.eye(3, dtype=torch.float64)[[0, 0, 0, 1, 2]], torch.tensor([0, 0, 1, 1, 0])
+    mined = miners.MultiSimilarityMiner(epsilon=0.5)(x, labels)
+    assert [0, 1] in torch.stack(mined.as_tuple()[:2], 1).tolist()
+    loss = losses.SupConLoss(distance=distances.LpDistance())
+    torch.testing.assert_close(loss(x, labels, mined), loss(x, labels, mined.as_tuple()))
+
+
 def test_thresholds_that_do_not_carry_over_become_pairs():
     data = batch("random", False, b=17).to(torch.float64)
     dot = distances.DotProductSimilarity(normalize_embeddings=False)
