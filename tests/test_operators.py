@@ -105,14 +105,18 @@ def test_opcheck_mine(side, layout, backend):
     torch.library.opcheck(ops.pair_mine, (*arguments[:6], [data.row_offset], spec, consts, *arguments[9:]))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
 @pytest.mark.parametrize("similarity", Similarity)
-def test_opcheck_pair_similarity(similarity):
+def test_opcheck_pair_similarity(similarity, side, normalize):
     data = make(6, 5, 4).to(torch.float64)
     rows, columns = torch.tensor([0, 5, 5, 2]), torch.tensor([1, 1, 4, 0])
-    torch.library.opcheck(pairs._pair_similarity, (data.x, data.y, rows, columns, int(similarity)))
-    x, y = data.x.detach(), data.y.detach()
-    out = pairs._pair_similarity(x, y, rows, columns, int(similarity))
-    arguments = (torch.rand_like(out), out, x, y, rows, columns, int(similarity))
+    static = (rows, columns, int(similarity), normalize)
+    y = data.y if side == "rectangle" else None
+    torch.library.opcheck(pairs._pair_similarity, (data.x, y, *static))
+    x, y = data.x.detach(), None if y is None else y.detach()
+    out = pairs._pair_similarity(x, y, *static)
+    arguments = (torch.rand_like(out), out, x, y, *static)
     torch.library.opcheck(pairs._pair_similarity_backward, arguments)
 
 

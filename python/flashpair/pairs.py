@@ -44,14 +44,35 @@ def _accumulate(into: Tensor, index: Tensor, values: Tensor) -> None:
     into.index_put_((index,), values, accumulate=True) if into.is_cuda else into.index_add_(0, index, values)
 
 
+_EPS = 1e-12  # as in `reference.normalized`
+
+
+def _norms(x: Tensor, wanted: bool) -> Tensor | None:
+    """(B, 1) what a row is divided by, in the statistics dtype."""
+    if not wanted:
+        return None
+    dtype = statistics_dtype(x)
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(_EPS)
+
+
+def _rows_at(x: Tensor, norms: Tensor | None, index: Tensor) -> Tensor:
+    """x[index], normalised, in the statistics dtype."""
+    rows = x[index].to(statistics_dtype(x))
+    return rows if norms is None else rows / norms[index]
+
+
 @torch.library.custom_op("flashpair::pair_similarity", mutates_args=())
-def _pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, similarity: int) -> Tensor:
+def _pair_similarity(
+    x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int, normalize: bool
+) -> Tensor:
     _refuse_negative(rows=rows, columns=columns)
-    out = x.new_empty(rows.shape[0])
+    out = x.new_empty(rows.shape[0], dtype=statistics_dtype(x))
+    x_norms = _norms(x, normalize)
+    y, y_norms = (x, x_norms) if y is None else (y, _norms(y, normalize))
     starts, step = _chunks(rows, x.shape[1])
     for start in starts:
         part = slice(start, start + step)
-        a, b = x[rows[part]], y[columns[part]]
+        a, b = _rows_at(x, x_norms, rows[part]), _rows_at(y, y_norms, columns[part])
         if similarity == Similarity.DOT:
             out[part] = (a * b).sum(-1)
         else:
@@ -61,15 +82,19 @@ def _pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, simila
 
 
 @_pair_similarity.register_fake
-def _(x, y, rows, columns, similarity):
-    return x.new_empty(rows.shape)
+def _(x, y, rows, columns, similarity, normalize):
+    return x.new_empty(rows.shape, dtype=statistics_dtype(x))
 
 
 @torch.library.custom_op("flashpair::pair_similarity_backward", mutates_args=())
 def _pair_similarity_backward(
-    grad: Tensor, out: Tensor, x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, similarity: int
-) -> tuple[Tensor, Tensor]:
-    dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+    grad: Tensor, out: Tensor, x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int,
+    normalize: bool,
+) -> list[Tensor]:  # dx, and dy where y is given  # fmt: skip
+    dtype = statistics_dtype(x)
+    x_norms = _norms(x, normalize)
+    dx = torch.zeros_like(x, dtype=dtype)
+    other, y_norms, dy = (x, x_norms, dx) if y is None else (y, _norms(y, normalize), torch.zeros_like(y, dtype=dtype))
     if similarity == Similarity.SQUARED_EUCLIDEAN:
         grad = 2 * grad
     elif similarity == Similarity.EUCLIDEAN:
@@ -78,19 +103,34 @@ def _pair_similarity_backward(
     for start in starts:
         part = slice(start, start + step)
         g, i, j = grad[part, None], rows[part], columns[part]
+        a, b = _rows_at(x, x_norms, i), _rows_at(other, y_norms, j)
         if similarity == Similarity.DOT:
-            _accumulate(dx, i, g * y[j])
-            _accumulate(dy, j, g * x[i])
+            _accumulate(dx, i, g * b)
+            _accumulate(dy, j, g * a)
         else:
-            difference = g * (x[i] - y[j])
+            difference = g * (a - b)
             _accumulate(dx, i, difference)
             _accumulate(dy, j, -difference)
-    return dx, dy
+    sides = [(dx, x, x_norms)] if y is None else [(dx, x, x_norms), (dy, y, y_norms)]
+    return [_through_norm(gradient, side, norms).to(side.dtype) for gradient, side, norms in sides]
+
+
+def _through_norm(gradient: Tensor, x: Tensor, norms: Tensor | None) -> Tensor:
+    """Gradient of x from the gradient of x / norm, in place: (g - x̂ <x̂, g>) / norm; g / norm at the floor of the norm."""
+    if norms is None:
+        return gradient
+    step = max(_CHUNK_ELEMENTS // max(x.shape[1], 1), 1)
+    for start in range(0, x.shape[0], step):
+        part = slice(start, start + step)
+        unit = x[part].to(gradient.dtype) / norms[part]
+        along = (unit * gradient[part]).sum(-1, keepdim=True)
+        gradient[part] -= unit.mul_(torch.where(norms[part] <= _EPS, 0.0, along))
+    return gradient.div_(norms)
 
 
 @_pair_similarity_backward.register_fake
-def _(grad, out, x, y, rows, columns, similarity):
-    return torch.empty_like(x), torch.empty_like(y)
+def _(grad, out, x, y, rows, columns, similarity, normalize):
+    return [torch.empty_like(side) for side in (x, y) if side is not None]
 
 
 def _backward_backward(ctx, *grads):
@@ -101,14 +141,14 @@ _pair_similarity_backward.register_autograd(_backward_backward)
 
 
 def _setup(ctx, inputs, output):
-    x, y, rows, columns, similarity = inputs
+    x, y, rows, columns, similarity, normalize = inputs
     ctx.save_for_backward(output, x, y, rows, columns)
-    ctx.similarity = similarity
+    ctx.static = (similarity, normalize)
 
 
 def _backward(ctx, grad):
-    dx, dy = _pair_similarity_backward(grad.contiguous(), *ctx.saved_tensors, ctx.similarity)
-    return dx, dy, None, None, None
+    grads = _pair_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.static)
+    return grads[0], grads[1] if len(grads) > 1 else None, None, None, None, None
 
 
 _pair_similarity.register_autograd(_backward, setup_context=_setup)
@@ -151,11 +191,7 @@ def pair_similarity(
     checks.indices("rows", rows)
     checks.indices("columns", columns, rows.shape[0])
     checks.same_device("x", x, rows=rows, columns=columns)
-    y = x if y is None else y
-    if normalize:
-        x, y = reference.normalized(x), reference.normalized(y)
-    dtype = statistics_dtype(x)
-    return _pair_similarity(x.to(dtype), y.to(dtype), rows, columns, int(similarity))
+    return _pair_similarity(x, y, rows, columns, int(similarity), normalize)
 
 
 def reduce_pairs(
