@@ -61,7 +61,7 @@ def step(function, inputs):
 
 
 def timed(function, inputs, device: str) -> float:
-    """Seconds of one step, on inputs that no step before has seen: flashpair may keep S between passes over equal ones."""
+    """Seconds of one step, on inputs that no step saw before: flashpair may keep S between passes over equal ones."""
     import torch
 
     with torch.no_grad():

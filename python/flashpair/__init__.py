@@ -4,7 +4,7 @@ from . import losses, miners
 from .dispatch import BackendError, backends, use_backend
 from .primitives import Mined, mine, pair_reduce, pair_similarity, pair_sum
 from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
-from .workspace import set_max_workspace_bytes
+from .workspace import release_workspace, set_max_workspace_bytes
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "pair_reduce",
     "pair_similarity",
     "pair_sum",
+    "release_workspace",
     "set_max_workspace_bytes",
     "use_backend",
 ]

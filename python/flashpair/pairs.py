@@ -116,7 +116,7 @@ def _pair_similarity_backward(
 
 
 def _through_norm(gradient: Tensor, x: Tensor, norms: Tensor | None) -> Tensor:
-    """Gradient of x from the gradient of x / norm, in place: (g - x̂ <x̂, g>) / norm; g / norm at the floor of the norm."""
+    """Gradient of x from that of x / norm, in place: (g - x̂ <x̂, g>) / norm; g / norm at the floor of the norm."""
     if norms is None:
         return gradient
     step = max(_CHUNK_ELEMENTS // max(x.shape[1], 1), 1)

@@ -30,6 +30,22 @@ def set_max_workspace_bytes(value: int) -> int:
     return previous
 
 
+def release_workspace() -> int:
+    """Give the kept scratch memory back to the system; returns its size in bytes.
+
+    On a CPU the similarity matrix of the last call stays in memory where it fits the workspace, for the pass or the
+    training step that follows (fresh pages cost as much as the arithmetic that they save).
+
+    Example:
+        >>> import flashpair
+        >>> flashpair.release_workspace() >= 0
+        True
+    """
+    from . import backend_cpu
+
+    return backend_cpu.release_workspace()
+
+
 def workspace_bytes(value: int | None) -> int:
     """`value` checked, or the default."""
     if value is None:

@@ -10,8 +10,6 @@ from .. import checks
 from ..miners.selection import MinedPairs, MinedTriplets, check_indices
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
-from ..reference import normalized
-from ..request import statistics_dtype
 from ..terms import Reduction, Term
 from .geometry import geometry_of
 from .metric import MetricLoss
@@ -74,16 +72,14 @@ def triplet_margin_loss(
     if indices_tuple is None:
         raise ValueError(_NEEDED)
     geometry = geometry_of(LpDistance() if distance is None else distance)
-    read = normalized if geometry.normalize else lambda v: v.to(statistics_dtype(v))
-    x = read(embeddings)
-    y = x if ref_emb is None or ref_emb is embeddings else read(ref_emb)
-    anchors, positives, negatives, valid = _triplets(indices_tuple, embeddings, y)
-    near, far = pair_similarity(
-        x, y, anchors.repeat(2), torch.cat([positives, negatives]), similarity=geometry.similarity
-    ).chunk(2)
+    y = None if ref_emb is embeddings else ref_emb
+    anchors, positives, negatives, valid = _triplets(indices_tuple, embeddings, embeddings if y is None else y)
+    how = {"similarity": geometry.similarity, "normalize": geometry.normalize}
+    both = pair_similarity(embeddings, y, anchors.repeat(2), torch.cat([positives, negatives]), **how)
+    near, far = both.chunk(2)
     to_negative = far
     if swap:
-        other = pair_similarity(y, y, positives, negatives, similarity=geometry.similarity)
+        other = pair_similarity(embeddings if y is None else y, None, positives, negatives, **how)
         far = torch.minimum(far, other) if geometry.sign < 0 else torch.maximum(far, other)
     violation = geometry.sign * (far - near) + margin
     losses = F.softplus(violation, threshold=40) if smooth_loss else F.relu(violation)
@@ -94,7 +90,7 @@ def triplet_margin_loss(
     if valid is not None:
         return loss, PairStatistics(single(near, valid), single(to_negative, valid))
     spread = [
-        pair_reduce(x, y, [Term(Reduction.MOMENTS)], pairs=(anchors, partners), similarity=geometry.similarity)[0]
+        pair_reduce(embeddings, y, [Term(Reduction.MOMENTS)], pairs=(anchors, partners), **how)[0]
         for partners in (positives, negatives)
     ]
     return loss, PairStatistics(*map(moments, spread))
