@@ -368,9 +368,10 @@ bool wanted_tile(const Walk<T>& walk, const Item<T>* items, int count, const Til
   return false;
 }
 
-// Do thresholds alone drop every pair of a tile in one direction?
+// Do thresholds alone drop every pair of a tile in one direction? Of a tile with NaN, whose bounds are infinite, never.
 template <class T>
 bool outside(const TermData<T>& data, const Tile<T>& tile, bool to_row) {
+  if (tile.low == T(-INFINITY) || tile.high == T(INFINITY)) return false;
   const int64_t first = to_row ? tile.i0 : tile.j0;
   const int count = to_row ? tile.rows : tile.columns;
   if (data.term->has_above && tile.high <= along_bounds(data.above, data.term->above.number, first, count).low) return true;
