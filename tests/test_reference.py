@@ -9,7 +9,21 @@ import pytest
 import support
 import torch
 
-from flashpair import Axis, Combine, Extreme, Mask, Reduction, Score, Similarity, Term, mine, pair_reduce, use_backend
+import flashpair
+from flashpair import (
+    Axis,
+    Combine,
+    Extreme,
+    Mask,
+    Reduction,
+    Score,
+    Similarity,
+    Term,
+    mine,
+    pair_reduce,
+    reference,
+    use_backend,
+)
 
 INF, NAN = math.inf, math.nan
 
@@ -342,3 +356,24 @@ def test_detached_softmax_weights():
     (gradient,) = torch.autograd.grad(mean.sum(), data.x)
     p = (data.scale * data.x @ data.y.T).softmax(1).detach()
     torch.testing.assert_close(gradient, p @ data.y, rtol=1e-12, atol=1e-12)
+
+
+def test_twins_of_losses_and_miners():
+    """`flashpair.reference.<Name>` is the dense twin: same class name, its passes on the reference backend only."""
+    x, labels = torch.randn(40, 8, dtype=torch.float64), torch.arange(40) % 7
+    seen = []
+    dense = reference.pair_reduce
+
+    def spy(request):
+        seen.append(request)
+        return dense(request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "pair_reduce", spy)
+        twin = reference.MultiSimilarityLoss()(x, labels, reference.MultiSimilarityMiner()(x, labels))
+    loss = flashpair.losses.MultiSimilarityLoss()(x, labels, flashpair.miners.MultiSimilarityMiner()(x, labels))
+    torch.testing.assert_close(twin, loss)
+    assert seen and reference.MultiSimilarityLoss.__name__ == "MultiSimilarityLoss"
+    assert isinstance(reference.MultiSimilarityLoss(), flashpair.losses.MultiSimilarityLoss)
+    with pytest.raises(AttributeError, match="NoSuchLoss"):
+        reference.NoSuchLoss  # noqa: B018

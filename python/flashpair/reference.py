@@ -20,6 +20,8 @@ Everything here costs O(B N) memory. It is never chosen silently for a large inp
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -171,3 +173,20 @@ def _extreme(extreme: Extreme, s: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]
     order = order.gather(1, front)[:, : extreme.k]
     kept = keep.gather(1, order)
     return s.gather(1, order), torch.where(kept, order, -1)
+
+
+@functools.cache
+def __getattr__(name: str) -> type:
+    """`reference.<Name>`: the loss or miner of that name with every pass on this backend, whatever is usable."""
+    from . import losses, miners
+    from .dispatch import use_backend
+
+    fused = getattr(losses, name, None) or getattr(miners, name, None)
+    if not (isinstance(fused, type) and issubclass(fused, torch.nn.Module)):
+        raise AttributeError(f"flashpair.reference has no {name!r}; it holds the twins of flashpair.losses and miners")
+
+    def forward(self, *args, **kwargs):
+        with use_backend("reference"):
+            return fused.forward(self, *args, **kwargs)
+
+    return type(name, (fused,), {"forward": forward, "__doc__": fused.__doc__, "__module__": __name__})
