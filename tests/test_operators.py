@@ -120,10 +120,13 @@ def test_opcheck_pair_similarity(similarity, side, normalize):
     torch.library.opcheck(pairs._pair_similarity_backward, arguments)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["widest", "bfloat16"])
 @CASES
-def test_fakes_tell_the_truth(side, layout, backend):
+def test_fakes_tell_the_truth(side, layout, dtype, backend):
     """Shapes, dtypes and strides that compiled code is told, against those that it gets."""
     data = _data(backend, side, layout, grad=False)
+    if dtype is not None:
+        data.x, data.y = data.x.to(dtype), None if data.y is None else data.y.to(dtype)
     arguments = _arguments(data, _terms(data), backend)
     needs = (True, side == "rectangle", [True, True, True, False])
     sums = _arguments(data, [Term(SUM, scale=data.scale)], backend)
