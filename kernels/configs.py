@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,31 +29,31 @@ KINDS = ("half", "tf32", "ieee")  # 16-bit inputs, float32 through tensor cores,
 #: Feature counts up to which a bucket applies; short loops want shallow pipelines.
 SHORT_D = 64
 
-_TENSOR_CORES = {
-    80: TileConfig(128, 128, 32, 8, 3),
-    89: TileConfig(128, 128, 32, 8, 3),
-    90: TileConfig(128, 128, 64, 8, 4),
-    100: TileConfig(128, 128, 64, 8, 4),
+#: 16-bit inputs. Four parts: the epilogue of a 128 by 128 tile at once would spill.
+_HALF = {
+    80: TileConfig(128, 64, 32, 8, 3, parts=2),
+    89: TileConfig(128, 64, 32, 8, 3, parts=2),
+    90: TileConfig(128, 128, 64, 8, 4, parts=4),
+    100: TileConfig(128, 128, 64, 8, 4, parts=4),
 }
 _TF32 = {
-    80: TileConfig(128, 128, 32, 8, 3),
-    89: TileConfig(128, 64, 32, 8, 3),
-    90: TileConfig(128, 128, 32, 8, 4),
-    100: TileConfig(128, 128, 32, 8, 4),
+    80: TileConfig(128, 64, 32, 8, 3, parts=2),
+    89: TileConfig(128, 64, 32, 8, 3, parts=2),
+    90: TileConfig(128, 128, 32, 8, 3, parts=4),
+    100: TileConfig(128, 128, 32, 8, 3, parts=4),
 }
-_IEEE = {arch: TileConfig(64, 64, 16, 4, 2) for arch in ARCHITECTURES}
+#: float32 in full runs on the ordinary cores, whose accumulators leave few registers for the epilogue.
+_IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=2))
+#: The running K best and a tile's entries are int64.
 _TOP_K = {
-    "half": {arch: TileConfig(64, 64, 64, 4, 3) for arch in ARCHITECTURES},
-    "tf32": {arch: TileConfig(64, 64, 32, 4, 3) for arch in ARCHITECTURES},
-    "ieee": _IEEE,
+    "half": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 64, 8, 3)),
+    "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3)),
+    "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2)),
 }
+_SINGLE = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
 
 TABLE: dict[tuple[str, str, int], TileConfig] = {
-    (kernel, kind, arch): (
-        _TOP_K[kind][arch]
-        if kernel == "top_k"
-        else {"half": _TENSOR_CORES, "tf32": _TF32, "ieee": _IEEE}[kind][arch]
-    )
+    (kernel, kind, arch): (_TOP_K if kernel == "top_k" else _SINGLE)[kind][arch]
     for kernel in KERNELS
     for kind in KINDS
     for arch in ARCHITECTURES
@@ -91,5 +91,5 @@ def choose(kernel: str, kind: str, arch: int, D: int) -> TileConfig:
     config = TABLE[kernel, kind, arch]
     if D <= SHORT_D:
         short = max(16, min(config.block_d, 1 << max(D - 1, 1).bit_length()))
-        config = TileConfig(config.block_b, config.block_n, short, config.warps, 2, config.parts, config.group)
+        config = replace(config, block_d=short, stages=2)
     return config

@@ -35,7 +35,7 @@ def entries(s, keep, columns, LARGEST: tl.constexpr):
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0 and 0 are equal
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ordered = tl.where(value != value, 0x7FFFFFFF, ordered)
-    entry = (ordered.to(tl.int64) << 32) | (_LAST_COLUMN - columns).to(tl.int64)
+    entry = (ordered.to(tl.int64) << 32) | (-(columns - _LAST_COLUMN)).to(tl.int64)
     return tl.where(keep, entry, MISSING)
 
 
@@ -102,6 +102,7 @@ def _extremes_kernel(
     PARTS: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """k = 1: all extremes of a pass share each tile of S."""
     tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
@@ -112,12 +113,12 @@ def _extremes_kernel(
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):  # noqa: SIM102
         if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION,
+        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr)
     if PARTS == 1:
@@ -171,6 +172,7 @@ def _top_k_kernel(
     PARTS: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """The K most extreme entries of a row tile within one stripe of columns, sorted, kept in registers."""
     length_b = end_b - first_b
@@ -191,7 +193,7 @@ def _top_k_kernel(
         if wanted:
             dots = dot_tile(
                 x_ptr, y_ptr, first_b + tile_b * BLOCK_B, tile_n * BLOCK_N, end_b, N, D, stride_xb, stride_yn,
-                BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION,
+                BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
             s, _ = similarity_tile(dots, view, PROGRAM)
             entry = entries(s, keep_tile(s, view, PROGRAM, HEADER), columns_of(view), PROGRAM[HEADER + REDUCTION])

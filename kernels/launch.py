@@ -1,4 +1,4 @@
-"""Launchers: operands and parameters packed, S cut into panels that fit the workspace, kernels and GEMMs in a fixed order.
+"""Launchers: operands and parameters packed, S cut into panels that fit the workspace, all work in a fixed order.
 
 Nothing here reads a device value, so nothing waits for the device.
 """
@@ -34,6 +34,7 @@ from .weights import _weights_kernel
 
 _SAME = 1  # flashpair.Mask.SAME
 _EPSILON = 1e-12  # smallest norm that `normalize` divides by
+_CHUNK_ELEMENTS = 1 << 22  # normalised at a time in float64
 _MISSING = -(2**63)
 _LAST_COLUMN = 2**31 - 1
 #: float16 pair weights are scaled by a power of two so that the largest cotangent becomes about this.
@@ -83,7 +84,9 @@ def _padded_labels(ids: Tensor) -> Tensor:
 class Operands:
     """What every kernel of a pass reads, apart from the terms' parameters."""
 
-    x: Tensor  # (B, D)
+    raw_x: Tensor  # (B, D) as given
+    raw_y: Tensor  # (N, D)
+    x: Tensor  # (B, D) as the kernels read it: float32 normalised, 16-bit inputs as given, since they are exact
     y: Tensor  # (N, D)
     x_norms: Tensor  # (2, padded B) inverse norm, squared norm
     y_norms: Tensor  # (2, padded N)
@@ -109,11 +112,25 @@ class Operands:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (
-            self.x, self.y, self.x_norms, self.y_norms, self.x_labels, self.y_labels, self.exclude, self.exclude, self.pair_mask
+            self.x, self.y, self.x_norms, self.y_norms, self.x_labels, self.y_labels, self.exclude, self.exclude,
+            self.pair_mask,
         )  # fmt: skip
 
     def config(self, kernel: str) -> configs.TileConfig:
         return configs.choose(kernel, self.kind, configs.architecture(self.x.device), self.x.shape[1])
+
+
+def _inverse_norms(x: Tensor) -> Tensor:
+    """(rows,) float64: 1 / max(norm, 1e-12)."""
+    return 1.0 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(_EPSILON)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of x (rows, D) divided by their norms, rounded once."""
+    inverse, out = _inverse_norms(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for first, end in _panels(x.shape[0], max(_CHUNK_ELEMENTS // max(x.shape[1], 1), 1)):
+        out[first:end] = x[first:end].double() * inverse[first:end, None]
+    return out
 
 
 def _norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
@@ -121,7 +138,7 @@ def _norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
     rows = x.shape[0]
     out = torch.zeros(2, padded_length(rows), dtype=torch.float32, device=x.device)
     if normalize:
-        out[0, :rows] = 1.0 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(_EPSILON)
+        out[0, :rows] = _inverse_norms(x)
     if squared:
         wide = x.float()
         wide = wide * out[0, :rows, None] if normalize else wide
@@ -145,8 +162,13 @@ def operands(request, masks: set[int]) -> Operands:
         y, y_labels = (x, x_labels) if request.symmetric else (y[column_order], y_labels[column_order])
     x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
     y = x if request.symmetric else (y if y.stride(1) == 1 or y.shape[1] <= 1 else y.contiguous())
+    raw_x, raw_y = x, y
+    scaled = request.normalize and x.dtype != torch.float32  # by norms, in the epilogue
+    if request.normalize and not scaled:
+        x = unit_rows(x)
+        y = x if request.symmetric else unit_rows(y)
     squared = int(request.similarity) != 0
-    x_norms = _norms(x, request.normalize, squared)
+    x_norms = _norms(x, scaled, squared)
     exclude = x_labels
     if request.exclude is not None:
         inside = (request.exclude >= 0) & (request.exclude < y.shape[0])
@@ -157,15 +179,24 @@ def operands(request, masks: set[int]) -> Operands:
     tf32 = not half and int(request.precision) == 1
     kind = "half" if half else "tf32" if tf32 else "ieee"
     return Operands(
+        raw_x,
+        raw_y,
         x,
         y,
         x_norms,
-        x_norms if request.symmetric else _norms(y, request.normalize, squared),
+        x_norms if request.symmetric else _norms(y, scaled, squared),
         x_labels,
         y_labels,
         exclude,
         pair_mask,
-        Pass(int(request.similarity), request.normalize, request.exclude_self, request.exclude is not None, same_only),
+        Pass(
+            int(request.similarity),
+            scaled,
+            request.exclude_self,
+            request.exclude is not None,
+            same_only,
+            request.symmetric,
+        ),
         kind,
         orders,
     )
@@ -289,7 +320,9 @@ def _dimensions(op: Operands) -> tuple[int, ...]:
 
 def _tile_constants(op: Operands, config: configs.TileConfig) -> dict:
     precision = "ieee" if op.kind == "ieee" else "tf32"
-    return {"EVEN_D": op.x.shape[1] % config.block_d == 0, "INPUT_PRECISION": precision}
+    # The interpreter multiplies the bit patterns of bfloat16.
+    upcast = op.x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
+    return {"EVEN_D": op.x.shape[1] % config.block_d == 0, "INPUT_PRECISION": precision, "UPCAST": upcast}
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -365,7 +398,7 @@ def _finished(reduction: int, state: Tensor) -> Tensor:
         return state[:1]
     if reduction == MOMENTS.value:
         return torch.cat([state[:2], (state[2] / state[0].clamp_min(1.0))[None], state[3:5]])
-    logsumexp = (state[0] + state[1].log2()) * 0.6931471805599453
+    logsumexp = state[0] + state[1].log()
     if reduction == LOGSUMEXP.value:
         return logsumexp[None]
     mean = torch.where(state[1] == 0.0, 0.0, state[2] / state[1])
@@ -399,7 +432,7 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _half_scale(request, cotangents: list[Tensor | None]) -> Tensor:
-    """(1,) power of two that brings the largest cotangent times scale near `_HALF_RANGE`; 1 where that is not finite."""
+    """(1,) power of two that brings the largest cotangent times scale near `_HALF_RANGE`; 1 if that is not finite."""
     device = request.x.device
     largest = torch.zeros((), dtype=torch.float32, device=device)
     for term, cotangent in zip(request.terms, cotangents, strict=True):
@@ -468,14 +501,13 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
     if symmetric:
         gradients.used[1] = gradients.used[0]
     rows_state = torch.zeros(gradients.used[0], B, dtype=torch.float64, device=device)
-    columns_state = (
-        rows_state if symmetric else torch.zeros(gradients.used[1], N, dtype=torch.float64, device=device)
-    )
+    columns_state = rows_state if symmetric else torch.zeros(gradients.used[1], N, dtype=torch.float64, device=device)
     dx = torch.zeros(op.x.shape, dtype=torch.float32, device=device) if need_x else None
     dy = torch.zeros(op.y.shape, dtype=torch.float32, device=device) if need_y else None
     scale = _half_scale(request, cotangents) if op.x.dtype == torch.float16 and B and N else None
-    x, y = _gemm_operand(op.x, op.x_norms, request.normalize), None
-    y = x if symmetric else _gemm_operand(op.y, op.y_norms, request.normalize)
+    scaled = op.header.normalize
+    x = unit_rows(op.x) if scaled else op.x
+    y = x if symmetric else unit_rows(op.y) if scaled else op.y
     if B and N and codes:
         _weights_panels(
             request, op, parameters.packed(), (codes, diagonal), gradients, (rows_state, columns_state),
@@ -483,21 +515,16 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
         )  # fmt: skip
     if dx is not None:
         sums_of = rows_state[row_sum] if distance else None
-        dx = op.restore(_finished_gradient(dx, x, op.x, op.x_norms, request.normalize, sums_of, scale), 0, 0)
+        dx = op.restore(_finished_gradient(dx, x, op.raw_x, request.normalize, sums_of, scale), 0, 0)
     if dy is not None:
         sums_of = columns_state[column_sum] if distance else None
-        dy = op.restore(_finished_gradient(dy, y, op.y, op.y_norms, request.normalize, sums_of, scale), 1, 0)
+        dy = op.restore(_finished_gradient(dy, y, op.raw_y, request.normalize, sums_of, scale), 1, 0)
     dparams = _parameter_gradients(request, op, gradients, (rows_state, columns_state))
     states = (rows_state, columns_state)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for side, slot in gradients.values:
         total = total + states[side][slot].sum()
     return total.to(torch.float32), dx, dy, dparams
-
-
-def _gemm_operand(x: Tensor, norms: Tensor, normalize: bool) -> Tensor:
-    """x as the gradient GEMMs read it."""
-    return (x.float() * norms[0, : x.shape[0], None]).to(x.dtype) if normalize else x
 
 
 def _weights_panels(request, op, packed, codes, gradients: Gradients, states, xy, dxy, sum_slots, scale) -> None:
@@ -542,7 +569,8 @@ def _weights_panels(request, op, packed, codes, gradients: Gradients, states, xy
                 **_tile_constants(op, config),
             )  # fmt: skip
             for side, partials, tiles, length, first in (
-                (0, row_partials, tiles_n * config.parts, length_b, first_b), (1, column_partials, tiles_b, length_n, first_n)
+                (0, row_partials, tiles_n * config.parts, length_b, first_b),
+                (1, column_partials, tiles_b, length_n, first_n),
             ):  # fmt: skip
                 extra = (row_sum, column_slot)[side]
                 written = written_slots(visible, side) + ((extra,) if extra >= 0 else ())
@@ -564,7 +592,6 @@ def _finished_gradient(
     d: Tensor,  # (rows, D) float32: sum of weights times the other side
     operand: Tensor,  # (rows, D) as the GEMMs read it
     raw: Tensor,  # (rows, D)
-    norms: Tensor,  # (2, padded rows)
     normalize: bool,
     weight_sums: Tensor | None,  # (rows,) for distances
     scale: Tensor | None,  # (1,)
@@ -575,12 +602,13 @@ def _finished_gradient(
     if scale is not None:
         d = d / scale
     if normalize:
-        inverse = norms[0, : raw.shape[0], None]
-        unit = raw.float() * inverse
-        along = (unit * d).sum(1, keepdim=True)
+        inverse, wide = _inverse_norms(raw)[:, None], raw.float()
+        # The part along x is removed with x itself: a rounded unit vector would leave a multiple of its error.
+        along = (wide * d).sum(1, keepdim=True, dtype=torch.float64)
+        along = along / wide.square().sum(1, keepdim=True, dtype=torch.float64)
         # Rows below the smallest norm are divided by a constant, which has no gradient of its own.
         along = torch.where(inverse < 1.0 / _EPSILON, along, 0.0)
-        d = (d - unit * along) * inverse
+        d = (d - wide * along.float()) * inverse.float()
     return d.to(raw.dtype)
 
 

@@ -32,7 +32,8 @@ STORE = tl.constexpr(6)  # pair weights are wanted, not only sums
 SCALED = tl.constexpr(7)  # float16: pair weights are multiplied by a scale before rounding
 ROW_SUM_SLOT = tl.constexpr(8)  # sums of the stored weights, for distances; -1 for none
 COLUMN_SUM_SLOT = tl.constexpr(9)
-HEADER = tl.constexpr(10)
+SYMMETRIC = tl.constexpr(10)  # self-similarity: a row is at distance 0 of itself, also after rounding
+HEADER = tl.constexpr(11)
 
 #: Fields of an evaluation. Parameters take two: kind and position.
 REDUCTION = tl.constexpr(0)  # for extremes: 1 largest, 0 smallest
@@ -63,6 +64,7 @@ WIDTH = tl.constexpr(34)
 
 _SLOTS = {"scale": SCALE_SLOT, "offset": OFFSET_SLOT, "other_offset": OTHER_SLOT, "weight": WEIGHT_SLOT}
 _FIELDS = {"scale": SCALE, "offset": OFFSET, "other_offset": OTHER, "weight": WEIGHT, "above": ABOVE, "below": BELOW}
+_ALONG_OTHERS = ("other_offset", "weight")  # parameters along the reduced side
 #: Numbers that change nothing, so that the kernels leave the arithmetic out.
 _NEUTRAL = {"scale": 1.0, "offset": 0.0, "above": None, "below": None, "other_offset": None, "weight": None}
 
@@ -138,8 +140,10 @@ def _common(term, mirrored: bool, parameters: Parameters) -> list[int]:
     code[COMBINE.value] = int(term.combine)
     code[DETACH.value] = int(term.detach_weights)
     for name, at in _FIELDS.items():
-        along = 1 - side if name in ("other_offset", "weight") else side
-        code[at.value : at.value + 2] = parameters.add(getattr(term, name), _NEUTRAL[name], along)
+        along = 1 - side if name in _ALONG_OTHERS else side
+        code[at.value : at.value + 2] = parameters.add(
+            getattr(term, name), _NEUTRAL[name], along, vector=name in _ALONG_OTHERS
+        )
     code[CONSTANT.value : CONSTANT.value + 2] = parameters.add(term.constant, None, side)
     for slot in (SLOT, PARTNER, *_SLOTS.values(), VALUE_SLOT):
         code[slot.value] = -1
@@ -149,7 +153,7 @@ def _common(term, mirrored: bool, parameters: Parameters) -> list[int]:
 def _same_exponent(a: list[int], b: list[int], symmetric_mask: bool) -> bool:
     """Whether two evaluations on opposite sides have one z and could share its exponential."""
     scalar = (ABSENT.value, NUMBER.value, SCALAR.value)
-    if a[SIDE.value] == b[SIDE.value] or not symmetric_mask and a[MIRRORED.value] != b[MIRRORED.value]:
+    if a[SIDE.value] == b[SIDE.value] or (not symmetric_mask and a[MIRRORED.value] != b[MIRRORED.value]):
         return False
     if any(a[f.value] != b[f.value] for f in (REDUCTION, SCORE, MASK)):
         return False
@@ -179,13 +183,14 @@ class Pass:
     exclude_self: bool
     has_exclude: bool
     same_only: bool
+    symmetric: bool
 
     def program(
         self, codes: tuple[int, ...], triangle=False, store=False, scaled=False, row_sum=-1, column_sum=-1
     ) -> tuple[int, ...]:
         """A complete program from its evaluations."""
         flags = (self.normalize, self.exclude_self, self.has_exclude, self.same_only, triangle, store, scaled)
-        return (self.similarity, *map(int, flags), row_sum, column_sum, *codes)
+        return (self.similarity, *map(int, flags), row_sum, column_sum, int(self.symmetric), *codes)
 
 
 def _flat(codes: list[list[int]]) -> tuple[int, ...]:
@@ -236,7 +241,7 @@ def weights_codes(
         for name in _SLOTS:
             index = term.index[name]
             if index >= 0 and needs_params[index]:
-                along = int(term.axis) ^ int(name in ("other_offset", "weight"))
+                along = int(term.axis) ^ int(name in _ALONG_OTHERS)
                 side = 0 if request.symmetric else along
                 slots[t, name] = (along, gradients.take(side))
                 gradients.uses.append((index, side, slots[t, name][1]))
@@ -251,9 +256,7 @@ def weights_codes(
             code = _common(term, mirrored, parameters)
             side = code[SIDE.value]
             if cotangents[t] is not None:
-                code[COTANGENT.value : COTANGENT.value + 2] = parameters.add(
-                    cotangents[t], None, side, vector=True
-                )
+                code[COTANGENT.value : COTANGENT.value + 2] = parameters.add(cotangents[t], None, side, vector=True)
             for at, value in zip((MEAN, LSE), statistics[t], strict=True):
                 code[at.value : at.value + 2] = parameters.add(value, None, side, vector=True)
             for name, at in _SLOTS.items():
@@ -293,7 +296,7 @@ def written_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
     for at in range(0, len(codes), WIDTH.value):
         code = codes[at : at + WIDTH.value]
         for name, slot in (*_SLOTS.items(), ("value", VALUE_SLOT)):
-            other = name in ("other_offset", "weight")
+            other = name in _ALONG_OTHERS
             if code[slot.value] >= 0 and code[SIDE.value] ^ int(other) == side:
                 slots.add(code[slot.value])
     return tuple(sorted(slots))
@@ -307,4 +310,3 @@ def statistics_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
         if code[SIDE.value] == side:
             entries += [code[REDUCTION.value], code[SLOT.value]]
     return tuple(entries)
-

@@ -1,13 +1,13 @@
 """Reductions of a tile to one partial per owner, and their merging; numbered as in `flashpair.Reduction`.
 
-Log-sum-exps are kept as (m, l) with value log2-based: sum = l * 2**m. Empty: m = -inf, l = 0.
+Log-sum-exps are kept as (m, mass) with sum = mass * exp(m). Empty: m = -inf, mass = 0.
 """
 
 import triton
 import triton.language as tl
 
 from .program import ABSENT, COMBINE, CONSTANT, OFFSET, OTHER, SCALE, SCORE, SIDE, WEIGHT
-from .scores import IDENTITY, log1p, score_value
+from .scores import log1p, score_value
 from .tiles import parameter
 
 SUM = tl.constexpr(0)
@@ -17,9 +17,8 @@ SOFTMAX_MEAN = tl.constexpr(3)
 MOMENTS = tl.constexpr(4)
 
 LOGADDEXP = tl.constexpr(1)  # numbered as in `flashpair.Combine`
-LOG2E = tl.constexpr(1.4426950408889634)
-#: Widest range of exponents (base 2) that may share one offset: what is flushed is below 2**-62 of every kept sum.
-SHARED_RANGE = tl.constexpr(64.0)
+#: Widest range of exponents that may share one offset: what is then flushed is below exp(-43) of every kept sum.
+SHARED_RANGE = tl.constexpr(44.0)
 
 
 @triton.jit
@@ -46,14 +45,13 @@ def combined_offset(view, PROGRAM: tl.constexpr, AT: tl.constexpr):
 
 
 @triton.jit
-def affine(s, view, PROGRAM: tl.constexpr, AT: tl.constexpr, FACTOR: tl.constexpr):
-    """FACTOR * (scale * s + combine(offset, other_offset)), skipping what is absent."""
-    side: tl.constexpr = PROGRAM[AT + SIDE]
+def affine(s, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
+    """z = scale * s + combine(offset, other_offset), leaving out what is absent."""
     z = s
-    if (PROGRAM[AT + SCALE] != ABSENT) or (FACTOR != 1.0):
-        z = z * (parameter(view, PROGRAM[AT + SCALE], PROGRAM[AT + SCALE + 1], side, 1.0) * FACTOR)
+    if PROGRAM[AT + SCALE] != ABSENT:
+        z = z * parameter(view, PROGRAM[AT + SCALE], PROGRAM[AT + SCALE + 1], PROGRAM[AT + SIDE], 1.0)
     if (PROGRAM[AT + OFFSET] != ABSENT) or (PROGRAM[AT + OTHER] != ABSENT):
-        z = z + combined_offset(view, PROGRAM, AT) * FACTOR
+        z = z + combined_offset(view, PROGRAM, AT)
     return z
 
 
@@ -65,16 +63,12 @@ def constant_of(view, PROGRAM: tl.constexpr, AT: tl.constexpr):
 
 @triton.jit
 def exponent(s, keep, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
-    """(log2(w * exp(phi(z))), keep): pairs of weight zero are not kept."""
-    if PROGRAM[AT + SCORE] == IDENTITY:
-        e = affine(s, view, PROGRAM, AT, LOG2E)
-    else:
-        z = affine(s, view, PROGRAM, AT, 1.0)
-        e = score_value(z, constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE]) * LOG2E
+    """(log(w * exp(phi(z))), keep): pairs of weight zero are not kept."""
+    e = score_value(affine(s, view, PROGRAM, AT), constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE])
     if PROGRAM[AT + WEIGHT] != ABSENT:
         w = parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - PROGRAM[AT + SIDE], 1.0)
         keep = keep & (w != 0.0)
-        e = e + tl.log2(tl.where(w == 0.0, 1.0, w))
+        e = e + tl.log(tl.where(w == 0.0, 1.0, w))
     return e, keep
 
 
@@ -92,29 +86,29 @@ def finite_offset(m):
 
 @triton.jit
 def owner_logsumexp(e, keep, SIDE: tl.constexpr):
-    """(m, l, p): owners' logsumexp in one tile and the terms of l, offset by each owner's maximum."""
+    """(m, mass, p): owners' logsumexp in one tile and the terms of its mass, offset by each owner's maximum."""
     e = tl.where(keep, e, -float("inf"))
     m = tl.max(e, 1 - SIDE)
-    p = tl.exp2(e - along(finite_offset(m), SIDE))
+    p = tl.exp(e - along(finite_offset(m), SIDE))
     return m, tl.sum(p, 1 - SIDE), p
 
 
 @triton.jit
 def shared_logsumexp(e, keep, other_keep, SIDE: tl.constexpr):
-    """(m, l) of the owners on SIDE and of those on the other side, from one exponential where the range permits."""
+    """(m, mass) of the owners on SIDE and of those on the other side, from one exponential where the range permits."""
     either = keep | other_keep
     top = tl.max(tl.where(either, e, -float("inf")))
     bottom = tl.min(tl.where(either, e, float("inf")))
     if top - bottom <= SHARED_RANGE:
-        p = tl.exp2(e - finite_offset(top))
-        l = tl.sum(tl.where(keep, p, 0.0), 1 - SIDE)
-        other_l = tl.sum(tl.where(other_keep, p, 0.0), SIDE)
-        m = tl.where(l == 0.0, -float("inf"), top)
-        other_m = tl.where(other_l == 0.0, -float("inf"), top)
+        p = tl.exp(e - finite_offset(top))
+        mass = tl.sum(tl.where(keep, p, 0.0), 1 - SIDE)
+        other_mass = tl.sum(tl.where(other_keep, p, 0.0), SIDE)
+        m = tl.where(mass == 0.0, -float("inf"), top)
+        other_m = tl.where(other_mass == 0.0, -float("inf"), top)
     else:
-        m, l, _ = owner_logsumexp(e, keep, SIDE)
-        other_m, other_l, _ = owner_logsumexp(e, other_keep, 1 - SIDE)
-    return m, l, other_m, other_l
+        m, mass, _ = owner_logsumexp(e, keep, SIDE)
+        other_m, other_mass, _ = owner_logsumexp(e, other_keep, 1 - SIDE)
+    return m, mass, other_m, other_mass
 
 
 @triton.jit
@@ -148,7 +142,7 @@ def fold_entry(
     state = state_ptr + tl.cast(state_length, tl.int64) * SLOT + first + at
     step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
     inside = at < length
-    if (REDUCTION == SUM) or (REDUCTION == COUNT):
+    if (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
         total = tl.load(state, mask=inside, other=0.0)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
@@ -181,27 +175,27 @@ def fold_entry(
         tl.store(state + 4 * state_length, high, mask=inside)
     else:
         m = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-        l = tl.load(state + state_length, mask=inside, other=0.0)
-        weighted = l
+        mass = tl.load(state + state_length, mask=inside, other=0.0)
+        weighted = mass
         if REDUCTION == SOFTMAX_MEAN:
             weighted = tl.load(state + 2 * state_length, mask=inside, other=0.0)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
             tile_m = tl.load(partial_ptr + offset, mask=mask, other=-float("inf"))
-            tile_l = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
+            tile_mass = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
             new_m = tl.maximum(m, tl.max(tile_m, 0))
             shift = finite_offset(new_m)
-            old = tl.exp2(m - shift).to(tl.float64)
+            old = tl.exp(m - shift).to(tl.float64)
             # An empty tile counts for nothing, and 0 * inf must not make it count.
-            factor = tl.where(tile_l == 0.0, 0.0, tl.exp2(tile_m - shift[None, :])).to(tl.float64)
-            l = tl.where(l == 0.0, 0.0, l * old) + tl.sum(tile_l.to(tl.float64) * factor, 0)
+            factor = tl.where(tile_mass == 0.0, 0.0, tl.exp(tile_m - shift[None, :])).to(tl.float64)
+            mass = tl.where(mass == 0.0, 0.0, mass * old) + tl.sum(tile_mass.to(tl.float64) * factor, 0)
             if REDUCTION == SOFTMAX_MEAN:
                 tile_t = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
                 weighted = weighted * old + tl.sum(tile_t * factor, 0)
             m = new_m
         tl.store(state, m.to(tl.float64), mask=inside)
-        tl.store(state + state_length, l, mask=inside)
+        tl.store(state + state_length, mass, mask=inside)
         if REDUCTION == SOFTMAX_MEAN:
             tl.store(state + 2 * state_length, weighted, mask=inside)
 

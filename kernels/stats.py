@@ -7,9 +7,9 @@ from .masks import keep_tile
 from .program import ABSENT, HEADER, PARTNER, REDUCTION, SAME_ONLY, SCORE, SIDE, SLOT, TRIANGLE, WEIGHT, WIDTH
 from .reductions import (
     COUNT,
-    LOGSUMEXP,
     MOMENTS,
     SOFTMAX_MEAN,
+    SUM,
     affine,
     constant_of,
     exponent,
@@ -44,15 +44,15 @@ def store_statistic(s, keep, view, partials, PROGRAM: tl.constexpr, AT: tl.const
         store_owner(partials, spread, slot + 2, side)
         store_owner(partials, low, slot + 3, side)
         store_owner(partials, high, slot + 4, side)
-    elif (reduction == LOGSUMEXP) or (reduction == SOFTMAX_MEAN):
+    elif (reduction != SUM) and (reduction != COUNT):
         e, keep = exponent(s, keep, view, PROGRAM, AT)
-        m, l, p = owner_logsumexp(e, keep, side)
+        m, mass, p = owner_logsumexp(e, keep, side)
         store_owner(partials, m, slot, side)
-        store_owner(partials, l, slot + 1, side)
+        store_owner(partials, mass, slot + 1, side)
         if reduction == SOFTMAX_MEAN:
             store_owner(partials, tl.sum(tl.where(keep, p * s, 0.0), 1 - side), slot + 2, side)
     else:
-        z = affine(s, view, PROGRAM, AT, 1.0)
+        z = affine(s, view, PROGRAM, AT)
         value = score_value(z, constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE])
         if reduction == COUNT:
             value = tl.where(value <= 0.0, 0.0, 1.0)
@@ -70,11 +70,11 @@ def store_statistics(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.constex
         other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
         other_keep = keep_tile(s, view, PROGRAM, other)
         e, _ = exponent(s, keep, view, PROGRAM, at)
-        m, l, other_m, other_l = shared_logsumexp(e, keep, other_keep, PROGRAM[at + SIDE])
+        m, mass, other_m, other_mass = shared_logsumexp(e, keep, other_keep, PROGRAM[at + SIDE])
         store_owner(partials, m, PROGRAM[at + SLOT], PROGRAM[at + SIDE])
-        store_owner(partials, l, PROGRAM[at + SLOT] + 1, PROGRAM[at + SIDE])
+        store_owner(partials, mass, PROGRAM[at + SLOT] + 1, PROGRAM[at + SIDE])
         store_owner(partials, other_m, PROGRAM[other + SLOT], PROGRAM[other + SIDE])
-        store_owner(partials, other_l, PROGRAM[other + SLOT] + 1, PROGRAM[other + SIDE])
+        store_owner(partials, other_mass, PROGRAM[other + SLOT] + 1, PROGRAM[other + SIDE])
     else:
         store_statistic(s, keep, view, partials, PROGRAM, at)
 
@@ -137,6 +137,7 @@ def _stats_kernel(
     PARTS: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
     tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
@@ -146,12 +147,12 @@ def _stats_kernel(
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):  # noqa: SIM102
         if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION,
+        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr)
     if PARTS == 1:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .program import EXCLUDE_SELF, HAS_EXCLUDE, HEADER, NORMALIZE, NUMBER, SAME_ONLY, SCALAR, SIMILARITY, TRIANGLE, VECTOR
+from .program import NORMALIZE, NUMBER, SAME_ONLY, SCALAR, SIMILARITY, SYMMETRIC, TRIANGLE, VECTOR
 
 DOT = tl.constexpr(0)  # numbered as in `flashpair.Similarity`
 SQUARED_EUCLIDEAN = tl.constexpr(1)
@@ -35,6 +35,7 @@ def dot_tile(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """(BLOCK_B, BLOCK_N) float32 dot products; rows beyond the end repeat the last one."""
     i = tl.minimum(start_b + tl.arange(0, BLOCK_B), end_b - 1).to(tl.int64)
@@ -50,6 +51,9 @@ def dot_tile(
         else:
             x = tl.load(x_ptrs, mask=d[None, :] < D - start, other=0.0)
             y = tl.load(y_ptrs, mask=d[:, None] < D - start, other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
         dots = tl.dot(x, y, dots, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_D
         y_ptrs += BLOCK_D
@@ -80,6 +84,8 @@ def similarity_tile(dots, view, PROGRAM: tl.constexpr):
         slope = tl.full(dots.shape, 1.0, tl.float32)
     else:
         squared = along_rows(x_norms_ptr + padded_b, place) + along_columns(y_norms_ptr + padded_n, place) - 2.0 * dots
+        if PROGRAM[SYMMETRIC]:
+            squared = tl.where(rows_of(view) == columns_of(view), squared - squared, squared)
         s = tl.where(squared < 0.0, 0.0, squared)
         slope = tl.where(squared < 0.0, 0.0, -2.0)
         if PROGRAM[SIMILARITY] == EUCLIDEAN:

@@ -33,8 +33,8 @@ from .program import (
     WEIGHT_SLOT,
     WIDTH,
 )
-from .reductions import LOG2E, LOGADDEXP, SHARED_RANGE, SOFTMAX_MEAN, SUM, affine, constant_of, exponent
-from .scores import score_slope, score_value
+from .reductions import LOGADDEXP, SHARED_RANGE, SOFTMAX_MEAN, SUM, affine, constant_of, exponent
+from .scores import IDENTITY, score_slope, score_value
 from .tiles import (
     dot_tile,
     halves,
@@ -53,12 +53,6 @@ from .tiles import (
 def owner(view, PROGRAM: tl.constexpr, AT: tl.constexpr, FIELD: tl.constexpr, absent):
     """A parameter of the owners, broadcastable to the tile."""
     return parameter(view, PROGRAM[AT + FIELD], PROGRAM[AT + FIELD + 1], PROGRAM[AT + SIDE], absent)
-
-
-@triton.jit
-def base2(lse):
-    """A logsumexp in base 2 as an offset; 0 for owners without pairs, whose weights are masked."""
-    return tl.where(lse == -float("inf"), 0.0, lse * LOG2E)
 
 
 @triton.jit
@@ -85,7 +79,8 @@ def own_probability(s, keep, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
         p = s
     else:
         e, keep = exponent(s, keep, view, PROGRAM, AT)
-        p = tl.exp2(e - base2(owner(view, PROGRAM, AT, LSE, 0.0)))
+        lse = owner(view, PROGRAM, AT, LSE, 0.0)
+        p = tl.exp(e - tl.where(lse == -float("inf"), 0.0, lse))
     return p, keep
 
 
@@ -97,19 +92,23 @@ def term_weights(s, keep, probability, view, partials, PROGRAM: tl.constexpr, AT
     g = owner(view, PROGRAM, AT, COTANGENT, 1.0)
     w = parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - side, 1.0)
     constant = constant_of(view, PROGRAM, AT)
-    z = affine(s, view, PROGRAM, AT, 1.0)
+    z = affine(s, view, PROGRAM, AT)
     if reduction == SUM:
         per_weight = g * score_value(z, constant, PROGRAM[AT + SCORE])  # dL/dw
         u = g * w * score_slope(z, constant, PROGRAM[AT + SCORE])  # dL/dz
         direct = 0.0
+        lever = s  # dz / dscale
     else:
         p = g * probability
         u = p * score_slope(z, constant, PROGRAM[AT + SCORE])
         per_weight = p
         direct = 0.0
+        lever = s
         if reduction == SOFTMAX_MEAN:
             centred = s - owner(view, PROGRAM, AT, MEAN, 0.0)
             direct = p
+            if PROGRAM[AT + SCORE] == IDENTITY:
+                lever = centred  # sum_j p_j (s_j - mean) is 0: leaving the mean out avoids its rounding
             if PROGRAM[AT + DETACH]:
                 u = u * 0.0
                 per_weight = u
@@ -120,7 +119,7 @@ def term_weights(s, keep, probability, view, partials, PROGRAM: tl.constexpr, AT
             per_weight = per_weight / tl.where(w == 0.0, 1.0, w)
     u = tl.where(keep, u, 0.0)
     if PROGRAM[AT + SCALE_SLOT] >= 0:
-        store_owner(partials, tl.sum(tl.where(keep, u * s, 0.0), 1 - side), PROGRAM[AT + SCALE_SLOT], side)
+        store_owner(partials, tl.sum(tl.where(keep, u * lever, 0.0), 1 - side), PROGRAM[AT + SCALE_SLOT], side)
     if PROGRAM[AT + OFFSET_SLOT] >= 0:
         share = offset_share(view, PROGRAM, AT, OFFSET, True)
         store_owner(partials, tl.sum(tl.where(keep, u * share, 0.0), 1 - side), PROGRAM[AT + OFFSET_SLOT], side)
@@ -140,24 +139,21 @@ def term_weights(s, keep, probability, view, partials, PROGRAM: tl.constexpr, AT
 
 @triton.jit
 def pair_probabilities(e, keep, other_keep, lse, other_lse):
-    """exp2(e - lse) and exp2(e - other_lse), from one exponential where the owners' logsumexps are close.
+    """exp(e - lse) and exp(e - other_lse), from one exponential of pairs where the owners' logsumexps are close.
 
-    u = exp2(e - (a + b) / 2) with a, b the two; p = u exp2((b - a) / 2) and vice versa, factors of single owners.
+    With a, b the two and c below both, exp(e - b) = exp(e - a) exp(a - c) exp(c - b): the factors are of single owners.
+    Where exp(e - a) is flushed, exp(e - b) is below exp(-43).
     """
     inf = float("inf")
-    top = tl.maximum(tl.max(tl.where(lse == -inf, -inf, lse)), tl.max(tl.where(other_lse == -inf, -inf, other_lse)))
-    bottom = tl.minimum(tl.min(tl.where(lse == -inf, inf, lse)), tl.min(tl.where(other_lse == -inf, inf, other_lse)))
     a = tl.where(lse == -inf, 0.0, lse)
     b = tl.where(other_lse == -inf, 0.0, other_lse)
+    top = tl.maximum(tl.max(a), tl.max(b))
+    bottom = tl.minimum(tl.min(a), tl.min(b))
+    p = tl.exp(e - a)
     if top - bottom <= SHARED_RANGE:
-        half_a = 0.5 * (a - bottom)
-        half_b = 0.5 * (b - bottom)
-        u = tl.exp2(e - bottom - half_a - half_b)
-        p = u * tl.exp2(half_b) * tl.exp2(-half_a)
-        other_p = u * tl.exp2(half_a) * tl.exp2(-half_b)
+        other_p = p * tl.exp(a - bottom) * tl.exp(bottom - b)
     else:
-        p = tl.exp2(e - a)
-        other_p = tl.exp2(e - b)
+        other_p = tl.exp(e - b)
     return tl.where(keep, p, 0.0), tl.where(other_keep, other_p, 0.0)
 
 
@@ -170,8 +166,8 @@ def evaluated_weights(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.conste
         other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
         other_keep = keep_tile(s, view, PROGRAM, other)
         e, _ = exponent(s, keep, view, PROGRAM, at)
-        lse = owner(view, PROGRAM, at, LSE, 0.0) * LOG2E
-        other_lse = owner(view, PROGRAM, other, LSE, 0.0) * LOG2E
+        lse = owner(view, PROGRAM, at, LSE, 0.0)
+        other_lse = owner(view, PROGRAM, other, LSE, 0.0)
         p, other_p = pair_probabilities(e, keep, other_keep, lse, other_lse)
         ds = term_weights(s, keep, p, view, partials, PROGRAM, at)
         ds += term_weights(s, other_keep, other_p, view, partials, PROGRAM, other)
@@ -259,6 +255,7 @@ def _weights_kernel(
     PARTS: tl.constexpr,
     EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
     tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
@@ -268,12 +265,12 @@ def _weights_kernel(
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):  # noqa: SIM102
         if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION,
+        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr, weights_ptr, weight_scale_ptr, stride_w)
     if PARTS == 1:

@@ -1,4 +1,4 @@
-"""Backend `triton`: GPU kernels of `flashpair.kernels`; CPU tensors under Triton's interpreter. Loads Triton on first use."""
+"""Backend `triton`: the kernels of `flashpair.kernels`, loaded on first use; CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
