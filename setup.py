@@ -51,8 +51,17 @@ def sources(*patterns):
 def compile_flags():
     if os.name == "nt":
         return ["/O2", "/std:c++20", "/EHsc"]
-    return ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-            "-Wall", "-Wextra", "-Werror=switch", "-g0"]
+    return [
+        "-O3",
+        "-std=c++20",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wextra",
+        "-Werror=switch",
+        "-g0",
+    ]
 
 
 def pybind11_include(torch_include_paths):
@@ -113,9 +122,7 @@ def native_extensions(required):
             except Exception as error:
                 if required:
                     raise
-                notice(
-                    f"the native part was not built ({error}); the package works without it, only slower"
-                )
+                notice(f"the native part was not built ({error}); the package works without it, only slower")
 
         def get_export_symbols(self, ext):
             return ext.export_symbols if ext.name == "flashpair._C" else super().get_export_symbols(ext)
