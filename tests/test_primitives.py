@@ -24,6 +24,11 @@ def _fits(backend: str, *sizes: int | None) -> None:
         pytest.skip("too slow under Triton's interpreter")
 
 
+def _wide_enough(backend: str, features: int) -> None:
+    if features == 1 and _precise(backend) != torch.float64:
+        pytest.skip("normalised numbers have gradient zero, which only float64 tells from an error")
+
+
 def _needs(backend: str, dtype: torch.dtype) -> None:
     if not support.serves(backend, dtype):
         pytest.skip(f"{backend} does not serve {dtype}")
@@ -42,6 +47,7 @@ def _compare(program, data, backend: str, dtype: torch.dtype | None = None, **op
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if "rectangle" in p.sides], ids=str)
 def test_rectangle(program, shape, backend):
     _fits(backend, *shape)
+    _wide_enough(backend, shape[-1])
     _compare(program, make(*shape, grid=program.grid and _precise(backend) != torch.float64), backend)
 
 
@@ -49,6 +55,7 @@ def test_rectangle(program, shape, backend):
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if "self" in p.sides], ids=str)
 def test_self(program, shape, backend):
     _fits(backend, *shape)
+    _wide_enough(backend, shape[-1])
     grid = program.grid and _precise(backend) != torch.float64
     _compare(program, make(shape[0], None, shape[1], grid=grid), backend)
 
