@@ -1,7 +1,7 @@
 """Most extreme similarities of each row and where they are.
 
-An entry is one int64: order-preserving bits of its value above, its column, counted downwards, below. So the largest
-entry is the most extreme value at the lowest column, and entries never tie.
+An entry is one int64: order-preserving bits of its value above, then its column, counted downwards, and one bit for
+NaN, which counts as infinity. So the largest entry is the most extreme value at the lowest column; entries never tie.
 """
 
 import triton
@@ -30,12 +30,14 @@ _LAST_COLUMN = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def entries(s, keep, columns, LARGEST: tl.constexpr):
-    """(BLOCK_B, BLOCK_N) int64 entries; NaN above infinity, MISSING where not kept."""
+    """(BLOCK_B, span) int64 entries, MISSING where not kept."""
     value = s if LARGEST else -s
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0 and 0 are equal
+    nan = value != value
+    value = tl.where(nan, float("inf"), value) + 0.0  # + 0.0: -0 and 0 are equal
+    bits = value.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(value != value, 0x7FFFFFFF, ordered)
-    entry = (ordered.to(tl.int64) << 32) | (-(columns - _LAST_COLUMN)).to(tl.int64)
+    place = (-(columns - _LAST_COLUMN)).to(tl.int64)
+    entry = (ordered.to(tl.int64) << 32) | (place << 1) | nan.to(tl.int64)
     return tl.where(keep, entry, MISSING)
 
 

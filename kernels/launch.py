@@ -6,6 +6,7 @@ Nothing here reads a device value, so nothing waits for the device.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -215,7 +216,9 @@ def _arranged(request, op: Operands):
             if isinstance(value, Tensor):
                 moved[name] = op.arrange(value, 1 - side if name in ("other_offset", "weight") else side)
         terms.append(replace(term, **moved))
-    return replace(request, terms=terms)
+    arranged = copy.copy(request)
+    arranged.terms = terms
+    return arranged
 
 
 # --- panels ---------------------------------------------------------------------------------------------------------
@@ -649,9 +652,9 @@ def _decoded(entries: Tensor, extreme, op: Operands) -> tuple[Tensor, Tensor]:
     ordered = (entries >> 32).to(torch.int32)
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     values = bits.view(torch.float32)
-    values = values if extreme.largest else -values
+    values = torch.where((entries & 1) == 1, torch.nan, values if extreme.largest else -values)
     values = torch.where(missing, -torch.inf if extreme.largest else torch.inf, values)
-    columns = _LAST_COLUMN - (entries & 0xFFFFFFFF)
+    columns = _LAST_COLUMN - ((entries >> 1) & _LAST_COLUMN)
     if op.orders[1] is not None:
         columns = op.orders[1][torch.where(missing, 0, columns)] if op.y.shape[0] else columns
     indices = torch.where(missing, -1, columns)

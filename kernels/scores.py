@@ -15,8 +15,7 @@ CIRCLE = tl.constexpr(5)
 def log1p(e):
     """log(1 + e) for e in [0, 1] with full relative accuracy."""
     u = 1.0 + e
-    d = u - 1.0
-    return tl.where(d == 0.0, e, tl.log(u) * (e / tl.where(d == 0.0, 1.0, d)))
+    return tl.log(u) + (e - (u - 1.0)) / u
 
 
 @triton.jit
