@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .. import checks
-from ..pairs import pair_similarity
 
 
 def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
@@ -28,6 +26,11 @@ def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)
+
+
+def constant(value: float | Tensor) -> float | Tensor:
+    """The value without its gradient."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def inverse_temperature(value: float | Tensor) -> float | Tensor:
@@ -52,11 +55,10 @@ def check_matched(image_features: Tensor, text_features: Tensor, names=("image_f
         raise ValueError(f"{names[0]} and {names[1]} must have equal numbers of rows; got {rows[0]} and {rows[1]}")
 
 
-@torch.no_grad()
-def own_logits(x: Tensor, y: Tensor, scale: float | Tensor, normalize: bool = False) -> Tensor:
-    """(B,) logits of the matched rows, as constants: softmax does not depend on a shift, its rounding does."""
-    index = torch.arange(x.shape[0], device=x.device)
-    return scale * pair_similarity(x, y, index, index, normalize=normalize)
+def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
+    """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
+    total = sum(e.detach().sum(dtype=loss.dtype) for e in embeddings if e is not None)
+    return loss * (0.0 * total + 1.0)
 
 
 def require_one_process(world_size: int) -> None:

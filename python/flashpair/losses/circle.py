@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from ..terms import Mask, Reduction, Score, Term
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, CosineSimilarity
 from .problem import pair_problem
-from .reducers import kept_rows, reduce_values, reducer_rule
+from .reducers import reduce_values, reducer_rule
 
 
 def _check_distance(distance) -> None:
@@ -45,7 +46,7 @@ def circle_loss(
         counts=(Mask.SAME, Mask.DIFFERENT),
         statistics=return_stats,
     )
-    losses = kept_rows((positives > 0) & (negatives > 0), F.softplus(positive + negative, threshold=40))
+    losses = torch.where((positives > 0) & (negatives > 0), F.softplus(positive + negative, threshold=40), 0.0)
     rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
     return problem.finish(reduce_values(losses, rule))
 

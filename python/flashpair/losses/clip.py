@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
 from ..primitives import pair_reduce
 from ..terms import Axis, Mask, Reduction, Term
-from .arguments import as_scalar, check_matched, own_logits, require_one_process
+from .arguments import as_scalar, check_matched, poisoned, require_one_process
 from .statistics import PairStatistics, moments
 
 
@@ -27,20 +28,19 @@ def clip_loss(
     batch = image_features.shape[0]
     if labels is None:
         labels = torch.arange(batch, device=image_features.device)
-    # One pass. Logits relative to the diagonal keep the digits of a small loss; the diagonal is a term of the pass, so
-    # that p_ii - 1 is formed before the product with the features.
-    shift = -own_logits(image_features, text_features, scale)
+    # One pass. LSE_j l_ij - l_ii is softplus(LSE_{j != i} l_ij - l_ii), which keeps the digits of a small loss.
     terms = [
-        Term(Reduction.LOGSUMEXP, scale=scale, offset=shift),
-        Term(Reduction.LOGSUMEXP, axis=Axis.COLUMNS, scale=scale, offset=shift),
-        Term(Reduction.SUM, mask=Mask.SAME, scale=scale, offset=shift),
+        Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale),
+        Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, axis=Axis.COLUMNS, scale=scale),
+        Term(Reduction.SUM, mask=Mask.SAME, scale=scale),
     ]
     if return_stats:
         terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
     rows, columns, diagonal, *extra = pair_reduce(
         image_features, text_features, terms, labels=labels, ref_labels=labels
     )
-    loss = (0.5 * ((rows - diagonal) + (columns - diagonal))).sum() / max(batch, 1)
+    gaps = F.softplus(rows - diagonal, threshold=40) + F.softplus(columns - diagonal, threshold=40)
+    loss = poisoned(0.5 * gaps.sum() / max(batch, 1), image_features, text_features)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * as_scalar("logit_bias", logit_bias)  # a softmax does not see a shift
     return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
@@ -69,7 +69,7 @@ class ClipLoss(nn.Module):
         >>> import torch
         >>> from flashpair.losses import ClipLoss
         >>> image = text = torch.eye(4)
-        >>> float(ClipLoss()(image, text, logit_scale=100.0))
+        >>> round(float(ClipLoss()(image, text, logit_scale=100.0)), 4)
         0.0
     """
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Mask, Reduction, Term
-from .arguments import check_matched, inverse_temperature, own_logits
+from .arguments import check_matched, constant, inverse_temperature, poisoned
 from .problem import log_add_exp
 from .statistics import PairStatistics, merge, moments, single
 
@@ -33,34 +34,37 @@ def info_nce_loss(
     if not in_batch_negatives and negative_keys is None and queue is None:
         raise ValueError("in_batch_negatives=False needs negative_keys or queue; got neither")
     scale, index = inverse_temperature(temperature), torch.arange(query.shape[0], device=query.device)
+    # A softmax does not depend on a shift, its rounding does: cosines count from 1 down.
+    top = constant(scale) if normalize else 0.0
+    logits = {"scale": scale, "offset": -top}
     spread = [Term(Reduction.MOMENTS)] if return_stats else []
     if in_batch_negatives:
-        shift = -own_logits(query, positive_key, scale, normalize)
         pieces = [
-            Term(Reduction.LOGSUMEXP, scale=scale, offset=shift),
-            Term(Reduction.SUM, mask=Mask.SAME, scale=scale, offset=shift),
+            Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, **logits),
+            Term(Reduction.SUM, mask=Mask.SAME, **logits),
         ]
         pieces += [Term(Reduction.MOMENTS, mask=m) for m in (Mask.SAME, Mask.DIFFERENT)] if return_stats else []
-        everything, own, *found = pair_reduce(
+        rivals, own, *found = pair_reduce(
             query, positive_key, pieces, labels=index, ref_labels=index, normalize=normalize
         )
         found = [moments(slots) for slots in found]
-        gap = everything - own  # LSE over all keys so far, less the own one: a well separated query keeps its digits
     else:
         similarity = pair_similarity(query, positive_key, index, index, normalize=normalize)
-        own, shift = scale * similarity, 0.0
-        gap = torch.zeros_like(own)
+        own = scale * similarity - top
+        rivals = torch.full_like(own, -torch.inf)
         none = torch.zeros_like(index, dtype=torch.bool)
         found = [single(similarity, ~none), single(similarity, none)]
     for others in (negative_keys, None if queue is None else queue.detach()):
         if others is not None:
             more, *slots = pair_reduce(
-                query, others, [Term(Reduction.LOGSUMEXP, scale=scale, offset=shift), *spread], normalize=normalize
+                query, others, [Term(Reduction.LOGSUMEXP, **logits), *spread], normalize=normalize
             )
-            gap = log_add_exp(gap, more - own)
+            rivals = log_add_exp(rivals, more)
             if return_stats:
                 found[1] = merge(found[1], moments(slots[0]))
-    loss = gap.sum() / max(query.shape[0], 1)
+    # LSE over all keys - own = softplus(LSE over the others - own), which keeps the digits of a small loss.
+    gaps = F.softplus(rivals - own, threshold=40)
+    loss = poisoned(gaps.sum() / max(query.shape[0], 1), query, positive_key, negative_keys, queue)
     return (loss, PairStatistics(*found)) if return_stats else loss
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import checks
@@ -36,9 +35,7 @@ def nt_xent_loss(
     # Second pass: softplus(LSE - z) keeps the digits that log of a ratio loses.
     rule = reducer_rule(MeanReducer() if reducer is None else reducer)
     positives = pair_losses(rule, Score.SOFTPLUS, Mask.SAME, -sign * scale, negatives, growing=sign < 0)
-    loss = reduce_pairs(problem, [positives])[0]
-    # A row without positives takes no part; NaN in it shows all the same.
-    return problem.finish(torch.where(negatives.detach().isnan().any(), torch.nan, loss))
+    return problem.finish(reduce_pairs(problem, [positives])[0])
 
 
 class NTXentLoss(MetricLoss):

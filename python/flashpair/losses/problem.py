@@ -16,6 +16,7 @@ from ..miners.selection import MinedPairs, MinedTriplets, check_indices
 from ..primitives import pair_reduce
 from ..request import statistics_dtype
 from ..terms import Mask, Reduction, Score, Term
+from .arguments import poisoned
 from .geometry import Geometry, geometry_of
 from .statistics import PairStatistics, moments
 
@@ -136,7 +137,8 @@ class PairProblem:
         return results
 
     def finish(self, loss: Tensor):
-        """The loss, with the statistics where they were asked for."""
+        """The loss, NaN if an embedding is not finite; with the statistics where they were asked for."""
+        loss = poisoned(loss, self.x, self.y)
         return loss if self.statistics is None else (loss, self.statistics)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..terms import Mask, Reduction, Score, Term
+from .arguments import constant
 from .peer import AvgNonZeroReducer, MeanReducer, MultipleReducers, SumReducer, ThresholdReducer
 from .problem import PairProblem
 
@@ -45,19 +46,14 @@ def reducer_rule(reducer, part: str = "loss") -> Rule:
 
 
 def reduce_values(values: Tensor, rule: Rule, valid: Tensor | None = None) -> Tensor:
-    """One number from losses (n,), of which only `valid` (n,) ones exist (or are NaN); 0 where nothing is left."""
-    keep = torch.ones_like(values, dtype=torch.bool) if valid is None else valid | values.detach().isnan()
+    """One number from losses (n,), of which only `valid` (n,) ones exist; 0 where nothing is left."""
+    keep = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     if rule.low is not None:
         keep = keep & ~(values.detach() <= rule.low)
     if rule.high is not None:
         keep = keep & ~(values.detach() >= rule.high)
     total = torch.where(keep, values, 0.0).sum()
     return total / keep.sum().clamp_min(1) if rule.mean else total
-
-
-def kept_rows(valid: Tensor, losses: Tensor) -> Tensor:
-    """Losses (B,) of the valid rows, 0 for the others unless they are NaN."""
-    return torch.where(valid | losses.detach().isnan(), losses, 0.0)
 
 
 def _inverse(score: Score, loss: float) -> float:
@@ -88,19 +84,15 @@ def pair_losses(rule: Rule, score: Score, mask: Mask, scale, offset, growing: bo
     for level, lower in ((rule.low, True), (rule.high, False)):
         if level is not None and not (lower and level <= 0):
             bounds["above" if lower == growing else "below"] = (_inverse(score, level) - offset) / scale
-    bounds = {k: v.detach() if isinstance(v, Tensor) else v for k, v in bounds.items()}
+    bounds = {k: constant(v) for k, v in bounds.items()}
     terms = [Term(Reduction.SUM, score, mask, scale=scale, offset=offset, **bounds)]
     if not rule.mean or (rule.low is None and rule.high is None):
         return PairLosses(rule, terms, [mask] if rule.mean else [])
     if rule.low == 0:
-        terms.append(Term(Reduction.COUNT, score, mask, scale=_constant(scale), offset=_constant(offset), **bounds))
+        terms.append(Term(Reduction.COUNT, score, mask, scale=constant(scale), offset=constant(offset), **bounds))
     else:
         terms.append(Term(Reduction.COUNT, Score.IDENTITY, mask, scale=0.0, offset=1.0, **bounds))
     return PairLosses(rule, terms, [])
-
-
-def _constant(value):
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def reduce_pairs(problem: PairProblem, parts: list[PairLosses], statistics: bool = False) -> list[Tensor]:

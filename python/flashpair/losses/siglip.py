@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..primitives import pair_reduce, pair_sum
 from ..terms import Mask, Reduction, Score, Term
-from .arguments import as_scalar, check_matched, require_one_process
+from .arguments import as_scalar, check_matched, poisoned, require_one_process
 from .statistics import PairStatistics, moments
 
 _DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -32,12 +32,14 @@ def siglip_loss(
         Term(Reduction.SUM, Score.SOFTPLUS, Mask.DIFFERENT, scale=scale, offset=bias),
         Term(Reduction.SUM, Score.SOFTPLUS, Mask.SAME, scale=-scale, offset=-bias),
     ]
+    features = image_features, text_features
     pairs = {"labels": labels, "ref_labels": labels}
     if not return_stats:
-        return pair_sum(image_features, text_features, terms, **pairs) / max(batch, 1)
+        return poisoned(pair_sum(*features, terms, **pairs) / max(batch, 1), *features)
     terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
-    negative, positive, *extra = pair_reduce(image_features, text_features, terms, **pairs)
-    return (positive + negative).sum() / max(batch, 1), PairStatistics(*map(moments, extra))
+    negative, positive, *extra = pair_reduce(*features, terms, **pairs)
+    loss = poisoned((positive + negative).sum() / max(batch, 1), *features)
+    return loss, PairStatistics(*map(moments, extra))
 
 
 class SigLipLoss(nn.Module):

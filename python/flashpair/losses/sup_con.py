@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from .. import checks
 from ..terms import Mask, Reduction, Term
-from .arguments import inverse_temperature
+from .arguments import constant, inverse_temperature
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, CosineSimilarity
 from .problem import pair_problem
-from .reducers import kept_rows, reduce_values, reducer_rule
+from .reducers import reduce_values, reducer_rule
 
 
 class SupConReduction(Enum):
@@ -43,7 +44,7 @@ def sup_con_loss(
     sign = problem.geometry.sign
     # A softmax does not depend on a shift, its rounding does: cosines count from 1 down, as distances do from 0.
     top = scale if sign > 0 and problem.geometry.normalize else 0.0
-    logits = {"scale": sign * scale, "offset": -top.detach() if isinstance(top, Tensor) else -top}
+    logits = {"scale": sign * scale, "offset": -constant(top)}
     (everything, attraction), (positives, negatives) = problem.reduce(
         [Term(Reduction.LOGSUMEXP, **logits), Term(Reduction.SUM, mask=Mask.SAME, **logits)],
         counts=(Mask.SAME, Mask.DIFFERENT),
@@ -51,10 +52,10 @@ def sup_con_loss(
     )
     anchors = everything - attraction / positives.clamp_min(1)
     if reduction == SupConReduction.ALL_ANCHORS:
-        losses = kept_rows(positives > 0, anchors)
+        losses = torch.where(positives > 0, anchors, 0.0)
         return problem.finish(temperature / base_temperature * losses.sum() / max(losses.shape[0], 1))
     both_signs = (positives > 0).any() & (negatives > 0).any()
-    losses = kept_rows((positives > 0) & both_signs, anchors)
+    losses = torch.where((positives > 0) & both_signs, anchors, 0.0)
     rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
     return problem.finish(reduce_values(losses, rule))
 

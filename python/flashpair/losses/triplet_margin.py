@@ -11,6 +11,7 @@ from ..miners.selection import MinedPairs, MinedTriplets, check_indices
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Reduction, Term
+from .arguments import poisoned
 from .geometry import geometry_of
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
@@ -84,7 +85,7 @@ def triplet_margin_loss(
     violation = geometry.sign * (far - near) + margin
     losses = F.softplus(violation, threshold=40) if smooth_loss else F.relu(violation)
     rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
-    loss = reduce_values(losses, rule, valid)
+    loss = poisoned(reduce_values(losses, rule, valid), embeddings, y)
     if not return_stats:
         return loss
     if valid is not None:
