@@ -1,17 +1,19 @@
 """Values and gradients equal to pytorch-metric-learning's and open_clip's, and where theirs are wrong."""
 # ruff: noqa: F811
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 import support
 import torch
-from loss_cases import CASES, KINDS, METRIC, batch, engine, evaluate, sides_of  # noqa: F401
+from loss_cases import CASES, KINDS, METRIC, batch, engine, evaluate, open_clip_losses, sides_of  # noqa: F401
 from pytorch_metric_learning import distances, reducers, regularizers
 from pytorch_metric_learning import losses as peer_losses
 from pytorch_metric_learning import miners as peer_miners
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from test_losses_definition import close
 
 from flashpair import losses, miners
@@ -153,6 +155,43 @@ def test_is_one_of_the_peers_losses(name):
     assert isinstance(getattr(losses, name)(), BaseMetricLossFunction)
 
 
+@pytest.mark.parametrize("ours, theirs", [(losses, peer_losses), (miners, peer_miners)], ids=["losses", "miners"])
+def test_same_arguments_and_defaults_as_the_peer(ours, theirs):
+    """Constructor and call take the peer's arguments by its names, in its order, with its defaults."""
+    names = [*NAMES, "CircleLoss", "CrossBatchMemory"] if ours is losses else ["MultiSimilarityMiner", "BatchHardMiner"]
+    for name in names:
+        mine_, peer = getattr(ours, name), getattr(theirs, name)
+        for method in ("__init__", "forward"):
+            wanted = [p for p in arguments(getattr(peer, method)) if p.kind == p.POSITIONAL_OR_KEYWORD]
+            got = [p for p in arguments(getattr(mine_, method)) if p.kind == p.POSITIONAL_OR_KEYWORD][: len(wanted)]
+            assert [(p.name, p.default) for p in got] == [(p.name, p.default) for p in wanted], (name, method)
+        if name == "CrossBatchMemory":
+            continue
+        left, right = mine_(), peer()
+        assert describe(left.distance) == describe(right.distance)
+        assert ours is miners or describe(left.reducer) == describe(right.reducer)
+        for option in ("embedding_regularizer", "embedding_reg_weight"):
+            assert getattr(left, option, None) == getattr(right, option, None)
+
+
+def arguments(function) -> list[inspect.Parameter]:
+    """Its parameters, where `**kwargs` of a subclass adds the peer's own."""
+    return list(inspect.signature(function).parameters.values())[1:]
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_same_arguments_and_defaults_as_open_clip(name):
+    ours, theirs = getattr(losses, name), getattr(open_clip_losses(), name)
+    for method in ("__init__", "forward"):
+        # Horovod is for several processes.
+        wanted = [p for p in arguments(getattr(theirs, method)) if p.name != "use_horovod"]
+        got = arguments(getattr(ours, method))[: len(wanted)]
+        assert [p.name for p in got] == [p.name for p in wanted], method
+        # SigLIP's bias, required there, may be left out here.
+        assert all(p.default in (q.default, None) for p, q in zip(got, wanted, strict=True)), method
+        assert all(p.default == q.default for p, q in zip(got, wanted, strict=True) if q.default is not q.empty), method
+
+
 def test_self_supervised_wrapper_of_the_peer():
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     for symmetric in (True, False):
@@ -160,6 +199,34 @@ def test_self_supervised_wrapper_of_the_peer():
         assert torch.isclose(
             ours, peer_losses.SelfSupervisedLoss(peer_losses.NTXentLoss(0.5), symmetric=symmetric)(x, y)
         )
+
+
+@pytest.mark.parametrize("name", [*NAMES, "CircleLoss"])
+def test_cross_batch_memory_of_the_peer(name):
+    """The peer's memory around our loss, with our miner, its own miner and (where it can) none."""
+    own = [None] if name != "TripletMarginLoss" else []
+    for miner in [miners.MultiSimilarityMiner(), peer_miners.MultiSimilarityMiner(), *own]:
+        theirs = miner and peer_miners.MultiSimilarityMiner()
+        memories = [
+            peer_losses.CrossBatchMemory(getattr(losses, name)(), 5, 14, miner),
+            peer_losses.CrossBatchMemory(getattr(peer_losses, name)(), 5, 14, theirs),
+        ]
+        for seed in range(3):
+            data = batch("random", False, b=6, seed=seed)
+            found = [memory(data.x, data.labels) for memory in memories]
+            torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
+
+
+def test_distributed_wrappers_of_the_peer():
+    """They check the class; without processes the loss is called as it is."""
+    data = batch("random", False)
+    with pytest.warns(UserWarning, match="non-distributed"):
+        for name in (*NAMES[:4], "CircleLoss"):
+            loss = getattr(losses, name)()
+            assert torch.equal(DistributedLossWrapper(loss)(data.x, data.labels), loss(data.x, data.labels))
+    for module in (losses.CrossBatchMemory(losses.SupConLoss(), 5, 14), losses.TripletMarginLoss()):
+        assert DistributedLossWrapper(module).loss is module
+    assert DistributedMinerWrapper(miners.MultiSimilarityMiner()).miner is not None
 
 
 def test_peer_losses_accept_lazy_selections():
