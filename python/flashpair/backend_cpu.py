@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .request import PARAMETERS, Request, encode, statistics_dtype
+from .request import Request, count_slots, statistics_dtype
 from .terms import Axis
 
 MAX_FEATURES = 1 << 16
@@ -61,7 +61,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().to(statistics_dtype(x)).contiguous()
 
 
-def _directed(request: Request) -> Request:
+def _directed(request: Request) -> bool:
     """A pair mask or excluded columns need not be symmetric: such a self-similarity runs as a rectangular problem."""
     return request.y is None and (request.pair_mask is not None or request.exclude is not None)
 
@@ -84,32 +84,15 @@ def _params(request: Request) -> list[Tensor]:
     return [p.detach().to(dtype).contiguous() for p in request.params]
 
 
-def _flat(request: Request) -> tuple[list[int], list[float]]:
-    _, spec, consts = encode(
-        request.terms, request.similarity, request.normalize, request.exclude_self, request.keep, request.precision
-    )
-    # `encode` saw decoded parameters; their positions are those of the request.
-    per_term = 6 + len(PARAMETERS)
-    for t, term in enumerate(request.terms):
-        first = 5 + t * per_term + 6
-        spec[first : first + len(PARAMETERS)] = [term.index[name] for name in PARAMETERS]
-    return spec, consts
-
-
-def _slots(request: Request, axis: Axis) -> int:
-    return sum(t.reduction.slots for t in request.terms if t.axis == axis)
-
-
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics: rows (R, B), columns (C, N)."""
     b, n = request.shape
     dtype = statistics_dtype(request.x)
-    rows = request.x.new_empty(_slots(request, Axis.ROWS), b, dtype=dtype)
-    columns = request.x.new_empty(_slots(request, Axis.COLUMNS), n, dtype=dtype)
-    spec, consts = _flat(request)
-    torch.ops.flashpair_cpu.stats(
-        *_arguments(request), _params(request), spec, consts, request.max_workspace_bytes, rows, columns
-    )
+    row_slots, column_slots = count_slots(request.spec)
+    rows = request.x.new_empty(row_slots, b, dtype=dtype)
+    columns = request.x.new_empty(column_slots, n, dtype=dtype)
+    flat = (_params(request), request.spec, request.consts, request.max_workspace_bytes)
+    torch.ops.flashpair_cpu.stats(*_arguments(request), *flat, rows, columns)
     return rows, columns
 
 
@@ -130,10 +113,8 @@ def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | 
             gradients.append(empty(length) if wanted else empty(0))
             if wanted:
                 by_parameter[index].append(gradients[-1])
-    spec, consts = _flat(request)
-    torch.ops.flashpair_cpu.weights(
-        *_arguments(request), _params(request), spec, consts, request.max_workspace_bytes, statistics, gradients, total
-    )
+    flat = (_params(request), request.spec, request.consts, request.max_workspace_bytes)
+    torch.ops.flashpair_cpu.weights(*_arguments(request), *flat, statistics, gradients, total)
     if directed and needs.x:
         dx += dy
     dparams = []
@@ -163,7 +144,7 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     dtype = statistics_dtype(request.x)
     found: list[Tensor] = []
     bounds: list[Tensor] = []
-    spec = [int(request.similarity), int(request.normalize), int(request.exclude_self), int(request.keep), 0]
+    spec = request.spec[:5]
     consts: list[float] = []
     for extreme in request.extremes:
         spec += [int(extreme.mask), int(extreme.largest), extreme.k]

@@ -61,10 +61,19 @@ class Request:
     exclude_self: bool
     keep: bool  # a backward pass will follow: S may be kept in the workspace
     precision: Precision
-    terms: list[FlatTerm] = field(default_factory=list)
+    params: list[Tensor]
+    spec: list[int]  # as it crossed the operator boundary, for backends that decode it themselves
+    consts: list[float]
+    max_workspace_bytes: int
     extremes: list[Extreme] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    max_workspace_bytes: int = 0
+    _terms: list[FlatTerm] | None = None
+
+    @property
+    def terms(self) -> list[FlatTerm]:
+        if self._terms is None:
+            self._terms = decode_terms(self.spec, self.consts, self.params)
+            _slots(self._terms)
+        return self._terms
 
     @property
     def symmetric(self) -> bool:
@@ -83,14 +92,13 @@ class Request:
         return self.x.shape[0], self.columns.shape[0]
 
 
-def _slots(terms: list[FlatTerm]) -> tuple[int, int]:
-    """Number of statistic vectors per axis; also gives every term its first slot."""
+def _slots(terms: list[FlatTerm]) -> None:
+    """Give every term its first row in the statistics of its axis."""
     used = [0, 0]
     for term in terms:
         axis = int(term.axis)
         term.slot = used[axis]
         used[axis] += term.reduction.slots
-    return used[0], used[1]
 
 
 def encode(
@@ -173,8 +181,6 @@ def count_slots(spec: list[int]) -> tuple[int, int]:
 
 def decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes) -> Request:
     """The flat arguments of an operator → Request."""
-    terms = decode_terms(spec, consts, params)
-    _slots(terms)
     return Request(
         x,
         y,
@@ -187,7 +193,8 @@ def decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, m
         bool(spec[2]),
         bool(spec[3]),
         Precision(spec[4]),
-        terms=terms,
-        params=list(params),
-        max_workspace_bytes=max_workspace_bytes,
+        list(params),
+        spec,
+        consts,
+        max_workspace_bytes,
     )
