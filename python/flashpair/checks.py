@@ -61,7 +61,7 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     """Finite number inside [low, high], or (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if math.isnan(value):
+    if value != value:  # NaN; torch.compile traces this for a dynamic number, but not math.isnan
         raise ValueError(f"{name} must not be NaN")
     if value < low or value > high or (open_low and value == low):
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}]; got {value}")
@@ -93,7 +93,7 @@ def _parameter(name: str, value, length: int, device: torch.device, scalar: bool
     elif value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}")
-        if math.isnan(value):
+        if value != value:  # NaN, see `number`
             raise ValueError(f"{name} must not be NaN")
 
 
