@@ -254,6 +254,50 @@ def test_compiles_once_for_all_batch_sizes(case, side):
                 torch.testing.assert_close(*(torch.autograd.grad(v, d.x)[0] for v, d in ((loss, data), (eager, again))))
 
 
+def learnable() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(0.2))
+
+
+MODULES = {
+    "clip": (losses.ClipLoss(), lambda f, x, y, labels: f(x, y, 10.0, return_stats=True)),
+    "clip cached labels": (losses.ClipLoss(cache_labels=True), lambda f, x, y, labels: f(x, y, 10.0)),
+    "siglip": (losses.SigLipLoss(), lambda f, x, y, labels: f(x, y, 10.0, -2.5)),
+    "info_nce queue": (losses.InfoNCELoss(learnable()), lambda f, x, y, labels: f(x, y, x.flip(0), y.roll(1, 1))),
+    "info_nce moco": (losses.InfoNCELoss(0.2, True, False), lambda f, x, y, labels: f(x, y, None, y + x, True)),
+    "nt_xent": (losses.NTXentLoss(learnable()), lambda f, x, y, labels: f(x, labels, return_stats=True)),
+    "sup_con": (losses.SupConLoss(reduction=losses.SupConReduction.ALL_ANCHORS), lambda f, x, y, labels: f(x, labels)),
+    **{
+        f"{name} mined": (
+            make(),
+            lambda f, x, y, labels, mine=miner: f(x, labels, mine(x, labels), return_stats=True),
+        )
+        for name, make, miner in (
+            ("contrastive", losses.ContrastiveLoss, miners.MultiSimilarityMiner()),
+            ("multi_similarity", losses.MultiSimilarityLoss, miners.MultiSimilarityMiner()),
+            ("circle", losses.CircleLoss, miners.MultiSimilarityMiner()),
+            ("triplet_margin", losses.TripletMarginLoss, miners.BatchHardMiner()),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compile_once(name):
+    """Modules built before, whose numbers torch.compile takes for dynamic, learnable temperatures and statistics."""
+    torch._dynamo.reset()
+    operator = OPERATORS[-1]
+    module, call = MODULES[name]
+    compiled = torch.compile(lambda *data: call(module, *data), fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True), support.forced(operator):
+        for b in (11, 14, 7):
+            x, y = (torch.randn(b, 6, device=support.device(operator), requires_grad=True) for _ in range(2))
+            data = (x, y, torch.arange(b, device=x.device) % 3)
+            left, right = (torch.utils._pytree.tree_leaves(f(*data)) for f in (compiled, lambda *d: call(module, *d)))
+            for a, c in zip(left, right, strict=True):
+                torch.testing.assert_close(a, c)
+            torch.testing.assert_close(*(torch.autograd.grad(v[0], x)[0] for v in (left, right)))
+
+
 # --- errors ---
 
 X = torch.eye(4)

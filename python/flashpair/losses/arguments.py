@@ -23,7 +23,7 @@ def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
         return value.reshape(())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)
 

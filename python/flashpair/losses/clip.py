@@ -93,6 +93,8 @@ class ClipLoss(nn.Module):
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """(B,) int64: the column that belongs to each row."""
+        if torch.compiler.is_compiling():  # a cache would mean a recompilation whenever it changes
+            return torch.arange(num_logits, device=device)
         if self.prev_num_logits == num_logits and device in self.labels:
             return self.labels[device]
         labels = torch.arange(num_logits, device=device)
