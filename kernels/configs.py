@@ -1,4 +1,4 @@
-"""Tile configurations: one table, keyed by kernel, kind of arithmetic and architecture."""
+"""Tile configurations: one table, keyed by kernel (or "crowded"), kind of arithmetic and architecture."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class TileConfig:
     group: int = 8  # row tiles that share the columns they walk
 
 
-KERNELS = ("stats", "weights", "extremes", "top_k")
 #: Compute capabilities that have an entry of their own; others use the next lower one.
 ARCHITECTURES = (80, 89, 90, 100)
 KINDS = ("half", "tf32", "ieee")  # 16-bit inputs, float32 through tensor cores, float32 in full
 #: Feature counts up to which a bucket applies; short loops want shallow pipelines.
 SHORT_D = 64
+#: Terms times sides that the epilogue of an ordinary pass has at most.
+MANY_EVALUATIONS = 6
 
 #: 16-bit inputs. Four parts: the epilogue of a 128 by 128 tile at once would spill.
 _HALF = {
@@ -44,19 +45,30 @@ _TF32 = {
 }
 #: float32 in full runs on the ordinary cores, whose accumulators leave few registers for the epilogue.
 _IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=2))
-#: The running K best and a tile's entries are int64.
+#: An entry of an extreme is int64, twice the registers of a similarity.
+_EXTREMES = {
+    "half": _HALF | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=2)),
+    "tf32": _TF32 | dict.fromkeys((90, 100), TileConfig(128, 64, 32, 8, 3, parts=2)),
+    "ieee": _IEEE,
+}
+#: So are the running K best.
 _TOP_K = {
     "half": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 64, 8, 3)),
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3)),
     "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2)),
 }
+#: Passes with an explicit mask or more than `MANY_EVALUATIONS` take a smaller part of S at a time.
+_CROWDED = {
+    "half": dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4))
+    | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=4)),
+    "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(128, 64, 32, 8, 3, parts=4)),
+    "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4)),
+}
 _SINGLE = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
+_ENTRIES = {"stats": _SINGLE, "weights": _SINGLE, "extremes": _EXTREMES, "top_k": _TOP_K, "crowded": _CROWDED}
 
 TABLE: dict[tuple[str, str, int], TileConfig] = {
-    (kernel, kind, arch): (_TOP_K if kernel == "top_k" else _SINGLE)[kind][arch]
-    for kernel in KERNELS
-    for kind in KINDS
-    for arch in ARCHITECTURES
+    (entry, kind, arch): _ENTRIES[entry][kind][arch] for entry in _ENTRIES for kind in KINDS for arch in ARCHITECTURES
 }
 
 _override: TileConfig | None = None
@@ -84,11 +96,11 @@ def architecture(device: torch.device) -> int:
     return 89 if major == 8 and minor > 0 else max(below, default=80)
 
 
-def choose(kernel: str, kind: str, arch: int, D: int) -> TileConfig:
-    """The configuration of a kernel for D features."""
+def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> TileConfig:
+    """The configuration of a kernel for D features; `crowded`: of a pass with an explicit mask or many evaluations."""
     if _override is not None:
         return _override
-    config = TABLE[kernel, kind, arch]
+    config = TABLE["crowded" if crowded and kernel != "top_k" else kernel, kind, arch]
     if D <= SHORT_D:
         short = max(16, min(config.block_d, 1 << max(D - 1, 1).bit_length()))
         config = replace(config, block_d=short, stages=2)

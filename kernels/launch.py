@@ -6,7 +6,6 @@ Nothing here reads a device value, so nothing waits for the device.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -97,6 +96,7 @@ class Operands:
     pair_mask: Tensor  # (B, N) uint8
     header: Pass
     kind: str
+    crowded: bool  # an explicit mask or many evaluations
     orders: tuple[Tensor | None, Tensor | None]  # rows and columns as sorted by label
 
     def arrange(self, vector: Tensor | None, side: int) -> Tensor | None:
@@ -118,7 +118,8 @@ class Operands:
         )  # fmt: skip
 
     def config(self, kernel: str) -> configs.TileConfig:
-        return configs.choose(kernel, self.kind, configs.architecture(self.x.device), self.x.shape[1])
+        arch = configs.architecture(self.x.device)
+        return configs.choose(kernel, self.kind, arch, self.x.shape[1], self.crowded)
 
 
 def _inverse_norms(x: Tensor) -> Tensor:
@@ -179,6 +180,7 @@ def operands(request, masks: set[int]) -> Operands:
     half = x.dtype != torch.float32
     tf32 = not half and int(request.precision) == 1
     kind = "half" if half else "tf32" if tf32 else "ieee"
+    evaluations = max(len(request.terms), len(request.extremes)) * (1 + int(request.symmetric))
     return Operands(
         raw_x,
         raw_y,
@@ -199,14 +201,15 @@ def operands(request, masks: set[int]) -> Operands:
             request.symmetric,
         ),
         kind,
+        request.pair_mask is not None or evaluations > configs.MANY_EVALUATIONS,
         orders,
     )
 
 
-def _arranged(request, op: Operands):
-    """The request with the vectors of its terms in the order of the operands."""
+def _arranged_terms(request, op: Operands) -> list:
+    """The terms with their vectors in the order of the operands."""
     if op.orders[0] is None:
-        return request
+        return request.terms
     terms = []
     for term in request.terms:
         side = int(term.axis)
@@ -216,9 +219,7 @@ def _arranged(request, op: Operands):
             if isinstance(value, Tensor):
                 moved[name] = op.arrange(value, 1 - side if name in ("other_offset", "weight") else side)
         terms.append(replace(term, **moved))
-    arranged = copy.copy(request)
-    arranged.terms = terms
-    return arranged
+    return terms
 
 
 # --- panels ---------------------------------------------------------------------------------------------------------
@@ -297,14 +298,14 @@ _NEUTRAL = {
 }
 
 
-def _state_layout(request) -> tuple[list[int], list[int]]:
+def _state_layout(terms: list, symmetric: bool) -> tuple[list[int], list[int]]:
     """First partial slot of each term, and slots per side; a logsumexp has two partials, a softmax mean three."""
     used, firsts = [0, 0], []
-    for term in request.terms:
-        side = 0 if request.symmetric else int(term.axis)
+    for term in terms:
+        side = 0 if symmetric else int(term.axis)
         firsts.append(used[side])
         used[side] += len(_NEUTRAL[int(term.reduction)])
-    if request.symmetric:
+    if symmetric:
         used[1] = used[0]
     return firsts, used
 
@@ -337,10 +338,10 @@ def stats(request) -> tuple[Tensor, Tensor]:
     B, N = request.shape
     device = request.x.device
     op = operands(request, {int(t.mask) for t in request.terms})
-    request = _arranged(request, op)
-    firsts, slots = _state_layout(request)
+    terms = _arranged_terms(request, op)
+    firsts, slots = _state_layout(terms, request.symmetric)
     parameters = Parameters(device, request.symmetric)
-    codes = statistics_codes(request, parameters, firsts, LOGSUMEXP.value)
+    codes = statistics_codes(terms, request, parameters, firsts, LOGSUMEXP.value)
     entries = (statistics_slots(codes, 0), statistics_slots(codes, 1))
     rows_state = torch.empty(slots[0], B, dtype=torch.float64, device=device)
     columns_state = rows_state if request.symmetric else torch.empty(slots[1], N, dtype=torch.float64, device=device)
@@ -350,7 +351,7 @@ def stats(request) -> tuple[Tensor, Tensor]:
     if B and N:
         _stats_panels(request, op, parameters.packed(), codes, slots, entries, (rows_state, columns_state))
     rows, columns = [], []
-    for term, first in zip(request.terms, firsts, strict=True):
+    for term, first in zip(terms, firsts, strict=True):
         side = int(term.axis)
         state = op.restore((columns_state if side else rows_state)[first:], side)
         (columns if side else rows).append(_finished(int(term.reduction), state))
@@ -412,16 +413,18 @@ def _finished(reduction: int, state: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _full_float32(x: Tensor, tf32: bool) -> Iterator[None]:
+def _float32_products(x: Tensor, tf32: bool) -> Iterator[None]:
     """GEMMs of float32 in the requested arithmetic, whatever the process-wide setting is."""
-    if not x.is_cuda or x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 == tf32:
+    matmul, wanted = torch.backends.cuda.matmul, "tf32" if tf32 else "ieee"
+    previous = matmul.fp32_precision
+    if not x.is_cuda or x.dtype != torch.float32 or previous == wanted:
         yield
         return
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    matmul.fp32_precision = wanted
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = not tf32
+        matmul.fp32_precision = previous
 
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -434,11 +437,10 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.float(), b.float())
 
 
-def _half_scale(request, cotangents: list[Tensor | None]) -> Tensor:
+def _half_scale(terms: list, cotangents: list[Tensor | None], device) -> Tensor:
     """(1,) power of two that brings the largest cotangent times scale near `_HALF_RANGE`; 1 if that is not finite."""
-    device = request.x.device
     largest = torch.zeros((), dtype=torch.float32, device=device)
-    for term, cotangent in zip(request.terms, cotangents, strict=True):
+    for term, cotangent in zip(terms, cotangents, strict=True):
         if cotangent is None:
             bound = torch.ones((), dtype=torch.float32, device=device)
         else:
@@ -490,11 +492,11 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
     sides = [int(t.axis) for t in request.terms]
     cotangents = [op.arrange(c, s) for c, s in zip(cotangents, sides, strict=True)]
     statistics = [tuple(op.arrange(v, s) for v in pair) for pair, s in zip(statistics, sides, strict=True)]
-    request = _arranged(request, op)
+    terms = _arranged_terms(request, op)
     symmetric, distance = request.symmetric, int(request.similarity) != 0
     parameters = Parameters(device, symmetric)
     codes, diagonal, gradients = weights_codes(
-        request, parameters, LOGSUMEXP.value, cotangents, statistics, needs.params, with_value
+        terms, request, parameters, LOGSUMEXP.value, cotangents, statistics, needs.params, with_value
     )
     need_x, need_y = needs.x, needs.y and not symmetric
     row_sum = column_sum = -1
@@ -507,7 +509,7 @@ def _gradients(request, cotangents, statistics, needs, with_value: bool):
     columns_state = rows_state if symmetric else torch.zeros(gradients.used[1], N, dtype=torch.float64, device=device)
     dx = torch.zeros(op.x.shape, dtype=torch.float32, device=device) if need_x else None
     dy = torch.zeros(op.y.shape, dtype=torch.float32, device=device) if need_y else None
-    scale = _half_scale(request, cotangents) if op.x.dtype == torch.float16 and B and N else None
+    scale = _half_scale(terms, cotangents, device) if op.x.dtype == torch.float16 and B and N else None
     scaled = op.header.normalize
     x = unit_rows(op.x) if scaled else op.x
     y = x if symmetric else unit_rows(op.y) if scaled else op.y
@@ -542,7 +544,7 @@ def _weights_panels(request, op, packed, codes, gradients: Gradients, states, xy
         across, down = _tiles(columns, config.block_n) * config.parts, _tiles(rows, config.block_b)
         return size * rows * columns + 4 * (slots[0] * across * rows + slots[1] * down * columns)
 
-    panel_b, panel_n = panel_shape(B, N, config, request.max_workspace_bytes, cost, symmetric, tall=1024)
+    panel_b, panel_n = panel_shape(B, N, config, request.max_workspace_bytes, cost, square=symmetric, tall=1024)
     width = _round_up(min(panel_n, N), 16)
     workspace = torch.empty(min(panel_b, B) * width if store else 1, dtype=op.x.dtype, device=op.x.device)
     skips = op.header.same_only
@@ -582,7 +584,7 @@ def _weights_panels(request, op, packed, codes, gradients: Gradients, states, xy
             if not store:
                 continue
             w = panel.view(length_b, stride_w)[:, :length_n]
-            with _full_float32(x, op.kind == "tf32"):
+            with _float32_products(x, op.kind == "tf32"):
                 if dx is not None:
                     _accumulate(dx[first_b:end_b], w, y[first_n:end_n])
                 if symmetric and not on_diagonal:

@@ -197,11 +197,13 @@ def _flat(codes: list[list[int]]) -> tuple[int, ...]:
     return tuple(v for code in codes for v in code)
 
 
-def statistics_codes(request, parameters: Parameters, firsts: list[int], logsumexp: int) -> tuple[int, ...]:
+def statistics_codes(
+    terms: list, request, parameters: Parameters, firsts: list[int], logsumexp: int
+) -> tuple[int, ...]:
     """Evaluations of a pass over the statistics; term t writes its partials from slot firsts[t] on."""
     codes = []
     for mirrored in (False, True) if request.symmetric else (False,):
-        for term, first in zip(request.terms, firsts, strict=True):
+        for term, first in zip(terms, firsts, strict=True):
             code = _common(term, mirrored, parameters)
             code[SLOT.value] = first
             codes.append(code)
@@ -223,6 +225,7 @@ class Gradients:
 
 
 def weights_codes(
+    terms: list,
     request,
     parameters: Parameters,
     logsumexp: int,
@@ -237,7 +240,7 @@ def weights_codes(
     """
     codes, gradients = [], Gradients()
     slots: dict[tuple[int, str], tuple[int, int]] = {}  # (term, name) → (natural side, slot)
-    for t, term in enumerate(request.terms):
+    for t, term in enumerate(terms):
         for name in _SLOTS:
             index = term.index[name]
             if index >= 0 and needs_params[index]:
@@ -250,7 +253,7 @@ def weights_codes(
             slots[t, "value"] = (int(term.axis), gradients.take(side))
             gradients.values.append((side, slots[t, "value"][1]))
     for mirrored in (False, True) if request.symmetric else (False,):
-        for t, term in enumerate(request.terms):
+        for t, term in enumerate(terms):
             if cotangents[t] is None and not with_value:
                 continue
             code = _common(term, mirrored, parameters)
