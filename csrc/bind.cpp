@@ -87,8 +87,8 @@ bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::S
 template <class T>
 void run_stats(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
                const MaybeTensor& ref_labels, const MaybeTensor& pair_mask, const MaybeTensor& exclude,
-               const std::vector<Tensor>& params, const Ints& spec, const Floats& consts, int64_t workspace, Tensor& rows,
-               Tensor& columns) {
+               const std::vector<Tensor>& params, const Ints& spec, const Floats& consts, int64_t workspace,
+               Tensor& rows, Tensor& columns) {
   Problem<T> p = problem<T>(x, y, labels, ref_labels, pair_mask, exclude, spec, workspace);
   add_terms(p, params, spec, consts);
   passes.stats(p, static_cast<T*>(rows.data_ptr()), static_cast<T*>(columns.data_ptr()));
@@ -98,9 +98,11 @@ void stats(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, 
            MaybeTensor exclude, std::vector<Tensor> params, Ints spec, Floats consts, int64_t workspace, Tensor rows,
            Tensor columns) {
   if (is_double(x))
-    run_stats(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows, columns);
+    run_stats(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows,
+              columns);
   else
-    run_stats(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows, columns);
+    run_stats(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows,
+              columns);
 }
 
 // `gradients`: dx, dy, then (dscale, doffset, dother, dweight) of each term; empty tensors where not wanted.
@@ -109,7 +111,8 @@ template <class T>
 void run_weights(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
                  const MaybeTensor& ref_labels, const MaybeTensor& pair_mask, const MaybeTensor& exclude,
                  const std::vector<Tensor>& params, const Ints& spec, const Floats& consts, int64_t workspace,
-                 const std::vector<Tensor>& statistics, const std::vector<Tensor>& gradients, const MaybeTensor& total) {
+                 const std::vector<Tensor>& statistics, const std::vector<Tensor>& gradients,
+                 const MaybeTensor& total) {
   Problem<T> p = problem<T>(x, y, labels, ref_labels, pair_mask, exclude, spec, workspace);
   add_terms(p, params, spec, consts);
   Gradients<T> g{};
@@ -150,7 +153,8 @@ void run_extremes(const EnginePasses<T>& passes, const Tensor& x, const MaybeTen
     const int64_t* f = spec.data() + kHeader + e * kPerExtreme;
     Extreme<T> extreme{};
     extreme.mask = Mask(f[0]), extreme.largest = f[1], extreme.k = int(f[2]);
-    extreme.above = parameter<T>(bounds, f[3], consts[2 * e]), extreme.below = parameter<T>(bounds, f[4], consts[2 * e + 1]);
+    extreme.above = parameter<T>(bounds, f[3], consts[2 * e]),
+    extreme.below = parameter<T>(bounds, f[4], consts[2 * e + 1]);
     extreme.has_above = f[3] >= 0 || consts[2 * e] != -INFINITY;
     extreme.has_below = f[4] >= 0 || consts[2 * e + 1] != INFINITY;
     p.extremes.push_back(extreme);
@@ -193,8 +197,7 @@ STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
   m.def("weights(" FP_PROBLEM
         "Tensor[] params, int[] spec, float[] consts, int workspace, Tensor[] statistics, Tensor(a!)[] gradients, "
         "Tensor(b!)? total) -> ()");
-  m.def("extremes(" FP_PROBLEM
-        "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
+  m.def("extremes(" FP_PROBLEM "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
   m.def("vector_bytes() -> int");
   m.def("isa() -> str");
   m.def("release_workspace() -> int");

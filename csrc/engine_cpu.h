@@ -4,14 +4,14 @@
 namespace flashpair {
 namespace FP_NAMESPACE {
 
-#include "simd.h"
+#include "extremes_cpu.h"
 #include "gemm_cpu.h"
 #include "sides_cpu.h"
-#include "walk_cpu.h"
-#include "terms_cpu.h"
+#include "simd.h"
 #include "stats_cpu.h"
+#include "terms_cpu.h"
+#include "walk_cpu.h"
 #include "weights_cpu.h"
-#include "extremes_cpu.h"
 
 template <class T>
 void stats(const Problem<T>& problem, T* rows, T* columns) {

@@ -21,7 +21,7 @@
 #define FP_ENGINE_NAME "avx2"
 #define FP_VECTOR_BYTES 32
 #define FP_MR 6  // rows of a register block
-#define FP_NV 2   // vectors of a register block
+#define FP_NV 2  // vectors of a register block
 
 #include "masks.h"
 #include "reductions.h"

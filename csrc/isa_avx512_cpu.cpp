@@ -20,8 +20,8 @@
 #define FP_ENGINE avx512_engine
 #define FP_ENGINE_NAME "avx512"
 #define FP_VECTOR_BYTES 64
-#define FP_MR 8   // rows of a register block
-#define FP_NV 3   // vectors of a register block
+#define FP_MR 8  // rows of a register block
+#define FP_NV 3  // vectors of a register block
 
 #include "masks.h"
 #include "reductions.h"

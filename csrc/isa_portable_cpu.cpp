@@ -15,7 +15,7 @@
 #define FP_ENGINE_NAME "portable"
 #define FP_VECTOR_BYTES 16
 #define FP_MR 4  // rows of a register block
-#define FP_NV 2   // vectors of a register block
+#define FP_NV 2  // vectors of a register block
 
 #include "masks.h"
 #include "reductions.h"

@@ -27,13 +27,13 @@ struct Term {
   Combine combine;
   bool detach_weights;
   T constant;
-  Parameter<T> scale, offset;     // owner side
-  const T* other_offset;          // (others,) or nullptr
-  const T* weight;                // (others,) or nullptr
-  Parameter<T> above, below;      // owner side
+  Parameter<T> scale, offset;  // owner side
+  const T* other_offset;       // (others,) or nullptr
+  const T* weight;             // (others,) or nullptr
+  Parameter<T> above, below;   // owner side
   bool has_above, has_below;
   int scale_index, offset_index, other_index, weight_index;  // positions in the list of parameters, -1: a number
-  int slot;                       // first vector of this term in the statistics of its axis
+  int slot;                                                  // first vector of this term in the statistics of its axis
 };
 
 template <class T>
@@ -50,15 +50,15 @@ using Parallel = void (*)(int64_t count, void (*task)(int64_t, void*), void* con
 
 template <class T>
 struct Problem {
-  const T* x;                 // (B, D)
-  const T* y;                 // (N, D); unused in a self-similarity
+  const T* x;  // (B, D)
+  const T* y;  // (N, D); unused in a self-similarity
   int64_t rows, columns, features;
   const int64_t* labels;      // (B,) or nullptr
   const int64_t* ref_labels;  // (N,) or nullptr
   const bool* pair_mask;      // (B, N) or nullptr
   const int64_t* exclude;     // (B,) or nullptr
   Similarity similarity;
-  bool self;                  // the columns are the rows
+  bool self;  // the columns are the rows
   bool normalize, exclude_self, keep;
   int64_t workspace_bytes;
   std::vector<Term<T>> terms;
@@ -81,7 +81,7 @@ struct Gradients {
   // Per term: gradients of its parameters, one value per owner or other, summed by the caller where the parameter is one
   // number; nullptr where not wanted.
   std::vector<T*> dscale, doffset, dother, dweight;
-  double* total;          // with it: the sum of all terms is computed in the same pass, cotangents are 1
+  double* total;  // with it: the sum of all terms is computed in the same pass, cotangents are 1
 };
 
 }  // namespace flashpair

@@ -60,7 +60,8 @@ FP_HD inline void state_merge(Reduction reduction, double* state, const double* 
       const double mine = exp(state[0] - top) * state[1], theirs = exp(other[0] - top) * other[1];
       if (mean) {
         const double origin = first ? state[3] : other[3];
-        state[2] = mine * (state[2] / state[1] + (state[3] - origin)) + theirs * (other[2] / other[1] + (other[3] - origin));
+        state[2] =
+            mine * (state[2] / state[1] + (state[3] - origin)) + theirs * (other[2] / other[1] + (other[3] - origin));
         state[3] = origin;
       }
       state[0] = top;

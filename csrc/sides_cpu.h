@@ -1,8 +1,8 @@
 // The embeddings as the kernels read them: sorted, normalised, padded copies, cut into tiles. Included per instruction
 // set.
 
-constexpr int kTile = 192;    // largest tile; S, the two operands and the two gradients of a tile share the L2 cache
-constexpr int kUnit = 48;     // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
+constexpr int kTile = 192;  // largest tile; S, the two operands and the two gradients of a tile share the L2 cache
+constexpr int kUnit = 48;   // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
 static_assert(kUnit % FP_MR == 0 && kUnit % kPanel<float> == 0 && kUnit % kPanel<double> == 0 && kTile % kUnit == 0);
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -33,23 +33,24 @@ class Buffer {
 template <class F>
 void parallel_tasks(Parallel parallel, int64_t count, const F& task) {
   if (count == 1) return task(0);
-  parallel(count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); },
-           const_cast<void*>(static_cast<const void*>(&task)));
+  parallel(
+      count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&task)));
 }
 
 // The rows or the columns of S.
 template <class T>
 struct Side {
   int64_t count = 0, features = 0;
-  int64_t width = 0;              // features in whole vectors
-  int64_t ld = 0;                 // row stride: width, and never a power of two that would crowd one cache set
-  const int64_t* index = nullptr; // position → row of the input
-  const int32_t* label = nullptr; // by position
-  Buffer<T> data;                 // (count padded, ld)
-  Buffer<T> norm;                 // max(|x|, 1e-12); with `normalize`
-  Buffer<T> square;               // |x|^2 of the copy; for distances
-  Buffer<Lane<T>> label_lanes;    // labels as wide as the numbers
-  uint64_t hash = 0;              // of the input
+  int64_t width = 0;               // features in whole vectors
+  int64_t ld = 0;                  // row stride: width, and never a power of two that would crowd one cache set
+  const int64_t* index = nullptr;  // position → row of the input
+  const int32_t* label = nullptr;  // by position
+  Buffer<T> data;                  // (count padded, ld)
+  Buffer<T> norm;                  // max(|x|, 1e-12); with `normalize`
+  Buffer<T> square;                // |x|^2 of the copy; for distances
+  Buffer<Lane<T>> label_lanes;     // labels as wide as the numbers
+  uint64_t hash = 0;               // of the input
 
   int64_t padded() const { return round_up(count, kUnit); }
 

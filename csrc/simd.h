@@ -125,8 +125,9 @@ FP_INLINE Vec<float> exp_polynomial(Vec<float> r) {  // minimax on |r| <= ln(2) 
 }
 FP_INLINE Vec<double> exp_polynomial(Vec<double> r) {  // Taylor; the next term is below 5e-18
   Vec<double> p = broadcast(1.0 / 6227020800.0);
-  constexpr double inverse_factorials[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                           1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+  constexpr double inverse_factorials[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
   for (double c : inverse_factorials) p = p * r + c;
   return p;
 }

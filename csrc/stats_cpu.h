@@ -22,7 +22,8 @@ class Stats {
     }
     items_ = make_items(walk, data_, count_, item_count_);
     threads_ = new ThreadState[walk.threads()];
-    for (int t = 0; t < walk.threads(); ++t) threads_[t].shift.allocate(item_count_ + 1), threads_[t].reset(item_count_);
+    for (int t = 0; t < walk.threads(); ++t)
+      threads_[t].shift.allocate(item_count_ + 1), threads_[t].reset(item_count_);
   }
   ~Stats() { delete[] data_, delete[] items_, delete[] threads_; }
   Stats(const Stats&) = delete;
@@ -49,10 +50,10 @@ class Stats {
  private:
   struct ThreadState {
     RowBuffers<T> buffers;
-    alignas(64) T sums[5][kTile];            // per column, of a few rows
-    alignas(64) double totals[3][kTile];     // of all rows so far
-    alignas(64) Lane<T> kept[kTile];         // columns with a kept entry
-    Buffer<T> shift;                         // per item, see `sticky`
+    alignas(64) T sums[5][kTile];         // per column, of a few rows
+    alignas(64) double totals[3][kTile];  // of all rows so far
+    alignas(64) Lane<T> kept[kTile];      // columns with a kept entry
+    Buffer<T> shift;                      // per item, see `sticky`
     void reset(int items) {
       for (int k = 0; k < items; ++k) shift[k] = T(-INFINITY);
     }
@@ -114,7 +115,8 @@ class Stats {
       bool row_any = to_row != nullptr, column_any = to_column != nullptr;
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
-      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
+      if (to_row)
+        keep_row = keep_lanes_of<T, true>(*to_row, base, s, n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
       if (to_column)
         keep_column =
             keep_lanes_of<T, false>(*to_column, base, s, n, tile.i0 + r, tile.j0, buffers.keep_column, column_any);
@@ -122,7 +124,8 @@ class Stats {
       const T* z = s;
       T scale = any.term->scale.number, offset = any.offset_number() - shift;
       if (!identity) {
-        score_row<T, true>(any, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+        score_row<T, true>(any, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+                           static_cast<T*>(nullptr));
         z = buffers.f, scale = 1, offset = -shift;
       }
       T sum;
@@ -181,7 +184,8 @@ class Stats {
     const int n = whole<T>(tile.columns);
     const T* s = tile.s + r * kTile;
     const bool mean = data.term->reduction == Reduction::softmax_mean;
-    score_row<T, true>(data, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+    score_row<T, true>(data, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+                       static_cast<T*>(nullptr));
     const T top = kept_max(buffers.f, keep, n);
     if (top == T(-INFINITY)) return;
     exp_affine(buffers.f, T(1), -top, n, buffers.e);
@@ -273,7 +277,8 @@ class Stats {
       }
       const T* f = s;
       if (term.reduction != Reduction::moments) {
-        score_row<T, TO_ROW>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+        score_row<T, TO_ROW>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+                             static_cast<T*>(nullptr));
         f = buffers.f;
       }
       if (TO_ROW) {
@@ -312,7 +317,8 @@ class Stats {
       bool any = true;
       const Lane<T>* keep = keep_lanes_of<T, false>(data, base, s, n, row, tile.j0, buffers.keep_column, any);
       if (!any) continue;
-      score_row<T, false>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+      score_row<T, false>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+                          static_cast<T*>(nullptr));
       for (int j = 0; j < n; j += kWidth<T>) {
         const Vec<T> f = load(buffers.f + j), top = load(thread.sums[2] + j);
         // A NaN takes the place of the largest score and stays.

@@ -30,18 +30,16 @@ struct TermData {
   // A logsumexp of an identity score commutes with its owner's offset, which is then added at the end, in double
   // precision: z stays one function of s for all pairs, and a small result keeps its digits.
   Along<T> late_offset;
-  Buffer<double> state;                  // (owners, reduction_state)
+  Buffer<double> state;  // (owners, reduction_state)
   // Backward only, owner side:
-  Along<T> cotangent, statistic;         // g; logsumexp of softmax-type terms without late offset, 0 where empty
-  Buffer<double> exact;                  // the same logsumexp with all its digits
-  Along<T> mean;                         // of SOFTMAX_MEAN
-  Along<T> log_weight;                   // other side, of softmax-type terms
+  Along<T> cotangent, statistic;  // g; logsumexp of softmax-type terms without late offset, 0 where empty
+  Buffer<double> exact;           // the same logsumexp with all its digits
+  Along<T> mean;                  // of SOFTMAX_MEAN
+  Along<T> log_weight;            // other side, of softmax-type terms
   Buffer<double> dscale, doffset, dother, dweight;
 
   bool thresholds() const { return term->has_above || term->has_below; }
-  bool softmax() const {
-    return term->reduction == Reduction::logsumexp || term->reduction == Reduction::softmax_mean;
-  }
+  bool softmax() const { return term->reduction == Reduction::logsumexp || term->reduction == Reduction::softmax_mean; }
   // z is one affine function of s for all pairs, so both directions share it.
   bool uniform() const {
     return term->scale.uniform() && !offset && !term->other_offset && !term->weight && term->combine == Combine::add;
@@ -170,7 +168,8 @@ FP_INLINE const Lane<T>* keep_lanes_of(const TermData<T>& data, const Lane<T>* b
 // --- z and its score over a row -----------------------------------------------------------------------------------------
 
 template <class T, Score S, bool SLOPE, bool SCALES, bool OFFSETS>
-void score_loop(const T* s, int n, const T* scales, T scale, const T* offsets, T offset, T constant, T* value, T* slope) {
+void score_loop(const T* s, int n, const T* scales, T scale, const T* offsets, T offset, T constant, T* value,
+                T* slope) {
   for (int j = 0; j < n; j += kWidth<T>) {
     const Vec<T> a = SCALES ? load(scales + j) : broadcast(scale);
     const Vec<T> o = OFFSETS ? load(offsets + j) : broadcast(offset);
@@ -183,8 +182,8 @@ void score_loop(const T* s, int n, const T* scales, T scale, const T* offsets, T
 template <class T, bool SLOPE, bool SCALES, bool OFFSETS>
 void score_dispatch(Score score, const T* s, int n, const T* scales, T scale, const T* offsets, T offset, T constant,
                     T* value, T* slope) {
-#define FP_CASE(NAME)                                                                                            \
-  case Score::NAME:                                                                                              \
+#define FP_CASE(NAME)                                                                                                \
+  case Score::NAME:                                                                                                  \
     return score_loop<T, Score::NAME, SLOPE, SCALES, OFFSETS>(s, n, scales, scale, offsets, offset, constant, value, \
                                                               slope);
   switch (score) {
@@ -238,11 +237,15 @@ void score_row(const TermData<T>& data, const T* s, int n, int64_t row, int64_t 
   score_dispatch<T, SLOPE, SCALES, OFFSETS>(term.score, s, n, scales, scale, offsets, offset, term.constant, value, \
                                             slope)
   if (slope) {
-    if (scales) offsets ? FP_DISPATCH(true, true, true) : FP_DISPATCH(true, true, false);
-    else offsets ? FP_DISPATCH(true, false, true) : FP_DISPATCH(true, false, false);
+    if (scales)
+      offsets ? FP_DISPATCH(true, true, true) : FP_DISPATCH(true, true, false);
+    else
+      offsets ? FP_DISPATCH(true, false, true) : FP_DISPATCH(true, false, false);
   } else {
-    if (scales) offsets ? FP_DISPATCH(false, true, true) : FP_DISPATCH(false, true, false);
-    else offsets ? FP_DISPATCH(false, false, true) : FP_DISPATCH(false, false, false);
+    if (scales)
+      offsets ? FP_DISPATCH(false, true, true) : FP_DISPATCH(false, true, false);
+    else
+      offsets ? FP_DISPATCH(false, false, true) : FP_DISPATCH(false, false, false);
   }
 #undef FP_DISPATCH
 }
@@ -334,7 +337,8 @@ bool shares_z(const TermData<T>& a, const TermData<T>& b) {
   const Term<T>&p = *a.term, &q = *b.term;
   return a.uniform() && b.uniform() && p.reduction == Reduction::logsumexp && q.reduction == Reduction::logsumexp &&
          p.score == q.score && p.mask == q.mask && p.constant == q.constant && p.scale.number == q.scale.number &&
-         a.offset_number() == b.offset_number() && p.scale_index == q.scale_index && a.offset_index() == b.offset_index();
+         a.offset_number() == b.offset_number() && p.scale_index == q.scale_index &&
+         a.offset_index() == b.offset_index();
 }
 
 // The caller deletes the result.
@@ -374,7 +378,8 @@ bool outside(const TermData<T>& data, const Tile<T>& tile, bool to_row) {
   if (tile.low == T(-INFINITY) || tile.high == T(INFINITY)) return false;
   const int64_t first = to_row ? tile.i0 : tile.j0;
   const int count = to_row ? tile.rows : tile.columns;
-  if (data.term->has_above && tile.high <= along_bounds(data.above, data.term->above.number, first, count).low) return true;
+  if (data.term->has_above && tile.high <= along_bounds(data.above, data.term->above.number, first, count).low)
+    return true;
   return data.term->has_below && tile.low >= along_bounds(data.below, data.term->below.number, first, count).high;
 }
 
@@ -384,8 +389,9 @@ template <class T>
 bool keeps_pair(const Walk<T>& walk, const TermData<T>& data, int64_t row, int64_t column, T s, bool to_row) {
   const Mask mask = data.term->mask;
   const bool same = mask_uses_labels(mask) && walk.rows().label[row] == walk.columns().label[column];
-  const bool given = mask_uses_pairs(mask) &&
-                     walk.problem().pair_mask[walk.rows().index[row] * walk.problem().columns + walk.columns().index[column]];
+  const bool given =
+      mask_uses_pairs(mask) &&
+      walk.problem().pair_mask[walk.rows().index[row] * walk.problem().columns + walk.columns().index[column]];
   if (!mask_keeps(mask, same, given) || walk.excluded(row, column)) return false;
   if (data.softmax() && data.weight && data.weight.data[to_row ? column : row] == 0) return false;
   const int64_t owner = to_row ? row : column;

@@ -6,11 +6,11 @@
 
 template <class T>
 struct Tile {
-  int64_t i0, j0;           // first row and column, as positions
+  int64_t i0, j0;  // first row and column, as positions
   int rows, columns;
-  bool diagonal;            // of a self-similarity: holds (i, j) and (j, i)
-  T* s;                     // (rows, kTile) similarities; dot products unless `distances` was called
-  T low, high;              // over the dot products
+  bool diagonal;  // of a self-similarity: holds (i, j) and (j, i)
+  T* s;           // (rows, kTile) similarities; dot products unless `distances` was called
+  T low, high;    // over the dot products
 };
 
 // Scratch memory of one thread.
@@ -82,8 +82,8 @@ class Walk {
     key.rows = problem_.rows, key.columns = problem_.columns, key.features = problem_.features;
     key.element_bytes = sizeof(T), key.vector_bytes = FP_VECTOR_BYTES, key.threads = threads_;
     key.symmetric = symmetric(), key.normalize = problem_.normalize;
-    const int64_t count = symmetric() ? row_tiling_.tiles * (row_tiling_.tiles + 1) / 2
-                                      : row_tiling_.tiles * column_tiling_.tiles;
+    const int64_t count =
+        symmetric() ? row_tiling_.tiles * (row_tiling_.tiles + 1) / 2 : row_tiling_.tiles * column_tiling_.tiles;
     // Tiles at most kTile square, all of one size in the cache.
     const int64_t bytes = count * kTile * kTile * int64_t(sizeof(T));
     locked_ = panel_cache().try_lock();
@@ -149,8 +149,7 @@ class Walk {
       return;
     }
     column_tiling_.cut(problem_.columns, wanted);
-    const int64_t least =
-        row_tiling_.groups < column_tiling_.groups ? row_tiling_.groups : column_tiling_.groups;
+    const int64_t least = row_tiling_.groups < column_tiling_.groups ? row_tiling_.groups : column_tiling_.groups;
     if (row_tiling_.groups != least) row_tiling_.cut(problem_.rows, least);
     if (column_tiling_.groups != least) column_tiling_.cut(problem_.columns, least);
     threads_ = int(least);

@@ -4,14 +4,13 @@
 // tile, the weight is u (g_i exp(c - L_i) + g_j exp(c - L_j)). That needs c - L to be moderate; elsewhere the tile takes
 // two exponentials.
 
-constexpr double kSharedShift = 40;    // largest c - L at which one exponential loses nothing: weights below e^-47 flush
+constexpr double kSharedShift = 40;  // largest c - L at which one exponential loses nothing: weights below e^-47 flush
 constexpr double kSparseShare = 0.04;  // fewer non-zero weights than this share of a tile: accumulated pair by pair
 
 template <class T>
 class Weights {
  public:
-  Weights(Walk<T>& walk, const Gradients<T>& gradients)
-      : walk_(walk), problem_(walk.problem()), gradients_(gradients) {
+  Weights(Walk<T>& walk, const Gradients<T>& gradients) : walk_(walk), problem_(walk.problem()), gradients_(gradients) {
     count_ = int(problem_.terms.size());
     data_ = new TermData<T>[count_];
     for (int t = 0; t < count_; ++t) prepare(t);
@@ -23,7 +22,8 @@ class Weights {
     if (need_y_)
       dy_.allocate(walk.columns().padded() * walk.columns().ld), dy_.zero(walk.columns().padded() * walk.columns().ld);
     if (distances && need_x_) row_sums_.allocate(walk.rows().count + 1), row_sums_.zero(walk.rows().count + 1);
-    if (distances && need_y_) column_sums_.allocate(walk.columns().count + 1), column_sums_.zero(walk.columns().count + 1);
+    if (distances && need_y_)
+      column_sums_.allocate(walk.columns().count + 1), column_sums_.zero(walk.columns().count + 1);
     if (gradients.total) row_totals_.allocate(walk.rows().count + 1), row_totals_.zero(walk.rows().count + 1);
   }
   ~Weights() { delete[] data_, delete[] items_, delete[] threads_; }
@@ -146,9 +146,8 @@ class Weights {
         store(sums + j, load(sums + j) + v);
       }
       if (row_sums_) row_sums_[tile.i0 + r] += double(sum_lanes<T>(total));
-      // A self-similarity owns one array for both sides.
-      if (walk_.symmetric()) continue;
     }
+    // A self-similarity has one array for both sides.
     double* columns = walk_.symmetric() ? row_sums_.get() : column_sums_.get();
     if (columns)
       for (int j = 0; j < tile.columns; ++j) columns[tile.j0 + j] += double(sums[j]);
@@ -238,7 +237,8 @@ class Weights {
     const bool identity = any.term->score == Score::identity;
     const T scale = any.term->scale.number;
     const T shift = score_bound(any, tile, true, tile.low, tile.high);
-    const bool shared = moderate(to_row, shift, tile.i0, tile.rows) && moderate(to_column, shift, tile.j0, tile.columns);
+    const bool shared =
+        moderate(to_row, shift, tile.i0, tile.rows) && moderate(to_column, shift, tile.j0, tile.columns);
     if (to_column && shared) {
       const double* exact = to_column->exact.get() + tile.j0;
       const T* cotangent = to_column->cotangent.data.get() + tile.j0;
@@ -451,14 +451,14 @@ class Weights {
         store(buffers.dz + j, d);
         if (data.dweight) store(buffers.dv + j, keep_lanes<T>(lanes, by_weight));
       }
-      if (gradients_.total)
-        row_totals_[row] += double(weighted_total<TO_ROW>(data, buffers.f, keep, row, tile.j0, n));
+      if (gradients_.total) row_totals_[row] += double(weighted_total<TO_ROW>(data, buffers.f, keep, row, tile.j0, n));
       rich_sums<TO_ROW>(data, tile, row, s, n, buffers, combined ? buffers.e : nullptr);
     }
   }
 
   template <bool TO_ROW>
-  static T weighted_total(const TermData<T>& data, const T* f, const Lane<T>* keep, int64_t row, int64_t column, int n) {
+  static T weighted_total(const TermData<T>& data, const T* f, const Lane<T>* keep, int64_t row, int64_t column,
+                          int n) {
     if (!data.weight) return kept_sum(f, static_cast<const T*>(nullptr), keep, n);
     if (TO_ROW) return kept_sum(f, static_cast<const T*>(data.weight.data.get() + column), keep, n);
     return kept_sum(f, static_cast<const T*>(nullptr), keep, n) * data.weight.data[row];
@@ -523,9 +523,9 @@ class Weights {
   TermData<T>* data_ = nullptr;
   Item<T>* items_ = nullptr;
   ThreadState* threads_ = nullptr;
-  Buffer<T> dx_, dy_;                       // (padded, ld)
-  Buffer<double> row_sums_, column_sums_;   // of dL/d(squared distance)
-  Buffer<double> row_totals_;               // of pair_sum
+  Buffer<T> dx_, dy_;                      // (padded, ld)
+  Buffer<double> row_sums_, column_sums_;  // of dL/d(squared distance)
+  Buffer<double> row_totals_;              // of pair_sum
   bool need_x_ = false, need_y_ = false;
   int count_ = 0, item_count_ = 0;
 };

@@ -1,0 +1,32 @@
+"""What is written down in more than one language says the same everywhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flashpair import terms
+
+ROOT = Path(__file__).resolve().parents[1]
+MIRRORED = ("Similarity", "Score", "Mask", "Reduction", "Axis", "Combine")
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_enums_have_one_order_in_python_and_cpp(name):
+    text = (ROOT / "csrc/options.h").read_text()
+    members = re.search(rf"enum class {name} : int {{([^}}]*)}}", text).group(1)
+    assert [m.strip().upper() for m in members.split(",")] == [m.name for m in getattr(terms, name)]
+    assert [int(m) for m in getattr(terms, name)] == list(range(len(getattr(terms, name))))
+
+
+def test_slots_of_reductions_agree():
+    """How many vectors a reduction keeps: terms.py, reductions.h and the decoder in bind.cpp."""
+    expected = [r.slots for r in terms.Reduction]
+    header = (ROOT / "csrc/reductions.h").read_text()
+    body = re.search(r"int reduction_slots\(Reduction reduction\) {(.*?)\n}", header, re.DOTALL).group(1)
+    by_name = {m[0].upper(): int(m[1]) for m in re.findall(r"case Reduction::(\w+):\s*return (\d+);", body)}
+    assert [by_name[r.name] for r in terms.Reduction] == expected
+    decoder = re.search(r"kSlots\[\] = {([^}]*)}", (ROOT / "csrc/bind.cpp").read_text()).group(1)
+    assert [int(v) for v in decoder.split(",")] == expected
