@@ -4,14 +4,16 @@
 namespace flashpair {
 namespace FP_NAMESPACE {
 
-#include "extremes_cpu.h"
+// clang-format off
+#include "simd.h"
 #include "gemm_cpu.h"
 #include "sides_cpu.h"
-#include "simd.h"
-#include "stats_cpu.h"
-#include "terms_cpu.h"
 #include "walk_cpu.h"
+#include "terms_cpu.h"
+#include "stats_cpu.h"
 #include "weights_cpu.h"
+#include "extremes_cpu.h"
+// clang-format on
 
 template <class T>
 void stats(const Problem<T>& problem, T* rows, T* columns) {
