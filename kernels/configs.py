@@ -44,7 +44,7 @@ _TF32 = {
     100: TileConfig(128, 128, 32, 8, 3, parts=4),
 }
 #: float32 in full runs on the ordinary cores, whose accumulators leave few registers for the epilogue.
-_IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=2))
+_IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4))
 #: An entry of an extreme is int64, twice the registers of a similarity.
 _EXTREMES = {
     "half": _HALF | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=2)),
@@ -64,8 +64,10 @@ _CROWDED = {
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(128, 64, 32, 8, 3, parts=4)),
     "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4)),
 }
-_SINGLE = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
-_ENTRIES = {"stats": _SINGLE, "weights": _SINGLE, "extremes": _EXTREMES, "top_k": _TOP_K, "crowded": _CROWDED}
+_STATS = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
+#: Pair weights hold more at a time than statistics: probabilities, slopes, their sum.
+_WEIGHTS = _STATS | {"half": _HALF | dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4))}
+_ENTRIES = {"stats": _STATS, "weights": _WEIGHTS, "extremes": _EXTREMES, "top_k": _TOP_K, "crowded": _CROWDED}
 
 TABLE: dict[tuple[str, str, int], TileConfig] = {
     (entry, kind, arch): _ENTRIES[entry][kind][arch] for entry in _ENTRIES for kind in KINDS for arch in ARCHITECTURES

@@ -1,0 +1,350 @@
+"""Triton's kernels compiled ahead of time, without a GPU, for every architecture that has tile configurations.
+
+The launchers run on CPU tensors with recorders in place of the kernels, so what is compiled is what the programs of
+`programs.py` really launch. By default every shipped tile configuration is compiled for one program, at D = 512;
+`FLASHPAIR_COMPILE_ALL=1` compiles all programs, three D and more architectures, and prints what the compiler said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import support
+import torch
+from programs import BY_NAME
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flashpair
+from flashpair import Extreme, Mask, Precision, Reduction, Score, Term, backend_triton, mine, ops, pair_sum, use_backend
+from flashpair.workspace import MINIMUM_BYTES
+
+triton = pytest.importorskip("triton", reason="no Triton wheel for this platform")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
+
+from flashpair.kernels import configs, launch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+ALL = os.environ.get("FLASHPAIR_COMPILE_ALL", "0") not in ("0", "")
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+#: Shared memory that one block may have, bytes.
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
+MISSING = -(2**63)
+KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel")
+
+
+# --- what would be launched -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: dict  # every argument of the kernel by its name
+    options: dict  # num_warps, num_stages
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def has_product(self) -> bool:
+        return "BLOCK_D" in self.arguments
+
+    def tile(self) -> str:
+        if not self.has_product:
+            return ""
+        block_b, block_n, block_d, parts = (self.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D", "PARTS"))
+        warps, stages = self.options["num_warps"], self.options["num_stages"]
+        return f"{block_b}x{block_n}x{block_d} in {parts}, {warps} warps, {stages} stages"
+
+    def source(self) -> ASTSource:
+        """The specialisation that Triton makes of these arguments."""
+        signature, constants, attributes = {}, {}, {}
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            specialised = not parameter.is_constexpr and not parameter.do_not_specialize
+            if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = _type(value)
+            divisible = isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
+            divisible |= specialised and isinstance(value, int) and value % 16 == 0
+            if divisible:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _type(value):
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(_type(v) for v in value)
+    if isinstance(value, int):
+        return "i32" if value < 1 << 31 else "i64"
+    return "fp32"
+
+
+class Recorder:
+    """Stands for a kernel and writes down its launches."""
+
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def start(*args, **constants):
+            options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            assert sorted(arguments) == sorted(self.kernel.arg_names)
+            for value in args:
+                if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+                    value.fill_(MISSING)  # what mining finds in nothing
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+        return start
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Runs something on the backend without a device and returns its launches."""
+    launches: list[Launch] = []
+    for name in KERNELS:
+        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), launches))
+    monkeypatch.setattr(backend_triton, "unavailable", list)
+    monkeypatch.setattr(backend_triton, "why_not", lambda x: [])
+    decode = ops.decode
+
+    def run(function, architecture: int = 90, precision: Precision = Precision.IEEE) -> list[Launch]:
+        launches.clear()
+        monkeypatch.setattr(configs, "architecture", lambda device: architecture)
+        monkeypatch.setattr(ops, "decode", lambda *args: dataclasses.replace(decode(*args), precision=precision))
+        with use_backend("triton"):
+            function()
+        return list(launches)
+
+    return run
+
+
+def _tile(c: configs.TileConfig) -> str:
+    return f"{c.block_b}x{c.block_n}x{c.block_d} in {c.parts}, {c.warps} warps, {c.stages} stages"
+
+
+def _data(b: int, n: int | None, d: int, kind: str) -> support.Data:
+    return support.make(b, n, d).to(torch.bfloat16 if kind == "half" else torch.float32)
+
+
+def _mining(*extremes: Extreme):
+    return lambda d: mine(d.x, extremes=list(extremes), labels=d.labels, normalize=True)
+
+
+def _given_sum(d: support.Data):
+    return pair_sum(d.x, d.y, [Term(Reduction.SUM, Score.HINGE, Mask.GIVEN, scale=d.scale)], pair_mask=d.pair_mask)
+
+
+#: (function of the data, side); the names of losses are the programs that they use.
+PROGRAMS = {
+    **{name: (BY_NAME[name].run, "rectangle") for name in ("clip", "siglip", "cacr", "sum_parameters")},
+    **{
+        name: (BY_NAME[name].run, "self")
+        for name in ("supcon", "nt_xent", "multi_similarity", "circle", "contrastive", "lifted", "moments", "given")
+    },
+    "given_sum": (_given_sum, "rectangle"),
+    "batch_hard": (_mining(Extreme(Mask.SAME, False), Extreme(Mask.DIFFERENT, True)), "self"),
+    "top_5": (_mining(Extreme(Mask.DIFFERENT, True, 5)), "self"),
+    "top_64": (_mining(Extreme(Mask.ALL, True, 64)), "self"),
+}
+
+
+def _run(program: str, kind: str, d: int, b: int = 272, n: int = 336):
+    """What a user does: values and gradients of a program in one kind of arithmetic."""
+    function, side = PROGRAMS[program]
+    data = _data(b, n if side == "rectangle" else None, d, kind)
+
+    def run():
+        outputs = function(data)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+        wanted = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+        if wanted:
+            torch.autograd.grad([o.sum() for o in wanted], list(data.leaves().values()), allow_unused=True)
+
+    return run
+
+
+# --- what the compiler says -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Compiled:
+    ptx: str
+    shared: int  # bytes
+    registers: int
+    spilled: int  # bytes of stack and local memory
+
+
+_seen: dict[tuple, Compiled] = {}
+
+
+def compiled(launched: Launch, architecture: int) -> Compiled:
+    source = launched.source()
+    key = (source.hash(), tuple(launched.options.items()), architecture)
+    if key not in _seen:
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launched.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [BINARIES / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        _seen[key] = Compiled(binary.asm["ptx"], binary.metadata.shared, found["REG"], found["STACK"] + found["LOCAL"])
+    return _seen[key]
+
+
+def check(launched: Launch, architecture: int, kind: str) -> str:
+    """Asserts what every kernel promises; returns one line of facts."""
+    found = compiled(launched, architecture)
+    facts = (
+        f"sm_{architecture} {kind:4} {launched.name:16} {launched.tile()} {found.registers:3} registers, "
+        f"{found.spilled} bytes spilled, {found.shared >> 10} KiB shared"
+    )
+    assert found.spilled == 0, facts
+    assert found.shared <= SHARED_MEMORY[architecture], facts
+    assert not re.search(r"\b(atom|red)\.", found.ptx), f"{facts}: atomics"
+    assert not re.search(r"%(ctaid|nctaid)\.[yz]", found.ptx), f"{facts}: the grid has more than one dimension"
+    assert ("tf32" in found.ptx) == (kind == "tf32" and launched.has_product), f"{facts}: tf32"
+    if kind == "half" and launched.has_product:
+        instruction = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[architecture]
+        assert instruction in found.ptx, f"{facts}: no {instruction}"
+        assert re.search(r"mma\S*\.f32", found.ptx) or architecture == 100, f"{facts}: accumulator is not float32"
+    return facts
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+PRECISIONS = {"half": Precision.IEEE, "tf32": Precision.TF32, "ieee": Precision.IEEE}
+#: Programs that together start every kernel; the full product has all of them.
+SOME = {
+    80: ("multi_similarity", "given_sum", "top_5"),
+    90: ("supcon", "given_sum", "batch_hard", "top_5"),
+    100: ("clip", "given_sum", "batch_hard", "top_5"),
+}
+
+
+def _cases():
+    for architecture in configs.ARCHITECTURES if ALL else SOME:
+        for kind in PRECISIONS:
+            for program in PROGRAMS if ALL else SOME[architecture]:
+                for d in (512, 200, 40) if ALL else (512,):
+                    yield pytest.param(architecture, kind, program, d, id=f"sm_{architecture}-{kind}-{program}-{d}")
+
+
+CASES = list(_cases())
+
+
+@pytest.mark.parametrize(("architecture", "kind", "program", "d"), CASES)
+def test_compiles(architecture, kind, program, d, record, capsys):
+    """Fits registers and shared memory, uses the tensor cores asked for, has no atomics and a 1-D grid."""
+    before = len(_seen)
+    for launched in record(_run(program, kind, d), architecture, PRECISIONS[kind]):
+        facts = check(launched, architecture, kind)
+        if ALL and len(_seen) > before and launched.has_product:
+            with capsys.disabled():
+                print(f"\n{facts}, {program}, D = {d}", end="", flush=True)
+        before = len(_seen)
+
+
+def test_cases_cover_the_table(record):
+    """Every entry of the table of configurations is compiled by default; 89 has the values of 80."""
+    used = set()
+    for architecture, kind, program, d in (case.values for case in CASES):
+        for launched in record(_run(program, kind, d), architecture, PRECISIONS[kind]):
+            used.add((launched.name, kind, architecture, launched.tile()))
+    for (entry, kind, architecture), config in configs.TABLE.items():
+        served = 80 if architecture == 89 and not ALL else architecture
+        assert config == configs.TABLE[entry, kind, served]
+        kernel = "_weights_kernel" if entry == "crowded" else f"_{entry}_kernel"
+        assert (kernel, kind, served, _tile(config)) in used, (entry, kind, architecture)
+
+
+def test_an_architecture_takes_the_next_lower_entry(monkeypatch):
+    found = {}
+    for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        found[capability] = configs.architecture(torch.device("cuda"))
+    assert found == {(8, 0): 80, (8, 6): 89, (8, 9): 89, (9, 0): 90, (10, 0): 100, (10, 3): 100, (12, 0): 89}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_sizes_share_a_compilation(program, record):
+    """Neither B nor N is compiled in: other sizes, ragged or not, start the same binaries."""
+
+    def sources(b: int, n: int) -> list[str]:
+        found = [launched.source().hash() for launched in record(_run(program, "half", 64, b, n))]
+        return sorted(set(found))
+
+    assert sources(128, 256) == sources(130, 77) == sources(301, 272)
+    for launched in record(_run(program, "half", 64)):
+        source = launched.source()
+        sizes = {"N", "first_b", "first_n", "end_b", "end_n", "tiles", "length", "first", "state_length", "stripes"}
+        for name in sizes & set(source.signature):
+            assert source.signature[name] == "i32" and (launched.kernel.arg_names.index(name),) not in source.attrs
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses the operators that make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique_dim", "_unique2")
+        waits |= name == "equal"
+        if name.startswith("index"):
+            indices = args[1] if isinstance(args[1], (list, tuple)) else []
+            waits |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_against_waiting_works():
+    for function in (lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool(t.any()), torch.nonzero):
+        with pytest.raises(AssertionError, match="waits"), _NoWaiting():
+            function(torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["half", "ieee"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_launchers_never_wait(program, kind, record, monkeypatch):
+    def guarded(function, *args):
+        with _NoWaiting():
+            return function(*args)
+
+    for name in ("stats", "weights", "sums", "mine"):
+        monkeypatch.setattr(launch, name, functools.partial(guarded, getattr(launch, name)))
+    assert record(_run(program, kind, 40))
+
+
+@pytest.mark.parametrize("budget", [MINIMUM_BYTES, 16 << 20])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_buffers_fit_the_workspace(program, budget, record):
+    """Partials and pair weights of a launch, largest sizes that users have: never more than the one knob allows."""
+    previous = flashpair.set_max_workspace_bytes(budget)
+    try:
+        found = record(_run(program, "half", 16, 9000, 7001))
+    finally:
+        flashpair.set_max_workspace_bytes(previous)
+    buffers = ("row_partials_ptr", "column_partials_ptr", "weights_ptr", "top_ptr")
+    for launched in found:
+        held = [launched.arguments[name] for name in buffers if name in launched.arguments]
+        assert sum(buffer.numel() * buffer.element_size() for buffer in held) <= budget, launched.name
