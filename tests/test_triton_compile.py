@@ -53,7 +53,7 @@ class Launch:
     kernel: object
     grid: tuple[int, ...]
     arguments: dict  # every argument of the kernel by its name
-    options: dict  # num_warps, num_stages
+    options: dict  # of the compiler: num_warps, num_stages, ...
 
     @property
     def name(self) -> str:
