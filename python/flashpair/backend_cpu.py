@@ -157,10 +157,5 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
                 value = bound.to(dtype).contiguous()
                 bounds.append(value.reshape(()) if value.numel() == 1 and b != 1 else value)
         found += [request.x.new_empty(b, extreme.k, dtype=dtype), torch.empty(b, extreme.k, dtype=torch.int64)]
-    torch.ops.flashpair_cpu.extremes(
-        *_arguments(request), bounds, spec, consts, request.max_workspace_bytes, found
-    )
+    torch.ops.flashpair_cpu.extremes(*_arguments(request), bounds, spec, consts, request.max_workspace_bytes, found)
     return list(zip(found[::2], found[1::2], strict=True))
-
-
-
