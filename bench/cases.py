@@ -6,11 +6,14 @@ library that a user would write. The dense versions store S and are what one wri
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,14 +34,24 @@ class Inputs:
         return [t for t in (self.x, self.y, self.scale, self.bias) if t is not None]
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-        """A copy whose leaves are leaves again."""
-        leaf = lambda t: None if t is None else t.detach().to(device, dtype).requires_grad_()  # noqa: E731
-        labels = None if self.labels is None else self.labels.to(device)
-        return Inputs(leaf(self.x), leaf(self.y), labels, leaf(self.scale), leaf(self.bias))
+        """A copy whose leaves are leaves again; scale and bias are not narrowed."""
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def leaf(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if t is None else t.detach().to(device, dtype, copy=True).requires_grad_()
+
+        labels = None if self.labels is None else self.labels.to(device, copy=True)
+        return Inputs(leaf(self.x, dtype), leaf(self.y, dtype), labels, leaf(self.scale, wide), leaf(self.bias, wide))
 
 
 class CannotRun(RuntimeError):
     """An implementation that is not installed, or would not fit this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    loss: Callable[[Inputs], Tensor]
+    during: Callable[[], AbstractContextManager] = contextlib.nullcontext  # around forward and backward
 
 
 @dataclass(frozen=True)
@@ -50,14 +63,21 @@ class Case:
     peers: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
     #: Bytes that a peer needs beyond the usual few B×B matrices, by name.
     peer_bytes: dict[str, Callable[[int], float]] = field(default_factory=dict)
+    #: Peers that run on GPUs only.
+    gpu_peers: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
+    #: Products of B×B×D that value and gradients take where S is not kept; half of one for a triangle.
+    products: float = 4.0
 
-    def implementations(self) -> dict[str, Callable[[Inputs], Tensor]]:
+    def implementations(self, device: str = "cpu") -> dict[str, Implementation]:
+        ours = {"flashpair": Implementation(self.flashpair)} if device == "cpu" else on_gpu_backends(self.flashpair)
         compiled = torch.compile(self.dense, fullgraph=True, dynamic=False)
-        return {"flashpair": self.flashpair, "dense": self.dense, "compile": compiled, **self.peers}
+        others = {"dense": self.dense, "compile": compiled, **self.peers}
+        others |= self.gpu_peers if device == "cuda" else {}
+        return ours | {name: Implementation(loss) for name, loss in others.items()}
 
     def needs_bytes(self, implementation: str, batch: int) -> float:
-        """A floor for what an implementation allocates; 0 for flashpair."""
-        if implementation == "flashpair":
+        """A floor for what an implementation allocates; 0 for flashpair and peers that do not store S."""
+        if implementation.startswith("flashpair") or implementation in self.gpu_peers:
             return 0.0
         return self.peer_bytes.get(implementation, lambda b: 6 * 4.0 * b * b)(batch)
 
@@ -223,16 +243,52 @@ def flash(loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
     return from_names(lambda: flashpair.losses, lambda: flashpair.miners, loss, miner)
 
 
+@contextlib.contextmanager
+def backend_forced(name: str) -> Iterator[None]:
+    """Inside it flashpair runs on one backend, or the reason why it cannot is raised."""
+    import flashpair
+
+    state = flashpair.backends().get(name, "not in this version")
+    if state != "usable":
+        raise CannotRun(f"backend {name}: {state}")
+    with flashpair.use_backend(name):
+        yield
+
+
+@contextlib.contextmanager
+def cuda_form(name: str) -> Iterator[None]:
+    """Backend cuda in one of its forms, where it has them."""
+    with backend_forced("cuda"):
+        from flashpair import backend_cuda
+
+        if not hasattr(backend_cuda, "form"):
+            raise CannotRun("backend cuda has one form only")
+        with backend_cuda.form(name):
+            yield
+
+
+def on_gpu_backends(loss: Callable[[Inputs], Tensor]) -> dict[str, Implementation]:
+    """flashpair on each GPU backend."""
+    return {
+        "flashpair[triton]": Implementation(loss, partial(backend_forced, "triton")),
+        "flashpair[cuda]": Implementation(loss, partial(backend_forced, "cuda")),
+        "flashpair[cuda, simple form]": Implementation(loss, partial(cuda_form, "simple")),
+    }
+
+
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
-def metric_learning(loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
-    def part(name: str):
-        try:
-            return importlib.import_module(f"pytorch_metric_learning.{name}")
-        except ImportError as error:
-            raise CannotRun(str(error)) from error
+def installed(module: str):
+    """An optional module; its absence says so by name."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CannotRun(str(error)) from error
 
+
+def metric_learning(loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
+    part = lambda name: installed(f"pytorch_metric_learning.{name}")  # noqa: E731
     return from_names(lambda: part("losses"), lambda: part("miners"), loss, miner)
 
 
@@ -255,26 +311,49 @@ def open_clip(i: Inputs) -> Tensor:
     return open_clip_losses().SigLipLoss()(i.x, i.y, i.scale, i.bias)
 
 
+def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], i: Inputs) -> Tensor:
+    """CLIP as two classifications, each tower in turn holding the class weights: (scaled inputs, weights, targets)."""
+    target = torch.arange(len(i.x), device=i.x.device)
+    return (cross_entropy(i.scale * i.x, i.y, target) + cross_entropy(i.scale * i.y, i.x, target)) / 2
+
+
+def inf_cl(i: Inputs) -> Tensor:
+    loss, head = installed("inf_cl").cal_flash_loss, min(i.x.shape[1], 256)
+    return both_ways(lambda x, y, target: loss(x, y, target, head_dim=head).mean(), i)
+
+
+def cut_cross_entropy(i: Inputs) -> Tensor:
+    return both_ways(installed("cut_cross_entropy").linear_cross_entropy, i)
+
+
+def liger(i: Inputs) -> Tensor:
+    loss = installed("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return both_ways(lambda x, y, target: loss(y, x, target), i)
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 PEER = "metric-learning"
 RANDOM, HALFWAY, TRAINED = math.inf, 1.2, 0.5
 
 
-def metric_case(name, make, dense, loss, miner=None, peer_bytes=None) -> Case:
+def metric_case(name, make, dense, loss, miner=None, peer_bytes=None, products=2.0) -> Case:
     """`peer_bytes` defaults to index tensors of every pair beside the matrices."""
-    needs = peer_bytes or (lambda b: 60.0 * b * b)
-    return Case(name, make, flash(loss, miner), dense, {PEER: metric_learning(loss, miner)}, {PEER: needs})
+    needs = {PEER: peer_bytes or (lambda b: 60.0 * b * b)}
+    peers = {PEER: metric_learning(loss, miner)}
+    return Case(name, make, flash(loss, miner), dense, peers, needs, products=products)
 
 
 def mined_case(name: str, spread: float) -> Case:
     """Multi-similarity loss and miner; how many pairs survive mining depends on how well the classes are apart."""
-    return metric_case(name, labelled(4, spread), dense_multi_similarity, "MultiSimilarityLoss", "MultiSimilarityMiner")
+    loss, miner = "MultiSimilarityLoss", "MultiSimilarityMiner"
+    return metric_case(name, labelled(4, spread), dense_multi_similarity, loss, miner, products=2.5)
 
 
+CLIP_PEERS = {"inf_cl": inf_cl, "cut_cross_entropy": cut_cross_entropy, "liger_kernel": liger}
 CASES = (
-    Case("clip", towers(14.3), flash_clip, dense_clip, {"open_clip": open_clip}),
-    Case("siglip", towers(10.0, -10.0), flash_siglip, dense_siglip, {"open_clip": open_clip}),
+    Case("clip", towers(14.3), flash_clip, dense_clip, {"open_clip": open_clip}, gpu_peers=CLIP_PEERS),
+    Case("siglip", towers(10.0, -10.0), flash_siglip, dense_siglip, {"open_clip": open_clip}, products=3.0),
     Case("infonce", towers(1.0), flash_info_nce, dense_info_nce),
     metric_case("supcon", labelled(4, RANDOM), dense_supcon, "SupConLoss"),
     # pytorch-metric-learning builds a (positive pairs) × (negative pairs) matrix, several times.
@@ -286,5 +365,40 @@ CASES = (
     mined_case("ms-trained", TRAINED),
     metric_case("circle", labelled(4, RANDOM), dense_circle, "CircleLoss"),
     metric_case("contrastive", labelled(4, RANDOM), dense_contrastive, "ContrastiveLoss"),
-    metric_case("batch-hard", labelled(4, RANDOM), dense_batch_hard, "TripletMarginLoss", "BatchHardMiner"),
+    metric_case(
+        "batch-hard", labelled(4, RANDOM), dense_batch_hard, "TripletMarginLoss", "BatchHardMiner", products=0.5
+    ),
 )
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of results."""
+
+    case: str
+    batch: int
+    width: int
+    dtype: str
+    compiled: bool = True  # torch.compile takes part; it compiles anew for every size
+
+
+def gpu_jobs() -> list[Job]:
+    """What a GPU is measured at, the most telling first: whoever runs out of time has those."""
+    names = ("clip", "supcon", "siglip", "ms-random", "ms-trained", "batch-hard")
+    half = "bfloat16"
+    jobs = [Job(name, 32768, 512, half) for name in (*names, "ntxent")]
+    jobs += [Job("clip", 32768, 1024, half, compiled=False)]
+    jobs += [Job(name, 4096, 512, half, compiled=name in names[:2]) for name in names]
+    jobs += [Job("clip", batch, 512, "float32", compiled=False) for batch in (4096, 16384)]
+    rest = [(b, d) for d in (512, 128, 1024) for b in (16384, 4096, 32768)]
+    jobs += [Job(name, b, d, half, compiled=False) for b, d in rest for name in names]
+    first: dict[tuple, Job] = {}
+    for job in jobs:
+        first.setdefault((job.case, job.batch, job.width, job.dtype), job)
+    return list(first.values())
+
+
+PRESETS = {"gpu": gpu_jobs}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -44,9 +46,38 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def _output(*command: str) -> str:
+    """What a program prints; empty where it fails or there is none."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
+
+
+def commit() -> str:
+    found = _output("git", "rev-parse", "--short", "HEAD")
+    return (found + ("+changes" if _output("git", "status", "--porcelain", *MEASURED) else "")) or "unknown"
+
+
+def gpu_slug() -> str:
+    """Name of the current GPU as a file name."""
+    import torch
+    from gpu import slug
+
+    return slug(torch.cuda.get_device_name())
+
+
+@functools.cache
+def gpu_software() -> dict[str, str]:
+    """Driver, CUDA of torch and compiler: what the speed of a GPU depends on besides our sources."""
+    import torch
+
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    compiler = re.search(r"release ([\d.]+)", _output("nvcc", "--version"))
+    return {
+        "driver": driver[0].strip() if driver else "unknown",
+        "cuda": torch.version.cuda or "-",
+        "nvcc": compiler[1] if compiler else "-",
+    }
 
 
 def processor() -> str:
@@ -84,8 +115,8 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "pytorch-metric-learning": installed("pytorch-metric-learning"),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", *MEASURED) else ""),
+        **(gpu_software() if device == "cuda" else {}),
+        "commit": commit(),
         "sources": source_hash(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }

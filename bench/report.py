@@ -1,7 +1,9 @@
 """Markdown and pictures from bench/results/*.json; rows whose sources have changed since are marked stale.
 
-python bench/report.py            writes bench/results/README.md, docs/bench-speed.png, and the block in README.md
-python bench/report.py --check    exit status 1 where a row is stale or README.md differs
+python bench/report.py              writes bench/results/README.md, docs/bench-speed.png, the block in README.md, and
+                                    bench/results/<gpu>.md and .png for every GPU that has results
+python bench/report.py --gpu NAME   writes those of one GPU alone
+python bench/report.py --check      exit status 1 where a row is stale or README.md differs
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+import goals
 import machine
+from run import GEMM, matmul_units
 
 BEGIN, END = "<!-- measured: begin (written by bench/report.py) -->", "<!-- measured: end -->"
 STALE = "stale"
@@ -33,12 +37,19 @@ def freshness(row: dict, sources: str) -> str:
 
 def provenance(rows: list[dict]) -> list[str]:
     """One line per machine and version that the rows come from."""
-    lines = {
-        f"{r['device']}, {r['threads']} threads, torch {r['torch']}, backend {r['backend']}, "
-        f"commit {r['commit']}, sources `{r['sources']}`, {r['date']}"
-        for r in rows
-    }
+    lines = set()
+    for r in rows:
+        software = f"{r['threads']} threads, torch {r['torch']}, backend {r['backend']}"
+        if "driver" in r:
+            software = (
+                f"driver {r['driver']}, torch {r['torch']} (CUDA {r['cuda']}), triton {r['triton']}, nvcc {r['nvcc']}"
+            )
+        lines.add(f"{r['device']}, {software}, commit {r['commit']}, sources `{r['sources']}`, {r['date']}")
     return [f"- {line}" for line in sorted(lines)]
+
+
+def measured(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if "not_measured" not in r]
 
 
 def speed_section(rows: list[dict], sources: str) -> list[str]:
@@ -98,6 +109,88 @@ def memory_section(rows: list[dict], sources: str) -> list[str]:
     ]
 
 
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def gpu_results() -> dict[str, list[dict]]:
+    """Rows of every GPU by the name of its file."""
+    names = sorted(path.stem for path in machine.RESULTS.glob("*.json"))
+    return {name: load(name) for name in names if name not in ("speed", "memory")}
+
+
+def goals_section(rows: list[dict], sources: str) -> list[str]:
+    """Every goal with what was measured; met or missed only where it was."""
+    body = []
+    for goal in goals.GOALS:
+        state, text, used = goals.judge(goal, rows)
+        stale = STALE if any(freshness(r, sources) for r in used) else ""
+        body.append([", ".join(goal.cases), goal.text, text, state, stale])
+    device = next((r["device"] for r in measured(rows)), None)
+    return [
+        f"Goals for one GPU in bfloat16{f', measured on {device}' if device else '; no GPU has been measured yet'}:",
+        "",
+        *table(["cases", "goal", "measured", "state", ""], body),
+        "",
+    ]
+
+
+def gpu_section(rows: list[dict], sources: str) -> list[str]:
+    """Times, memory, and what did not run."""
+    done = measured(rows)
+    names = list(dict.fromkeys(name for r in done for name in [*r["milliseconds"], *r["not_run"]]))
+    times, memory = [], []
+    for r in rows:
+        size = [r["case"], str(r["batch"]), str(r["width"]), r["dtype"]]
+        if "not_measured" in r:
+            cells = [f"not measured ({r['not_measured']})", *["-"] * len(names)]
+            times.append([*size, *cells, freshness(r, sources)])
+            continue
+        cells = []
+        for name in names:
+            time, units = r["milliseconds"].get(name), matmul_units(r, name)
+            text = f"{time['median']:.2f} ({time['low']:.2f}-{time['high']:.2f})" if time else "-"
+            cells.append(text + (f", {units[0]:.1f} U, {100 * units[1]:.0f}%" if units else ""))
+        unit = r["gemm_milliseconds"]
+        times.append([*size, f"{unit['median']:.3f}" if unit else "-", *cells, freshness(r, sources)])
+        extra = {name: value - r["gradient_mebibytes"] for name, value in r["extra_mebibytes"].items()}
+        cells = [f"{extra[name]:.0f}" if name in extra else "-" for name in names]
+        memory.append([*size, *cells, freshness(r, sources)])
+    against: dict[str, dict[str, list[str]]] = {}
+    for r in done:
+        for name, reason in r["not_run"].items():
+            place = f"{r['case']} {r['batch']}x{r['width']} {r['dtype']}"
+            against.setdefault(name, {}).setdefault(reason, []).append(place)
+    absent = [
+        f"- {name}: {reason} ({places[0] if len(places) == 1 else f'{len(places)} rows'})"
+        for name, reasons in against.items()
+        for reason, places in reasons.items()
+    ]
+    head = ["case", "B", "D", "dtype"]
+    return [
+        *provenance(done),
+        "",
+        f"Forward + backward in ms, median and 10th to 90th percentile; U: in products of B×B×D ({GEMM}, timed in the",
+        "same run); percent: of that product's rate, counting the products that the loss needs where S is not kept.",
+        "",
+        *table([*head, GEMM, *names, ""], times),
+        "",
+        "Peak memory in MiB beyond inputs and gradients:",
+        "",
+        *table([*head, *names, ""], memory),
+        "",
+        *(["Did not run:", "", *absent, ""] if absent else []),
+    ]
+
+
+def write_gpu(name: str, rows: list[dict], sources: str) -> list[str]:
+    """bench/results/<gpu>.md and .png; returns the text."""
+    device = next((r["device"] for r in rows), name)
+    text = [f"# {device}", "", "Printed by `make gpu`.", "", *goals_section(rows, sources), *gpu_section(rows, sources)]
+    (machine.RESULTS / f"{name}.md").write_text("\n".join(text))
+    draw(measured(rows), sources, machine.RESULTS / f"{name}.png")
+    return text
+
+
 def draw(rows: list[dict], sources: str, path: Path) -> bool:
     """Bars of the ratios, the first size and dtype of each allocator; False where there is nothing to draw."""
     rows = [r for r in rows if r["times_flashpair"]]
@@ -119,7 +212,8 @@ def draw(rows: list[dict], sources: str, path: Path) -> bool:
         stale = [f"{r['case']}\n({STALE})" if freshness(r, sources) else r["case"] for r in chosen]
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(chosen)), stale, fontsize=8)
-        axes.set(yscale="log", ylabel="time / flashpair", title="B={} D={} {}, {} allocator".format(*setting))
+        baseline = chosen[0].get("baseline", "flashpair")
+        axes.set(yscale="log", ylabel=f"time / {baseline}", title="B={} D={} {}, {} allocator".format(*setting))
         axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -136,22 +230,37 @@ def with_block(readme: str, block: list[str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", metavar="NAME", help="the results of one GPU, such as nvidia-h200")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit status 1 where something is out of date"
     )
     options = parser.parse_args()
     sources = machine.source_hash()
-    speed, memory = load("speed"), load("memory")
-    block = [*speed_section(speed, sources), *memory_section(memory, sources)]
+    speed, memory, gpus = load("speed"), load("memory"), gpu_results()
+    if options.gpu:
+        if options.gpu not in gpus:
+            known = f"there are {', '.join(gpus)}" if gpus else "there are none"
+            raise SystemExit(f"bench/report.py: no results of {options.gpu!r}; {known}")
+        print("\n".join(write_gpu(options.gpu, gpus[options.gpu], sources)))
+        states = [goals.judge(goal, gpus[options.gpu])[0] for goal in goals.GOALS]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in ("met", "missed", "not measured"))
+        print(f"goals: {counts}; wrote bench/results/{options.gpu}.md")
+        return 0
+    goal_rows = [goals_section(rows, sources) for rows in gpus.values()] or [goals_section([], sources)]
+    block = [*speed_section(speed, sources), *memory_section(memory, sources), *(x for part in goal_rows for x in part)]
+    block += [f"More of each GPU: {', '.join(f'[{n}](bench/results/{n}.md)' for n in gpus)}.", ""] if gpus else []
     readme = machine.ROOT / "README.md"
     text = with_block(readme.read_text(), block)
-    stale = [r for r in [*speed, *memory] if freshness(r, sources)]
+    stale = [r for r in [*speed, *memory, *(r for rows in gpus.values() for r in rows)] if freshness(r, sources)]
     if options.check:
         print(f"{len(stale)} stale rows; README.md is {'current' if text == readme.read_text() else 'out of date'}")
         return int(bool(stale) or text != readme.read_text())
     readme.write_text(text)
     machine.RESULTS.mkdir(parents=True, exist_ok=True)
-    (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *block]))
+    local = [line.replace("](bench/results/", "](") for line in block]
+    (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *local]))
+    for name, rows in gpus.items():
+        write_gpu(name, rows, sources)
     drawn = draw(speed, sources, machine.ROOT / "docs" / "bench-speed.png")
     print("\n".join(block))
     pictures = " and docs/bench-speed.png" if drawn else ""

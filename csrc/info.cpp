@@ -53,6 +53,16 @@ int vector_bits() {
   return 128;
 }
 
+// The module that was built along with the CUDA part, or None.
+py::object cuda() {
+  try {
+    return py::module_::import("flashpair._cuda_info");
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ImportError)) throw;
+    return py::none();
+  }
+}
+
 py::dict info() {
   py::dict result;
   result["compiler"] = compiler();
@@ -60,7 +70,10 @@ py::dict info() {
   result["architecture"] = architecture();
   result["torch_built_with"] = FLASHPAIR_TORCH_VERSION;
   result["torch_needed"] = FLASHPAIR_TORCH_TARGET;
-  result["cuda"] = false;
+  const py::object built = cuda();
+  result["cuda"] = !built.is_none();
+  result["cuda_version"] = built.is_none() ? py::str() : py::str(built.attr("version"));
+  result["cuda_architectures"] = built.is_none() ? py::list() : py::list(built.attr("architectures"));
   result["vector_isas"] = vector_isas();
   result["vector_bits"] = vector_bits();
   return result;
@@ -70,5 +83,5 @@ py::dict info() {
 
 PYBIND11_MODULE(_build_info, m) {
   m.doc() = "What the native part of flashpair was built from and what this processor offers.";
-  m.def("info", &info, "Dictionary: compiler, C++ standard, architecture, torch versions, vector instruction sets.");
+  m.def("info", &info, "Dictionary: compiler, C++ standard, architecture, torch and CUDA versions, vector instruction sets.");
 }

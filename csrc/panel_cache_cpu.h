@@ -13,8 +13,8 @@ namespace flashpair {
 
 struct PanelKey {
   uint64_t rows_hash = 0, columns_hash = 0, order_hash = 0;
-  int64_t rows = 0, columns = 0, features = 0;
-  int element_bytes = 0, vector_bytes = 0, threads = 0;
+  int64_t rows = 0, columns = 0, features = 0, groups = 0;  // which cut both sides into tiles
+  int element_bytes = 0, vector_bytes = 0;
   bool symmetric = false, normalize = false;
   bool operator==(const PanelKey&) const = default;
 };

@@ -32,18 +32,27 @@ FP_HD inline int reduction_state(Reduction reduction) {
   return 0;
 }
 
-// The states, as arrays of doubles:
+struct Exponential {
+  template <class Real>
+  FP_HD Real operator()(Real x) const {
+    return exp(x);
+  }
+};
+
+// The states, as arrays of numbers that `Exp` raises e to:
 //   sum, count    (total)
 //   logsumexp     (shift, sum of exp(. - shift))                                  empty: (0, 0)
 //   softmax_mean  (shift, sum of exp(. - shift), sum of exp(. - shift) (s - origin), origin)
 //                 the origin is the s of the largest exponential, so that a softmax of one pair has its s exactly
 //   moments       (count, sum, sum of squares, min, max)
-FP_HD inline void state_init(Reduction reduction, double* state) {
+template <class Real>
+FP_HD inline void state_init(Reduction reduction, Real* state) {
   for (int k = 0; k < reduction_state(reduction); ++k) state[k] = 0;
   if (reduction == Reduction::moments) state[3] = INFINITY, state[4] = -INFINITY;
 }
 
-FP_HD inline void state_merge(Reduction reduction, double* state, const double* other) {
+template <class Real, class Exp = Exponential>
+FP_HD inline void state_merge(Reduction reduction, Real* state, const Real* other, Exp exponential = {}) {
   switch (reduction) {
     case Reduction::sum:
     case Reduction::count: state[0] += other[0]; return;
@@ -52,14 +61,15 @@ FP_HD inline void state_merge(Reduction reduction, double* state, const double* 
       const bool mean = reduction == Reduction::softmax_mean;
       if (other[1] == 0) return;
       if (state[1] == 0) {
-        for (int k = 0; k < (mean ? 4 : 2); ++k) state[k] = other[k];
+        state[0] = other[0], state[1] = other[1];
+        if (mean) state[2] = other[2], state[3] = other[3];
         return;
       }
       const bool first = state[0] > other[0];
-      const double top = first ? state[0] : other[0];
-      const double mine = exp(state[0] - top) * state[1], theirs = exp(other[0] - top) * other[1];
+      const Real top = first ? state[0] : other[0];
+      const Real mine = exponential(state[0] - top) * state[1], theirs = exponential(other[0] - top) * other[1];
       if (mean) {
-        const double origin = first ? state[3] : other[3];
+        const Real origin = first ? state[3] : other[3];
         state[2] =
             mine * (state[2] / state[1] + (state[3] - origin)) + theirs * (other[2] / other[1] + (other[3] - origin));
         state[3] = origin;

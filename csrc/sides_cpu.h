@@ -88,11 +88,11 @@ struct Side {
     memcpy(copy, row, features * sizeof(T));
     memset(copy + features, 0, (ld - features) * sizeof(T));
     Vec<T> sum{};
-    MaskVec<T> hash_lanes = MaskVec<T>{} + 0x1b873593;
+    BitsVec<T> hash_lanes = BitsVec<T>{} + 0x1b873593;
     for (int64_t d = 0; d < width; d += kWidth<T>) {
       const Vec<T> v = load(copy + d);
       sum += v * v;
-      hash_lanes = (hash_lanes ^ vec_to_bits<T>(v)) * 0x5bd1e995 + 0x5f356495;
+      hash_lanes = (hash_lanes ^ BitsVec<T>(vec_to_bits<T>(v))) * 0x5bd1e995 + 0x5f356495;
     }
     T total = sum_lanes<T>(sum);
     if (normalize) {

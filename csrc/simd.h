@@ -8,18 +8,22 @@ template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(FP_VECTOR_BYTES)));
   typedef int32_t mask __attribute__((vector_size(FP_VECTOR_BYTES)));
+  typedef uint32_t bits __attribute__((vector_size(FP_VECTOR_BYTES)));
   using lane = int32_t;
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(FP_VECTOR_BYTES)));
   typedef int64_t mask __attribute__((vector_size(FP_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(FP_VECTOR_BYTES)));
   using lane = int64_t;
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
 template <class T>
 using MaskVec = typename VectorOf<T>::mask;
+template <class T>
+using BitsVec = typename VectorOf<T>::bits;  // wraps around
 template <class T>
 using Lane = typename VectorOf<T>::lane;
 template <class T>

@@ -80,7 +80,7 @@ class Walk {
     key.rows_hash = rows().hash, key.columns_hash = columns().hash;
     key.order_hash = row_order_.hash * 31 + column_order_.hash;
     key.rows = problem_.rows, key.columns = problem_.columns, key.features = problem_.features;
-    key.element_bytes = sizeof(T), key.vector_bytes = FP_VECTOR_BYTES, key.threads = threads_;
+    key.element_bytes = sizeof(T), key.vector_bytes = FP_VECTOR_BYTES, key.groups = row_tiling_.groups;
     key.symmetric = symmetric(), key.normalize = problem_.normalize;
     const int64_t count =
         symmetric() ? row_tiling_.tiles * (row_tiling_.tiles + 1) / 2 : row_tiling_.tiles * column_tiling_.tiles;

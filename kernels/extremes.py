@@ -1,12 +1,9 @@
-"""Most extreme similarities of each row and where they are.
-
-An entry is one int64: order-preserving bits of its value above, then its column, counted downwards, and one bit for
-NaN, which counts as infinity. So the largest entry is the most extreme value at the lowest column; entries never tie.
-"""
+"""Most extreme similarities of each row and where they are, as the int64 entries of `flashpair.extremes`."""
 
 import triton
 import triton.language as tl
 
+from .. import extremes
 from .masks import keep_tile
 from .program import HEADER, REDUCTION, SAME_ONLY, SIDE, SLOT, TRIANGLE, WIDTH
 from .tiles import (
@@ -23,9 +20,9 @@ from .tiles import (
     visited,
 )
 
-MISSING = tl.constexpr(-(2**63))
+MISSING = tl.constexpr(extremes.MISSING)
 _BEYOND = tl.constexpr(2**63 - 1)
-_LAST_COLUMN = tl.constexpr(2**31 - 1)
+_LAST_COLUMN = tl.constexpr(extremes.LAST_COLUMN)
 
 
 @triton.jit
@@ -71,7 +68,7 @@ def extremes_epilogue(
 
 @triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
 def _extremes_kernel(
-    x_ptr,  # (B, D)
+    x_ptr,  # (B, D), D whole blocks
     y_ptr,  # (N, D)
     x_norms_ptr,  # (2, padded_b) float32
     y_norms_ptr,  # (2, padded_n) float32
@@ -102,7 +99,6 @@ def _extremes_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -120,7 +116,7 @@ def _extremes_kernel(
             return
     dots = dot_tile(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
+        BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr)
     if PARTS == 1:
@@ -141,7 +137,7 @@ def _extremes_kernel(
 
 @triton.jit(do_not_specialize=["N", "first_b", "end_b", "stripes"])
 def _top_k_kernel(
-    x_ptr,  # (B, D)
+    x_ptr,  # (B, D), D whole blocks
     y_ptr,  # (N, D)
     x_norms_ptr,  # (2, padded_b) float32
     y_norms_ptr,  # (2, padded_n) float32
@@ -172,7 +168,6 @@ def _top_k_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -195,7 +190,7 @@ def _top_k_kernel(
         if wanted:
             dots = dot_tile(
                 x_ptr, y_ptr, first_b + tile_b * BLOCK_B, tile_n * BLOCK_N, end_b, N, D, stride_xb, stride_yn,
-                BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
+                BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
             s, _ = similarity_tile(dots, view, PROGRAM)
             entry = entries(s, keep_tile(s, view, PROGRAM, HEADER), columns_of(view), PROGRAM[HEADER + REDUCTION])

@@ -12,14 +12,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..backward import Backward
+from ..forward import Forward
+from ..operands import ALONG_OTHERS, Operands, padded
+from ..request import FlatTerm, Request
+from ..terms import Extreme, Reduction
+
 #: Where a parameter comes from.
 ABSENT = tl.constexpr(0)
 NUMBER = tl.constexpr(1)  # an entry of `numbers`
 SCALAR = tl.constexpr(2)  # an entry of `scalars` on the device
 VECTOR = tl.constexpr(3)  # a row of `row_vectors` or `column_vectors`
-
-#: Every tile's sides divide this.
-MAX_BLOCK = 256
 
 #: Header: what holds for all evaluations.
 SIMILARITY = tl.constexpr(0)
@@ -62,9 +65,14 @@ WEIGHT_SLOT = tl.constexpr(32)
 VALUE_SLOT = tl.constexpr(33)
 WIDTH = tl.constexpr(34)
 
-_SLOTS = {"scale": SCALE_SLOT, "offset": OFFSET_SLOT, "other_offset": OTHER_SLOT, "weight": WEIGHT_SLOT}
+_SLOTS = {
+    "scale": SCALE_SLOT,
+    "offset": OFFSET_SLOT,
+    "other_offset": OTHER_SLOT,
+    "weight": WEIGHT_SLOT,
+    "value": VALUE_SLOT,
+}
 _FIELDS = {"scale": SCALE, "offset": OFFSET, "other_offset": OTHER, "weight": WEIGHT, "above": ABOVE, "below": BELOW}
-_ALONG_OTHERS = ("other_offset", "weight")  # parameters along the reduced side
 #: Numbers that change nothing, so that the kernels leave the arithmetic out.
 _NEUTRAL = {"scale": 1.0, "offset": 0.0, "above": None, "below": None, "other_offset": None, "weight": None}
 
@@ -106,16 +114,6 @@ class Parameters:
         return tuple(self.numbers) or (0.0,), scalars, rows, columns
 
 
-def padded_length(length: int) -> int:
-    """Length that holds whole tiles of every configuration."""
-    return -(-length // MAX_BLOCK) * MAX_BLOCK
-
-
-def padded(vectors: Tensor) -> Tensor:
-    """(..., length) → (..., padded length), so that kernels read tiles of vectors without masks."""
-    return torch.nn.functional.pad(vectors, (0, padded_length(vectors.shape[-1]) - vectors.shape[-1])).contiguous()
-
-
 def _stack(values: list[Tensor], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros(1, dtype=torch.float32, device=device)
@@ -128,7 +126,7 @@ def _position(pool: list, value) -> int:
     return pool.index(value)
 
 
-def _common(term, mirrored: bool, parameters: Parameters) -> list[int]:
+def _common(term: FlatTerm, mirrored: bool, parameters: Parameters) -> list[int]:
     """Fields that statistics and weights share."""
     side = int(term.axis) ^ int(mirrored)
     code = [0] * WIDTH.value
@@ -140,12 +138,12 @@ def _common(term, mirrored: bool, parameters: Parameters) -> list[int]:
     code[COMBINE.value] = int(term.combine)
     code[DETACH.value] = int(term.detach_weights)
     for name, at in _FIELDS.items():
-        along = 1 - side if name in _ALONG_OTHERS else side
+        along = 1 - side if name in ALONG_OTHERS else side
         code[at.value : at.value + 2] = parameters.add(
-            getattr(term, name), _NEUTRAL[name], along, vector=name in _ALONG_OTHERS
+            getattr(term, name), _NEUTRAL[name], along, vector=name in ALONG_OTHERS
         )
     code[CONSTANT.value : CONSTANT.value + 2] = parameters.add(term.constant, None, side)
-    for slot in (SLOT, PARTNER, *_SLOTS.values(), VALUE_SLOT):
+    for slot in (SLOT, PARTNER, *_SLOTS.values()):
         code[slot.value] = -1
     return code
 
@@ -164,9 +162,9 @@ def _same_exponent(a: list[int], b: list[int], symmetric_mask: bool) -> bool:
     return plain and a[CONSTANT.value : CONSTANT.value + 2] == b[CONSTANT.value : CONSTANT.value + 2]
 
 
-def _pair_up(codes: list[list[int]], logsumexp: int, symmetric_mask: bool) -> None:
+def _pair_up(codes: list[list[int]], symmetric_mask: bool) -> None:
     for e, code in enumerate(codes):
-        if code[PARTNER.value] >= 0 or code[REDUCTION.value] != logsumexp:
+        if code[PARTNER.value] >= 0 or code[REDUCTION.value] != Reduction.LOGSUMEXP:
             continue
         for other in range(e + 1, len(codes)):
             if codes[other][PARTNER.value] < 0 and _same_exponent(code, codes[other], symmetric_mask):
@@ -174,110 +172,68 @@ def _pair_up(codes: list[list[int]], logsumexp: int, symmetric_mask: bool) -> No
                 break
 
 
-@dataclass(frozen=True)
-class Pass:
-    """The header of a program."""
-
-    similarity: int
-    normalize: bool
-    exclude_self: bool
-    has_exclude: bool
-    same_only: bool
-    symmetric: bool
-
-    def program(
-        self, codes: tuple[int, ...], triangle=False, store=False, scaled=False, row_sum=-1, column_sum=-1
-    ) -> tuple[int, ...]:
-        """A complete program from its evaluations."""
-        flags = (self.normalize, self.exclude_self, self.has_exclude, self.same_only, triangle, store, scaled)
-        return (self.similarity, *map(int, flags), row_sum, column_sum, int(self.symmetric), *codes)
+def program(
+    request: Request,
+    op: Operands,
+    codes: tuple[int, ...],
+    triangle: bool = False,
+    store: bool = False,
+    scaled: bool = False,
+    row_sum: int = -1,
+    column_sum: int = -1,
+) -> tuple[int, ...]:
+    """A complete program from its evaluations."""
+    flags = (op.scaled, request.exclude_self, request.exclude is not None, op.same_only, triangle, store, scaled)
+    return (int(request.similarity), *map(int, flags), row_sum, column_sum, int(request.symmetric), *codes)
 
 
 def _flat(codes: list[list[int]]) -> tuple[int, ...]:
     return tuple(v for code in codes for v in code)
 
 
-def statistics_codes(
-    terms: list, request, parameters: Parameters, firsts: list[int], logsumexp: int
-) -> tuple[int, ...]:
-    """Evaluations of a pass over the statistics; term t writes its partials from slot firsts[t] on."""
+def statistics_codes(request: Request, plan: Forward, parameters: Parameters) -> tuple[int, ...]:
+    """Evaluations of a pass over the statistics."""
     codes = []
     for mirrored in (False, True) if request.symmetric else (False,):
-        for term, first in zip(terms, firsts, strict=True):
+        for term, first in zip(plan.terms, plan.firsts, strict=True):
             code = _common(term, mirrored, parameters)
             code[SLOT.value] = first
             codes.append(code)
-    _pair_up(codes, logsumexp, request.pair_mask is None and request.exclude is None)
+    _pair_up(codes, request.pair_mask is None and request.exclude is None)
     return _flat(codes)
 
 
-@dataclass
-class Gradients:
-    """Where the partial sums of parameter gradients and of the value go: a slot and a side for each use."""
-
-    used: list[int] = field(default_factory=lambda: [0, 0])  # slots per side; one shared count for self-similarity
-    uses: list[tuple[int, int, int]] = field(default_factory=list)  # (parameter, side, slot)
-    values: list[tuple[int, int]] = field(default_factory=list)  # (side, slot)
-
-    def take(self, side: int) -> int:
-        self.used[side] += 1
-        return self.used[side] - 1
-
-
-def weights_codes(
-    terms: list,
-    request,
-    parameters: Parameters,
-    logsumexp: int,
-    cotangents: list[Tensor | None],  # of each term, (owners,); None: not differentiable or 1
-    statistics: list[tuple[Tensor | None, Tensor | None]],  # (mean, logsumexp) of each term, (owners,)
-    needs_params: tuple[bool, ...],
-    with_value: bool,
-) -> tuple[tuple[int, ...], tuple[int, ...], Gradients]:
-    """Evaluations of blocks off and on the diagonal, and the slots of their sums.
+def weights_codes(request: Request, plan: Backward, parameters: Parameters) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Evaluations of blocks off and on the diagonal.
 
     On a diagonal block every pair is visited twice, so mirrored evaluations add to the pair weights only.
     """
-    codes, gradients = [], Gradients()
-    slots: dict[tuple[int, str], tuple[int, int]] = {}  # (term, name) → (natural side, slot)
-    for t, term in enumerate(terms):
-        for name in _SLOTS:
-            index = term.index[name]
-            if index >= 0 and needs_params[index]:
-                along = int(term.axis) ^ int(name in _ALONG_OTHERS)
-                side = 0 if request.symmetric else along
-                slots[t, name] = (along, gradients.take(side))
-                gradients.uses.append((index, side, slots[t, name][1]))
-        if with_value:
-            side = 0 if request.symmetric else int(term.axis)
-            slots[t, "value"] = (int(term.axis), gradients.take(side))
-            gradients.values.append((side, slots[t, "value"][1]))
+    codes = []
     for mirrored in (False, True) if request.symmetric else (False,):
-        for t, term in enumerate(terms):
-            if cotangents[t] is None and not with_value:
+        for t, term in enumerate(plan.terms):
+            if plan.cotangents[t] is None and not plan.with_value:
                 continue
             code = _common(term, mirrored, parameters)
             side = code[SIDE.value]
-            if cotangents[t] is not None:
-                code[COTANGENT.value : COTANGENT.value + 2] = parameters.add(cotangents[t], None, side, vector=True)
-            for at, value in zip((MEAN, LSE), statistics[t], strict=True):
+            if plan.cotangents[t] is not None:
+                code[COTANGENT.value : COTANGENT.value + 2] = parameters.add(
+                    plan.cotangents[t], None, side, vector=True
+                )
+            for at, value in zip((MEAN, LSE), plan.statistics[t], strict=True):
                 code[at.value : at.value + 2] = parameters.add(value, None, side, vector=True)
             for name, at in _SLOTS.items():
-                code[at.value] = slots.get((t, name), (0, -1))[1]
-            code[VALUE_SLOT.value] = slots.get((t, "value"), (0, -1))[1]
+                code[at.value] = plan.slots.of.get((t, name), -1)
             codes.append(code)
-    if request.symmetric:
-        gradients.used[1] = gradients.used[0]
-    _pair_up(codes, logsumexp, request.pair_mask is None and request.exclude is None)
+    _pair_up(codes, request.pair_mask is None and request.exclude is None)
     diagonal = [list(code) for code in codes]
     for code in diagonal:
         if code[MIRRORED.value]:
-            for at in (*_SLOTS.values(), VALUE_SLOT):
+            for at in _SLOTS.values():
                 code[at.value] = -1
-    return _flat(codes), _flat(diagonal), gradients
+    return _flat(codes), _flat(diagonal)
 
 
-def extremes_codes(extremes, symmetric: bool, parameters: Parameters) -> tuple[int, ...]:
+def extremes_codes(extremes: list[Extreme], symmetric: bool, parameters: Parameters) -> tuple[int, ...]:
     """Evaluations of a mining pass; slot e is extreme e."""
     codes = []
     for mirrored in (False, True) if symmetric else (False,):
@@ -298,18 +254,7 @@ def written_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
     slots = set()
     for at in range(0, len(codes), WIDTH.value):
         code = codes[at : at + WIDTH.value]
-        for name, slot in (*_SLOTS.items(), ("value", VALUE_SLOT)):
-            other = name in _ALONG_OTHERS
-            if code[slot.value] >= 0 and code[SIDE.value] ^ int(other) == side:
+        for name, slot in _SLOTS.items():
+            if code[slot.value] >= 0 and code[SIDE.value] ^ int(name in ALONG_OTHERS) == side:
                 slots.add(code[slot.value])
     return tuple(sorted(slots))
-
-
-def statistics_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """(reduction, slot, ...) of the statistics that are written on one side."""
-    entries = []
-    for at in range(0, len(codes), WIDTH.value):
-        code = codes[at : at + WIDTH.value]
-        if code[SIDE.value] == side:
-            entries += [code[REDUCTION.value], code[SLOT.value]]
-    return tuple(entries)

@@ -21,7 +21,7 @@ def tile_of(pid, tiles_b, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def dot_tile(
-    x_ptr,  # (B, D)
+    x_ptr,  # (B, D), D whole blocks
     y_ptr,  # (N, D)
     start_b,  # first row of the tile
     start_n,
@@ -33,7 +33,6 @@ def dot_tile(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -44,13 +43,9 @@ def dot_tile(
     x_ptrs = x_ptr + i[:, None] * stride_xb + d[None, :]
     y_ptrs = y_ptr + j[None, :] * stride_yn + d[:, None]
     dots = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_ptrs)
-            y = tl.load(y_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=d[None, :] < D - start, other=0.0)
-            y = tl.load(y_ptrs, mask=d[:, None] < D - start, other=0.0)
+    for _ in range(0, D, BLOCK_D):
+        x = tl.load(x_ptrs)
+        y = tl.load(y_ptrs)
         if UPCAST:
             x = x.to(tl.float32)
             y = y.to(tl.float32)

@@ -219,7 +219,7 @@ def weights_epilogue(
 
 @triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
 def _weights_kernel(
-    x_ptr,  # (B, D)
+    x_ptr,  # (B, D), D whole blocks
     y_ptr,  # (N, D)
     x_norms_ptr,  # (2, padded_b) float32
     y_norms_ptr,  # (2, padded_n) float32
@@ -253,7 +253,6 @@ def _weights_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    EVEN_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -270,7 +269,7 @@ def _weights_kernel(
             return
     dots = dot_tile(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, EVEN_D, INPUT_PRECISION, UPCAST,
+        BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr, weights_ptr, weight_scale_ptr, stride_w)
     if PARTS == 1:

@@ -11,11 +11,24 @@ from collections.abc import Callable
 import pytest
 import support
 import torch
-from pytorch_metric_learning import losses as peer_losses
-from pytorch_metric_learning import miners as peer_miners
 from torch import Tensor
 
 from flashpair import losses, miners
+
+
+class Peer:
+    """A module of pytorch-metric-learning; a test that uses it is skipped where that is not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"pytorch_metric_learning.{name}"
+
+    def __getattr__(self, attribute: str):
+        if not attribute[0].isupper():  # whoever looks at the modules of a test
+            raise AttributeError(attribute)
+        return getattr(pytest.importorskip(self.name), attribute)
+
+
+peer_losses, peer_miners = Peer("losses"), Peer("miners")
 
 #: Losses run on the reference, on the operators' dense twin, and on fused backends (not under Triton's interpreter).
 BACKENDS = ["reference", "dense", *(b for b in support.FUSED if not support.interpreted(b))]

@@ -8,15 +8,26 @@ import sys
 import pytest
 import support
 import torch
-from loss_cases import CASES, KINDS, METRIC, batch, engine, evaluate, open_clip_losses, sides_of  # noqa: F401
-from pytorch_metric_learning import distances, reducers, regularizers
-from pytorch_metric_learning import losses as peer_losses
-from pytorch_metric_learning import miners as peer_miners
-from pytorch_metric_learning.losses import BaseMetricLossFunction
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from loss_cases import (  # noqa: F401
+    CASES,
+    KINDS,
+    METRIC,
+    batch,
+    engine,
+    evaluate,
+    open_clip_losses,
+    peer_losses,
+    peer_miners,
+    sides_of,
+)
 from test_losses_definition import close
 
 from flashpair import losses, miners
+
+pytest.importorskip("pytorch_metric_learning")
+from pytorch_metric_learning import distances, reducers, regularizers
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 
 PAIRED = [c for c in CASES if c.peer is not None]
 

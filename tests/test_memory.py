@@ -4,9 +4,7 @@
 import pytest
 import support
 import torch
-from loss_cases import engine  # noqa: F401
-from pytorch_metric_learning import losses as peer_losses
-from pytorch_metric_learning import miners as peer_miners
+from loss_cases import engine, peer_losses, peer_miners  # noqa: F401
 
 from flashpair import losses, miners
 

@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import build_script
 import pytest
 
 import flashpair
@@ -33,9 +34,12 @@ def python(program: str, *arguments: str, cwd: Path = ROOT, **environment: str) 
     return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, check=False, timeout=300)
 
 
-def setup_py(*arguments: str, block: set[str] = frozenset(), **environment: str) -> subprocess.CompletedProcess:
+def setup_py(
+    *arguments: str, block: set[str] = frozenset(), before: str = "", **environment: str
+) -> subprocess.CompletedProcess:
     """Run setup.py with its sockets closed and some packages hidden; prints the extensions instead of building them."""
     program = BLOCK.format(names=set(block)) + (
+        f"{before}\n"
         "import importlib.util, setuptools, socket, runpy\n"
         "find = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name: None if name in {set(block)!r} else find(name)\n"
@@ -83,13 +87,152 @@ def test_setup_pure_on_request():
     [
         ({"FLASHPAIR_BUILD_NATIVE": "1"}, {"torch"}, "FLASHPAIR_BUILD_NATIVE=1, but torch was not found"),
         ({"FLASHPAIR_BUILD_NATIVE": "yes"}, set(), "FLASHPAIR_BUILD_NATIVE must be 0 or 1; got 'yes'"),
-        ({"FLASHPAIR_BUILD_CUDA": "1"}, set(), "FLASHPAIR_BUILD_CUDA=1, but this version has no CUDA C++ sources"),
+        ({"FLASHPAIR_BUILD_CUDA": "on"}, set(), "FLASHPAIR_BUILD_CUDA must be 0 or 1; got 'on'"),
     ],
 )
 def test_setup_refuses(environment, block, message):
     done = setup_py("bdist_wheel", block=block, **environment)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def nvcc(tmp_path_factory) -> Path:
+    """Home of an nvcc of CUDA 12.6 that knows what it is and compiles nothing."""
+    home = tmp_path_factory.mktemp("cuda")
+    program = home / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        "--version) echo 'Cuda compilation tools, release 12.6, V12.6.20' ;;\n"
+        "--list-gpu-arch) echo compute_50 compute_70 compute_75 compute_80 compute_86 compute_89 compute_90 ;;\n"
+        f"""--dryrun) echo '#$ INCLUDES="-I{home}/include"' '#$ LIBRARIES=  "-L{home}/lib64"' >&2 ;;\n"""
+        "*) exit 1 ;;\nesac\n"
+    )
+    program.chmod(0o755)
+    return home
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="the CUDA part is built on Linux only")
+
+
+def extensions(**environment: str) -> str:
+    """What a wheel would carry beside Python."""
+    done = setup_py("bdist_wheel", **{"CUDA_HOME": "", "CUDA_PATH": "", "TORCH_CUDA_ARCH_LIST": "", **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("EXTENSIONS ")[1].strip().replace("flashpair.", "")
+
+
+@posix
+def test_cuda_part_on_request(nvcc):
+    """Beside a torch of any build; without the CPU part where that is not wanted."""
+    home = str(nvcc)
+    assert extensions(CUDA_HOME=home) == extensions(CUDA_HOME=home, FLASHPAIR_BUILD_CUDA="0")
+    assert extensions(CUDA_HOME=home) == "['_C', '_build_info']"
+    assert extensions(CUDA_HOME=home, FLASHPAIR_BUILD_CUDA="1") == "['_C', '_CUDA', '_build_info', '_cuda_info']"
+
+
+@posix
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_cuda_part_finds_nvcc(nvcc, variable):
+    place = {variable: str(nvcc / "bin" if variable == "PATH" else nvcc)}
+    found = extensions(FLASHPAIR_BUILD_CUDA="1", FLASHPAIR_BUILD_NATIVE="0", TORCH_CUDA_ARCH_LIST="8.9", **place)
+    assert found == "['_CUDA', '_build_info', '_cuda_info']"
+
+
+@posix
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            "8.0;ninety",
+            "TORCH_CUDA_ARCH_LIST has 'ninety'; allowed are numbers such as 8.0 or 9.0a and the names Volta",
+        ),
+        ("80", "TORCH_CUDA_ARCH_LIST has '80'; allowed are "),
+        ("9.0+SASS", "TORCH_CUDA_ARCH_LIST has '9.0+SASS'; allowed are "),
+        ("8.0;", "TORCH_CUDA_ARCH_LIST has ''; allowed are "),
+        ("9.0 10.0+PTX", "TORCH_CUDA_ARCH_LIST asks for 100+PTX; nvcc 12.6 knows 5.0, 7.0, 7.5, 8.0, 8.6, 8.9, 9.0"),
+    ],
+)
+def test_cuda_part_refuses_architectures(nvcc, asked, message):
+    done = setup_py("bdist_wheel", FLASHPAIR_BUILD_CUDA="1", CUDA_HOME=str(nvcc), TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode != 0
+    assert done.stderr.strip().startswith(f"flashpair: FLASHPAIR_BUILD_CUDA=1, but {message}")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@posix
+def test_architectures_of_others_are_not_ours(nvcc):
+    """Nobody asked for the CUDA part: the variable is for other packages."""
+    assert extensions(CUDA_HOME=str(nvcc), TORCH_CUDA_ARCH_LIST="3.5;ninety") == "['_C', '_build_info']"
+
+
+@posix
+@pytest.mark.parametrize("command", ["bdist_wheel", "egg_info"])
+def test_cuda_part_without_nvcc(command):
+    program = "import shutil\nshutil.which = lambda *a, **k: None\n"
+    done = setup_py(command, FLASHPAIR_BUILD_CUDA="1", before=program)
+    if command == "egg_info":
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(
+        "flashpair: FLASHPAIR_BUILD_CUDA=1, but nvcc was not found in CUDA_HOME, CUDA_PATH, PATH and "
+    )
+    assert line.endswith("install the CUDA toolkit, or set CUDA_HOME to where it is")
+
+
+@posix
+def test_cuda_part_without_torch(nvcc):
+    done = setup_py("bdist_wheel", block={"torch"}, FLASHPAIR_BUILD_CUDA="1", CUDA_HOME=str(nvcc))
+    assert done.returncode != 0
+    assert "flashpair: FLASHPAIR_BUILD_CUDA=1, but torch was not found; install it first" in done.stderr
+
+
+@pytest.fixture
+def script(monkeypatch) -> dict:
+    """What setup.py defines."""
+    for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return build_script.load()
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("8.0", ["80"]),
+        ("8.0;9.0a+PTX", ["80", "90a+PTX"]),
+        (" 7.5 8.0;8.6, 10.0f 12.1 ", ["75", "80", "86", "100f", "121"]),
+        ("Hopper", ["90"]),
+        ("Ampere+PTX;8.0", ["80", "86+PTX"]),
+    ],
+)
+def test_architectures_are_read_as_torch_reads_them(script, asked, found):
+    assert script["parse_architectures"](asked) == found
+
+
+def test_architectures_as_options_of_the_compiler(script):
+    assert script["gencode"](["80", "90a+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+
+
+@posix
+def test_architectures_by_default(script, nvcc, monkeypatch):
+    """The visible GPUs; else all that the compiler knows; always with PTX for later ones."""
+    monkeypatch.setenv("CUDA_HOME", str(nvcc))
+    compiler = script["CudaCompiler"]()
+    assert compiler.version == "12.6"
+    assert compiler.include_dirs == [f"{nvcc}/include"]
+    assert compiler.library_dirs == [f"{nvcc}/lib64"]
+    assert compiler.architectures([]) == ["75", "80", "86", "89", "90+PTX"]
+    assert compiler.architectures([(9, 0), (8, 0), (9, 0)]) == ["80", "90+PTX"]
+    assert compiler.architectures([(12, 0)]) == ["75", "80", "86", "89", "90+PTX"]  # newer than the compiler
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert script["CudaCompiler"]().architectures([(9, 0)]) == ["86"]
 
 
 def test_packages_are_those_on_disk():
@@ -135,7 +278,7 @@ def test_wheel_without_native_part_is_pure(wheel):
 
 
 def test_wheel_carries_every_source(wheel):
-    expected = {f"flashpair/csrc/{p.name}" for p in (ROOT / "csrc").iterdir() if p.suffix in {".h", ".cpp", ".cu"}}
+    expected = {f"flashpair/csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     expected |= {f"flashpair/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     expected |= {f"flashpair/{p.relative_to(ROOT / 'python/flashpair')}" for p in (ROOT / "python").rglob("*.py")}
     carried = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -249,11 +392,15 @@ def test_build_info_where_built():
         "torch_built_with",
         "torch_needed",
         "cuda",
+        "cuda_version",
+        "cuda_architectures",
         "vector_isas",
         "vector_bits",
     }
     assert info["cxx_standard"] >= 202002
     assert info["vector_bits"] in (128, 256, 512)
+    built = any((ROOT / "python" / "flashpair").glob("_CUDA*"))
+    assert info["cuda"] == built == bool(info["cuda_version"]) == bool(info["cuda_architectures"])
 
 
 # --- files around -----------------------------------------------------------------------------------------------------

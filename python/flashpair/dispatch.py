@@ -53,6 +53,7 @@ class Backend:
 
 TABLE: tuple[Backend, ...] = (
     Backend("triton", "flashpair.backend_triton", "NVIDIA GPUs; CPU tensors under Triton's interpreter"),
+    Backend("cuda", "flashpair.backend_cuda", "NVIDIA GPUs without Triton; C++/CUDA"),
     Backend("cpu", "flashpair.backend_cpu", "CPU tensors; C++"),
     Backend("reference", "flashpair.reference", "dense PyTorch, the specification"),
 )
@@ -109,7 +110,7 @@ def use_backend(name: str) -> Iterator[None]:
     when that changes.
 
     Args:
-        name: "triton", "cpu" or "reference".
+        name: "triton", "cuda", "cpu" or "reference".
 
     Raises:
         ValueError: on an unknown name.

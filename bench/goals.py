@@ -1,0 +1,105 @@
+"""What the GPU backends are to reach, as data, and whether the measured rows show it.
+
+A goal bounds one quantity, a time, a ratio of two times or memory, of some cases at some sizes. It is met where every
+case was measured and every size that was measured keeps the bound; nothing is met that was not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRITON, CUDA, DENSE = "flashpair[triton]", "flashpair[cuda]", "dense"
+FASTER = "flashpair"  # the faster of the two backends, row by row
+BOUND = -1.0  # limit of memory: see `memory_bound`
+
+
+@dataclass(frozen=True)
+class Goal:
+    text: str
+    cases: tuple[str, ...]
+    limit: float  # of milliseconds, of a ratio, or of MiB
+    of: str = FASTER
+    against: tuple[str, str] | None = None  # (case or "" for the same, implementation) whose time divides
+    memory: bool = False  # MiB beyond inputs and gradients instead of a time
+    batches: tuple[int, ...] = (32768,)
+    widths: tuple[int, ...] = (512,)
+
+
+MS = ("ms-random", "ms-trained")
+DENSE_CASES = ("clip", "supcon", "siglip", *MS)
+ALL_SIZES = {"batches": (4096, 16384, 32768), "widths": (128, 512, 1024)}
+
+GOALS = (
+    Goal("cuda no slower than dense, B ≥ 4096", DENSE_CASES, 1.0, CUDA, ("", DENSE), **ALL_SIZES),
+    Goal("cuda within its memory bound, B ≥ 4096", DENSE_CASES, BOUND, CUDA, memory=True, **ALL_SIZES),
+    Goal("cuda at most 1.6x triton", (*DENSE_CASES, "batch-hard"), 1.6, CUDA, ("", TRITON), **ALL_SIZES),
+    Goal("at most 10 ms, B = 32768, D = 512", ("clip",), 10.0),
+    Goal("at most 18 ms, B = 32768, D = 1024", ("clip",), 18.0, widths=(1024,)),
+    Goal("at most 256 MiB beyond inputs and gradients, the same", ("clip",), 256.0, memory=True, widths=(512, 1024)),
+    Goal("at most 0.65x CLIP", ("supcon", "ntxent"), 0.65, against=("clip", FASTER)),
+    Goal("at most 1.2x SupCon", MS, 1.2, against=("supcon", FASTER)),
+    Goal("at most 3 ms, B = 32768, D = 512", ("batch-hard",), 3.0),
+)
+
+
+def memory_bound(row: dict) -> float:
+    """MiB beyond inputs and gradients: the workspace, four times the inputs and forty vectors of eight bytes."""
+    return row["workspace_mebibytes"] + 4 * row["gradient_mebibytes"] + 40 * 8 * row["batch"] / 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    value: float
+    limit: float
+    case: str
+    place: str
+    rows: tuple[dict, ...]  # that it was computed from
+
+
+def _time(row: dict | None, implementation: str) -> tuple[str, float] | None:
+    """(name, median ms) of an implementation in a row, or of the faster backend."""
+    times = {name: t["median"] for name, t in row["milliseconds"].items()} if row else {}
+    names = (TRITON, CUDA) if implementation == FASTER else (implementation,)
+    return min(((name, times[name]) for name in names if name in times), key=lambda found: found[1], default=None)
+
+
+def findings(goal: Goal, rows: list[dict]) -> list[Finding]:
+    """The goal's quantity for each of its cases and sizes that was measured."""
+    table = {(r["case"], r["batch"], r["width"]): r for r in rows if r["dtype"] == "bfloat16" and "milliseconds" in r}
+    found = []
+    for case, b, d in ((c, b, d) for c in goal.cases for b in goal.batches for d in goal.widths):
+        row = table.get((case, b, d))
+        ours = _time(row, goal.of)
+        if ours is None:
+            continue
+        name, value = ours
+        limit, used = goal.limit, (row,)
+        if goal.memory:
+            value = row["extra_mebibytes"][name] - row["gradient_mebibytes"]
+            limit = memory_bound(row) if limit == BOUND else limit
+        if goal.against is not None:
+            other = table.get((goal.against[0] or case, b, d))
+            rival = _time(other, goal.against[1])
+            if rival is None:
+                continue
+            value, used = value / rival[1], (row, other)
+        found.append(Finding(value, limit, case, f"{name}, {case} {b}x{d}", used))
+    return found
+
+
+def judge(goal: Goal, rows: list[dict]) -> tuple[str, str, tuple[dict, ...]]:
+    """(state, worst finding as text, rows it rests on); the state is not measured, partly measured, met or missed."""
+    found = findings(goal, rows)
+    if not found:
+        return "not measured", "-", ()
+    worst = max(found, key=lambda f: f.value / f.limit)
+    unit = " MiB" if goal.memory else "x" if goal.against else " ms"
+    sizes = len(goal.cases) * len(goal.batches) * len(goal.widths)
+    count = f"; worst of {len(found)}, of {sizes} sizes" if sizes > 1 else ""
+    bound = f" of {worst.limit:.0f}" if goal.limit == BOUND else ""
+    text = f"{worst.value:.2f}{bound}{unit} ({worst.place}{count})"
+    if any(f.value > f.limit for f in found):
+        state = "missed"
+    else:
+        state = "met" if {f.case for f in found} == set(goal.cases) else "partly measured"
+    return state, text, tuple(row for f in found for row in f.rows)

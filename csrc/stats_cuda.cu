@@ -1,0 +1,297 @@
+// First pass: row and column statistics of a panel, one partial per tile.
+
+#include "collect_cuda.h"
+#include "engine_cuda.h"
+#include "terms_cuda.h"
+#include "tile_cuda.h"
+
+namespace flashpair {
+namespace {
+
+using common::state_merge;
+
+// Widest range of exponents that may share one offset: what is then flushed is below exp(-43) of every kept sum.
+constexpr float kSharedRange = 44;
+
+template <class T>
+FP_DEVICE T finite_or_zero(T m) {
+  return absolute(m) == infinity<T>() ? T(0) : m;
+}
+
+// The smaller or larger where NaN wins.
+struct LowestOrNan {
+  template <class T>
+  FP_DEVICE T operator()(T a, T b) const {
+    return (b < a || is_nan(b)) && !is_nan(a) ? b : a;
+  }
+};
+struct HighestOrNan {
+  template <class T>
+  FP_DEVICE T operator()(T a, T b) const {
+    return (b > a || is_nan(b)) && !is_nan(a) ? b : a;
+  }
+};
+
+// Reduces the kept entries over the other side within a lane.
+template <class T, int R, bool ROWS, class Op>
+FP_DEVICE void within_lane(const T (&entries)[R][kVector], unsigned bits, T neutral, Op op,
+                           T (&out)[Side<R, ROWS>::kCount]) {
+  FP_UNROLL
+  for (int k = 0; k < Side<R, ROWS>::kCount; ++k) out[k] = neutral;
+  FP_EACH_PAIR(R) {
+    T& into = out[Side<R, ROWS>::of(r, v)];
+    into = op(into, has_bit(bits, r, v) ? entries[r][v] : neutral);
+  }
+}
+
+// One component of the owners' partials.
+template <class T, int R, bool ROWS, class Op>
+FP_DEVICE void collect(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component,
+                       T (&values)[Side<R, ROWS>::kCount], Op op) {
+  if constexpr (ROWS)
+    to.template row<R>(slot + component, strip.row, over_columns(values, op));
+  else
+    to.column(component, values);
+}
+
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_sums(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component,
+                            const T (&entries)[R][kVector], unsigned bits) {
+  T sums[Side<R, ROWS>::kCount];
+  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, sums);
+  collect<T, R, ROWS>(to, strip, slot, component, sums, Add{});
+}
+
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_counts(const Collector<T>& to, const Strip<T, R>& strip, int slot,
+                              const T (&score)[R][kVector], unsigned bits) {
+  T ones[R][kVector];
+  FP_EACH_PAIR(R) ones[r][v] = score[r][v] <= 0 ? T(0) : T(1);
+  collect_sums<T, R, ROWS>(to, strip, slot, 0, ones, bits);
+}
+
+// Sum of w times the score.
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_weighted(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
+                                const T (&score)[R][kVector], unsigned bits) {
+  if (!term.weight) return collect_sums<T, R, ROWS>(to, strip, term.slot, 0, score, bits);
+  T weight[Side<R, !ROWS>::kCount], weighted[R][kVector];
+  along<T, R, !ROWS>(term.weight, strip, weight);
+  FP_EACH_PAIR(R) weighted[r][v] = score[r][v] * weight[Side<R, !ROWS>::of(r, v)];
+  collect_sums<T, R, ROWS>(to, strip, term.slot, 0, weighted, bits);
+}
+
+// An offset of the exponents and whether it serves all owners of the strip; then p = e^(exponent - shift) is filled in.
+template <class T>
+struct Shift {
+  bool common;
+  T value;
+};
+template <class T, int R>
+FP_DEVICE Shift<T> common_shift(const T (&exponent)[R][kVector], unsigned bits, T (&p)[R][kVector]) {
+  T top = -infinity<T>(), bottom = infinity<T>();
+  FP_EACH_PAIR(R) {
+    top = larger(top, has_bit(bits, r, v) ? exponent[r][v] : top);
+    bottom = smaller(bottom, has_bit(bits, r, v) ? exponent[r][v] : bottom);
+  }
+  top = over_lanes(top, Larger{}), bottom = over_lanes(bottom, Smaller{});
+  const Shift<T> shift = {top - bottom <= T(kSharedRange), finite_or_zero(top)};
+  if (shift.common) FP_EACH_PAIR(R) p[r][v] = exp_of(exponent[r][v] - shift.value);
+  return shift;
+}
+
+// (shift, mass) and, for a softmax mean, the sum of p s. Without a common shift each owner takes its own maximum.
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_exponentials(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
+                                    const T (&exponent)[R][kVector], unsigned bits, Shift<T> shift,
+                                    T (&p)[R][kVector]) {
+  using Own = Side<R, ROWS>;
+  T shifts[Own::kCount];
+  FP_UNROLL
+  for (int k = 0; k < Own::kCount; ++k) shifts[k] = shift.value;
+  if (!shift.common) {
+    within_lane<T, R, ROWS>(exponent, bits, -infinity<T>(), Larger{}, shifts);
+    FP_UNROLL
+    for (int k = 0; k < Own::kCount; ++k) {
+      if (ROWS) shifts[k] = over_lanes(shifts[k], Larger{});
+      shifts[k] = finite_or_zero(shifts[k]);
+    }
+    FP_EACH_PAIR(R) p[r][v] = exp_of(exponent[r][v] - shifts[Own::of(r, v)]);
+  }
+  collect<T, R, ROWS>(to, strip, term.slot, 0, shifts, Larger{});
+  collect_sums<T, R, ROWS>(to, strip, term.slot, 1, p, bits);
+  if (term.reduction != Reduction::softmax_mean) return;
+  T weighted[R][kVector];
+  FP_EACH_PAIR(R) weighted[r][v] = p[r][v] * strip.s[r][v];
+  collect_sums<T, R, ROWS>(to, strip, term.slot, 2, weighted, bits);
+}
+
+// (count, mean, sum of squared deviations, min, max) from those of s - pivot.
+template <class T>
+FP_DEVICE void centre_moments(T (&state)[5], T pivot) {
+  const T inverse = state[0] == 0 ? T(0) : T(1) / state[0];
+  const T spread = state[2] - state[1] * state[1] * inverse;
+  state[1] = state[0] == 0 ? T(0) : pivot + state[1] * inverse, state[2] = spread < 0 ? T(0) : spread;
+}
+
+// (count, sum, sum of squares, min, max) of s - pivot; the columns are finished after merging.
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_moments(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
+                               unsigned bits, T pivot) {
+  using Own = Side<R, ROWS>;
+  T count[Own::kCount], sum[Own::kCount], squares[Own::kCount], low[Own::kCount], high[Own::kCount];
+  T entries[R][kVector];
+  FP_EACH_PAIR(R) entries[r][v] = 1;
+  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, count);
+  FP_EACH_PAIR(R) entries[r][v] = strip.s[r][v] - pivot;
+  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, sum);
+  FP_EACH_PAIR(R) entries[r][v] = entries[r][v] * entries[r][v];
+  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, squares);
+  within_lane<T, R, ROWS>(strip.s, bits, infinity<T>(), LowestOrNan{}, low);
+  within_lane<T, R, ROWS>(strip.s, bits, -infinity<T>(), HighestOrNan{}, high);
+  if constexpr (ROWS) {
+    const T n = over_columns(count, Add{}), total = over_columns(sum, Add{}), square = over_columns(squares, Add{});
+    T state[5] = {n, total, square, over_columns(low, LowestOrNan{}), over_columns(high, HighestOrNan{})};
+    centre_moments(state, pivot);
+    FP_UNROLL
+    for (int k = 0; k < 5; ++k) to.template row<R>(term.slot + k, strip.row, state[k]);
+  } else {
+    to.column(0, count), to.column(1, sum), to.column(2, squares), to.column(3, low), to.column(4, high);
+  }
+}
+
+// The partials of one side of an item.
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
+                            const T (&score)[R][kVector], unsigned bits, Shift<T> shift, T (&p)[R][kVector], T pivot) {
+  switch (term.reduction) {
+    case Reduction::sum: return collect_weighted<T, R, ROWS>(to, strip, term, score, bits);
+    case Reduction::count: return collect_counts<T, R, ROWS>(to, strip, term.slot, score, bits);
+    case Reduction::logsumexp:
+    case Reduction::softmax_mean: return collect_exponentials<T, R, ROWS>(to, strip, term, score, bits, shift, p);
+    case Reduction::moments: return collect_moments<T, R, ROWS>(to, strip, term, bits, pivot);
+  }
+}
+
+// The scores of a term, for a softmax the exponents with an offset for the kept pairs.
+template <class T, int R, bool ROWS>
+FP_DEVICE Shift<T> prepare_side(const TermCode<T>& term, const Strip<T, R>& strip, unsigned bits,
+                                T (&score)[R][kVector], T (&p)[R][kVector]) {
+  if (term.reduction == Reduction::moments) return {};
+  evaluate<T, R, ROWS, false>(term, strip, score, p);
+  if (!is_softmax(term.reduction)) return {};
+  add_log_weight<T, R, ROWS>(term, strip, score);
+  return common_shift(score, bits, p);
+}
+
+// Where rows and columns share z they share its score and, where its range permits, one exponential.
+template <class T, int R>
+FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& strip, const Collector<T>& to, T pivot) {
+  T score[R][kVector], p[R][kVector];
+  Shift<T> shift{};
+  unsigned column_bits = 0;
+  if (item.column >= 0) column_bits = keep_bits<T, R, false>(pass, pass.terms[item.column], strip);
+  if (item.row >= 0) {
+    const TermCode<T>& term = pass.terms[item.row];
+    const unsigned bits = keep_bits<T, R, true>(pass, term, strip);
+    shift = prepare_side<T, R, true>(term, strip, item.shared ? bits | column_bits : bits, score, p);
+    collect_side<T, R, true>(to, strip, term, score, bits, shift, p, pivot);
+  }
+  if (item.column >= 0) {
+    const TermCode<T>& term = pass.terms[item.column];
+    if (!item.shared) shift = prepare_side<T, R, false>(term, strip, column_bits, score, p);
+    collect_side<T, R, false>(to, strip, term, score, column_bits, shift, p, pivot);
+  }
+}
+
+template <class T>
+FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T pivot) {
+  auto nothing = [](auto&) {};
+  auto add = [](T(&state)[1], const T(&next)[1]) { state[0] += next[0]; };
+  switch (term.reduction) {
+    case Reduction::sum:
+    case Reduction::count: return to.template merge_columns<1>(term.slot, add, nothing);
+    case Reduction::logsumexp:
+      return to.template merge_columns<2>(
+          term.slot,
+          [](T(&state)[2], const T(&next)[2]) { state_merge(Reduction::logsumexp, state, next); }, nothing);
+    case Reduction::softmax_mean:
+      return to.template merge_columns<3>(
+          term.slot,
+          [](T(&state)[3], const T(&next)[3]) {
+            T whole[4] = {state[0], state[1], state[2], 0};
+            const T other[4] = {next[0], next[1], next[2], 0};
+            state_merge(Reduction::softmax_mean, whole, other);
+            state[0] = whole[0], state[1] = whole[1], state[2] = whole[2];
+          },
+          nothing);
+    case Reduction::moments:
+      return to.template merge_columns<5>(
+          term.slot, [](T(&state)[5], const T(&next)[5]) { state_merge(Reduction::moments, state, next); },
+          [pivot](T(&state)[5]) { centre_moments(state, pivot); });
+  }
+}
+
+template <class T, class Source>
+FP_KERNEL(sizeof(T) == 4 ? 2 : 1)
+stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Partials<T> partials, int row_slots,
+             int column_slots) {
+  constexpr int R = kStripRows<T>;
+  FP_DYNAMIC_SHARED(memory);
+  FP_SHARED T first_s;
+  Tile<T, R, Source> tile;
+  constexpr int strips = kWarps * tile.kStrips;
+  int tile_b, tile_n;
+  tile_of_block(block_index(), pass.tiles_b, pass.tiles_n, tile_b, tile_n);
+  const int row = pass.first_b + tile_b * tile.kRows, column = pass.first_n + tile_n * kTileColumns;
+  Collector<T> to{pass,   partials, tile_b, tile_n, reinterpret_cast<T*>(memory + tile.kSharedBytes),
+                  strips, 0,        column};
+  if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
+    return to.neutral(row_slots, column_slots, row, tile.kRows);
+  tile.load(pass, source, row, column, memory);
+  T pivot = 0;
+  if (pass.moments) {
+    // Moments are taken about some similarity of the tile, so that their sums of squares do not cancel.
+    if (warp_index() == 0) first_s = tile.strip(pass, 0).s[0][0];
+    sync_block();
+    pivot = shuffle_from(first_s, 0);
+    pivot = finite_or_zero(is_nan(pivot) ? T(0) : pivot);
+  }
+  for (int n = 0; n < pass.item_count; ++n) {
+    const Item item = pass.items[n];
+    for (int k = 0; k < tile.kStrips; ++k) {
+      const Strip<T, R>& strip = tile.strip(pass, k);
+      to.strip = warp_index() * tile.kStrips + k;
+      collect_item(pass, item, strip, to, pivot);
+    }
+    if (item.column >= 0) merge_columns(to, pass.terms[item.column], pivot);
+  }
+}
+
+}  // namespace
+
+template <class T, class Source>
+Status start_stats(const Pass<T>& pass, const Source& source, const Partials<T>& partials, Stream stream) {
+  using Block = Tile<T, kStripRows<T>, Source>;
+  int slots[2] = {0, 0}, components = 0;
+  for (int n = 0; n < pass.item_count; ++n)
+    for (int side = 0; side < 2; ++side) {
+      const int t = side ? pass.items[n].column : pass.items[n].row;
+      if (t < 0) continue;
+      const int width = partial_components(pass.terms[t].reduction), end = pass.terms[t].slot + width;
+      if (end > slots[side]) slots[side] = end;
+      if (side && width > components) components = width;
+    }
+  const int shared = Block::kSharedBytes + components * kWarps * Block::kStrips * kTileColumns * int(sizeof(T));
+  return launch(stats_kernel<T, Source>, int64_t(pass.tiles_b) * pass.tiles_n, shared, stream, pass, source, partials,
+                slots[0], slots[1]);
+}
+
+#define FP_INSTANTIATE(T, SOURCE) \
+  template Status start_stats(const Pass<T>&, const SOURCE&, const Partials<T>&, Stream);
+FP_INSTANTIATE(float, PanelSource<float>)
+FP_INSTANTIATE(double, PanelSource<double>)
+FP_INSTANTIATE(float, EmbeddingSource<Half>)
+FP_INSTANTIATE(float, EmbeddingSource<BFloat16>)
+
+}  // namespace flashpair

@@ -1,0 +1,139 @@
+// z and its score over a strip, and the pairs that a term keeps, with the rows or the columns as owners.
+#pragma once
+
+#include "scores.h"
+#include "strip_cuda.h"
+
+namespace flashpair {
+
+// What scores.h asks for.
+template <class T>
+struct DeviceMath {
+  static FP_DEVICE T positive_part(T z) { return z < 0 ? T(0) : z; }
+  static FP_DEVICE T positive_step(T z) { return z <= 0 ? T(0) : T(1); }
+  static FP_DEVICE common::ValueSlope<T> softplus_logistic(T z) {
+    const T u = exp_of(z < 0 ? z : -z), inverse = T(1) / (u + T(1));
+    return {positive_part(z) + log1p_of(u), z < 0 ? u * inverse : inverse};
+  }
+};
+
+// Owners along the rows or the columns of a strip: how many values a lane holds and which belongs to a pair.
+template <int R, bool ROWS>
+struct Side {
+  static constexpr int kCount = ROWS ? R : kVector;
+  static FP_DEVICE int of(int r, int v) { return ROWS ? r : v; }
+};
+
+template <class T, int R, bool ROWS>
+FP_DEVICE void along(const T* data, const Strip<T, R>& strip, T (&out)[Side<R, ROWS>::kCount]) {
+  if constexpr (ROWS)
+    along_rows(data, strip.row, out);
+  else
+    along_columns(data, strip.column, out);
+}
+
+template <class T, int R, bool ROWS>
+FP_DEVICE void along(const Value<T>& value, const Strip<T, R>& strip, T (&out)[Side<R, ROWS>::kCount]) {
+  if (value.data && value.stride) return along<T, R, ROWS>(value.data, strip, out);
+  const T number = value.data ? value.data[0] : value.number;
+  FP_UNROLL
+  for (int k = 0; k < Side<R, ROWS>::kCount; ++k) out[k] = number;
+}
+
+// log(e^p + e^q); infinities pass.
+template <class T>
+FP_DEVICE T logaddexp(T p, T q) {
+  const T e = p == q ? T(1) : exp_of(-absolute(p - q));
+  return (p > q ? p : q) + log1p_of(e);
+}
+// Its derivative by p.
+template <class T>
+FP_DEVICE T logaddexp_share(T p, T q) {
+  return p == q ? T(0.5) : T(1) / (T(1) + exp_of(q - p));
+}
+
+template <Score S, class T, int R, bool SLOPE>
+FP_DEVICE void score_pairs(T constant, T (&value)[R][kVector], T (&slope)[R][kVector]) {
+  FP_EACH_PAIR(R) {
+    const auto both = common::score_value_slope<S, DeviceMath<T>>(value[r][v], constant);
+    value[r][v] = both.value;
+    if (SLOPE) slope[r][v] = both.slope;
+  }
+}
+
+// score(z), and its slope, of every pair.
+template <class T, int R, bool ROWS, bool SLOPE>
+FP_DEVICE void evaluate(const TermCode<T>& term, const Strip<T, R>& strip, T (&value)[R][kVector],
+                        T (&slope)[R][kVector]) {
+  using Own = Side<R, ROWS>;
+  using Other = Side<R, !ROWS>;
+  T scale[Own::kCount], offset[Own::kCount];
+  along<T, R, ROWS>(term.scale, strip, scale);
+  along<T, R, ROWS>(term.offset, strip, offset);
+  if (!term.other_offset) {
+    FP_EACH_PAIR(R) value[r][v] = scale[Own::of(r, v)] * strip.s[r][v] + offset[Own::of(r, v)];
+  } else {
+    T other[Other::kCount];
+    along<T, R, !ROWS>(term.other_offset, strip, other);
+    if (term.logaddexp) {
+      FP_EACH_PAIR(R)
+      value[r][v] = scale[Own::of(r, v)] * strip.s[r][v] + logaddexp(offset[Own::of(r, v)], other[Other::of(r, v)]);
+    } else {
+      FP_EACH_PAIR(R)
+      value[r][v] = scale[Own::of(r, v)] * strip.s[r][v] + (offset[Own::of(r, v)] + other[Other::of(r, v)]);
+    }
+  }
+#define FP_CASE(NAME) \
+  case Score::NAME: return score_pairs<Score::NAME, T, R, SLOPE>(term.constant, value, slope);
+  switch (term.score) {
+    FP_CASE(identity)
+    FP_CASE(hinge)
+    FP_CASE(softplus)
+    FP_CASE(square)
+    FP_CASE(squared_hinge)
+    FP_CASE(circle)
+  }
+#undef FP_CASE
+}
+
+FP_DEVICE bool is_softmax(Reduction reduction) {
+  return reduction == Reduction::logsumexp || reduction == Reduction::softmax_mean;
+}
+
+// The pairs that a term keeps for its owners. A NaN passes every threshold; weight 0 is no part of a softmax.
+template <class T, int R, bool ROWS>
+FP_DEVICE unsigned keep_bits(const Pass<T>& pass, const TermCode<T>& term, const Strip<T, R>& strip) {
+  using Own = Side<R, ROWS>;
+  using Other = Side<R, !ROWS>;
+  unsigned bits = mask_bits(pass, strip, term.mask, pass.symmetric && ROWS == term.owns_columns);
+  if (term.has_above) {
+    T bound[Own::kCount];
+    along<T, R, ROWS>(term.above, strip, bound);
+    FP_EACH_PAIR(R) if (strip.s[r][v] <= bound[Own::of(r, v)]) bits &= ~(1u << (r * kVector + v));
+  }
+  if (term.has_below) {
+    T bound[Own::kCount];
+    along<T, R, ROWS>(term.below, strip, bound);
+    FP_EACH_PAIR(R) if (strip.s[r][v] >= bound[Own::of(r, v)]) bits &= ~(1u << (r * kVector + v));
+  }
+  if (term.weight && is_softmax(term.reduction)) {
+    T weight[Other::kCount];
+    along<T, R, !ROWS>(term.weight, strip, weight);
+    FP_EACH_PAIR(R) if (weight[Other::of(r, v)] == 0) bits &= ~(1u << (r * kVector + v));
+  }
+  return bits;
+}
+
+// Exponents of a softmax: log(weight) is added.
+template <class T, int R, bool ROWS>
+FP_DEVICE void add_log_weight(const TermCode<T>& term, const Strip<T, R>& strip, T (&value)[R][kVector]) {
+  if (!term.weight) return;
+  using Other = Side<R, !ROWS>;
+  T weight[Other::kCount];
+  along<T, R, !ROWS>(term.weight, strip, weight);
+  FP_UNROLL
+  for (int k = 0; k < Other::kCount; ++k) weight[k] = log_of(weight[k]);
+  FP_EACH_PAIR(R) value[r][v] += weight[Other::of(r, v)];
+}
+
+}  // namespace flashpair

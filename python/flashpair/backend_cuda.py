@@ -1,0 +1,611 @@
+"""Backend `cuda`: the C++/CUDA kernels of `csrc/`, for GPUs without Triton; see `csrc/engine_cuda.h`.
+
+A panel of similarities comes from the vendor's matrix product into the workspace (*simple* form), or the kernels
+multiply 16-bit embeddings themselves on tensor cores and S is not written at all (*fused* form). Pair weights go to the
+workspace and from there through the vendor's matrix product into the gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import backward, forward
+from .backward import Backward, add_panel
+from .forward import NEUTRAL, Forward
+from .operands import Operands, on_device, operands, padded, padded_length
+from .panels import cdiv, empty_partials, float32_products, panel_shape, panels, round_up
+from .request import FlatTerm, Request, statistics_dtype
+from .terms import Combine, Extreme, Reduction
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_MAX_FEATURES = 1 << 20
+_REBUILD = "FLASHPAIR_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation flashpair"
+
+#: As in csrc/program_cuda.h and csrc/engine_cuda.h.
+MAX_TERMS = 16
+TILE_COLUMNS = 128
+FUSED_ROWS = 128
+_WARPS = 8
+#: Programs that fill a GPU; decides into how many stripes a top-k pass cuts its columns.
+_ENOUGH_WARPS = 4096
+#: Features up to which the fused form is chosen, by compute capability (the next lower one serves). Not measured:
+#: mma.sync reaches the full rate of sm_80 to sm_89 but about 0.6 of the rate of later GPUs, where a long product is
+#: better left to the vendor although S then goes through memory (8 bytes a pair).
+FUSED_FEATURES = {80: 4096, 89: 4096, 90: 768}
+_forms = ("auto",)
+
+
+# --- availability ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _load() -> str:
+    """Load the extension once; the reason why not, or an empty string.
+
+    `FLASHPAIR_CUDA_LIBRARY` names another file than the installed one, such as an emulated build.
+    """
+    asked = os.environ.get("FLASHPAIR_CUDA_LIBRARY")
+    found = [Path(asked)] if asked else sorted(Path(__file__).parent.glob("_CUDA*.so"))
+    if not found:
+        return f"the CUDA extension was not built; install CUDA's nvcc and run `{_REBUILD}`"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the CUDA extension {found[0].name} does not load with torch {torch.__version__} ({error}); `{_REBUILD}`"
+    return ""
+
+
+def architectures() -> str:
+    """Compute capabilities that the kernels were built for ("75,80,90+PTX"), or "emulated"."""
+    return torch.ops.flashpair_cuda.architectures()
+
+
+def emulated() -> bool:
+    """Whether the kernels run on the host."""
+    return not _load() and architectures() == "emulated"
+
+
+def unavailable() -> list[str]:
+    """Reasons against using the CUDA kernels at all."""
+    reason = _load()
+    if reason:
+        return [reason]
+    if not emulated() and not torch.cuda.is_available():
+        return ["no CUDA device is visible"]
+    return []
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _not_built_for(capability: int) -> str:
+    """Why the kernels do not run on a GPU, or an empty string: machine code runs on its own and later minor versions of
+    a major one (that of "90a" on 9.0 only), PTX on every later GPU."""
+    for entry in architectures().split(","):
+        name, _, ptx = entry.partition("+")
+        number = int(name.rstrip("af"))
+        same_major = number // 10 == capability // 10 and number <= capability
+        if number == capability or (name.isdigit() and (same_major or (ptx and number <= capability))):
+            return ""
+    arch = f"{capability // 10}.{capability % 10}"
+    return (
+        f"the CUDA extension was built for compute capabilities {architectures()}, this GPU has {arch}; "
+        f'TORCH_CUDA_ARCH_LIST="{arch}" {_REBUILD}'
+    )
+
+
+def why_not(x: Tensor) -> list[str]:
+    """Reasons against embeddings like x (rows, D)."""
+    reasons = []
+    if emulated():
+        if x.device.type != "cpu":
+            reasons.append(f"the emulated kernels serve CPU tensors; got {x.device}")
+    elif x.device.type != "cuda":
+        reasons.append(f"embeddings are on {x.device}; the kernels read cuda tensors")
+    else:
+        reason = _not_built_for(_capability(x.device.index))
+        reasons += [reason] if reason else []
+    if x.dtype not in DTYPES:
+        reasons.append(f"embeddings are {x.dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
+    if x.shape[0] >= 1 << 31:
+        reasons.append(f"embeddings have {x.shape[0]} rows; at most {(1 << 31) - 1} are allowed")
+    if x.shape[1] > _MAX_FEATURES:
+        reasons.append(f"embeddings have {x.shape[1]} features; at most {_MAX_FEATURES} are allowed")
+    return reasons
+
+
+@contextlib.contextmanager
+def form(name: str) -> Iterator[None]:
+    """Force the "simple" or the "fused" form inside a `with` block, "auto" to choose by size; for benchmarks and tests.
+
+    The fused form serves bfloat16 and float16 from compute capability 8.0 on; other inputs stay simple.
+    """
+    global _forms
+    if name not in ("auto", "simple", "fused"):
+        raise ValueError(f'form must be "auto", "simple" or "fused"; got {name!r}')
+    _forms = (*_forms, name)
+    try:
+        yield
+    finally:
+        _forms = _forms[:-1]
+
+
+def _fused(x: Tensor) -> bool:
+    if x.dtype not in _HALVES or x.shape[1] == 0 or _forms[-1] == "simple":
+        return False
+    capability = 80 if emulated() else _capability(x.device.index)
+    if capability < 80 or _forms[-1] == "fused":
+        return capability >= 80
+    return x.shape[1] <= FUSED_FEATURES[max(c for c in FUSED_FEATURES if c <= capability)]
+
+
+# --- programs: a pass as csrc/bind_cuda.cpp decodes it -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One evaluation on a tile: a term that owns its rows, one that owns its columns (-1: none), or both with one z."""
+
+    row: int
+    column: int
+    shared: bool = False
+
+
+def _single(value) -> bool:
+    return not isinstance(value, Tensor) or value.numel() == 1
+
+
+def _uniform(term: FlatTerm) -> bool:
+    """z is one affine function of s for all pairs."""
+    return _single(term.scale) and _single(term.offset) and term.other_offset is None and term.weight is None
+
+
+def _same_z(a: FlatTerm, b: FlatTerm) -> bool:
+    same = lambda name: (  # noqa: E731
+        a.index[name] == b.index[name] and (a.index[name] >= 0 or getattr(a, name) == getattr(b, name))
+    )
+    return a.score == b.score and a.constant == b.constant and same("scale") and same("offset")
+
+
+def evaluations(terms: Sequence[FlatTerm], symmetric: bool, shareable: tuple[Reduction, ...]) -> list[Item]:
+    """What a tile evaluates: each term by rows or columns, in a self-similarity by both; pairs with one z together."""
+    if symmetric:
+        return [Item(t, t, _uniform(term) and term.reduction in shareable) for t, term in enumerate(terms)]
+    items, taken = [], set()
+    for t, term in enumerate(terms):
+        if t in taken:
+            continue
+        partner = -1
+        if _uniform(term) and term.reduction in shareable and term.reduction != Reduction.SOFTMAX_MEAN:
+            for u in range(t + 1, len(terms)):
+                other = terms[u]
+                alike = other.axis != term.axis and other.reduction == term.reduction and _uniform(other)
+                if u not in taken and alike and _same_z(term, other):
+                    partner = u
+                    taken.add(u)
+                    break
+        own = (t, partner) if int(term.axis) == 0 else (partner, t)
+        items.append(Item(*own, partner >= 0))
+    return items
+
+
+@dataclass
+class Program:
+    """Terms and items of a pass; the header names the panel."""
+
+    operands: list[Tensor]
+    header: dict[str, int]
+    items: list[Item]
+    terms: list[list[int]] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)
+
+    def vector(self, value: Tensor | None) -> int:
+        """Position of a vector that is read along a side, -1 without."""
+        if value is None:
+            return -1
+        self.vectors.append(padded(value.detach().to(self.dtype).reshape(-1)))
+        return len(self.vectors) - 1
+
+    def parameter(self, value, absent: float) -> tuple[int, float]:
+        """(position or -1, number) of an owner's parameter."""
+        if not isinstance(value, Tensor):
+            return -1, absent if value is None else float(value)
+        if value.numel() != 1:
+            return self.vector(value), absent
+        self.vectors.append(value.detach().to(self.dtype).reshape(1))
+        return len(self.vectors) - 1, absent
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operands[2].dtype  # of the norms
+
+    def add(self, term: FlatTerm | Extreme, slots: dict[str, int], cotangent=None, lse=None, mean=None) -> None:
+        """Append a term, or an extreme as one."""
+        extreme = isinstance(term, Extreme)
+        absent = {"scale": 1.0, "offset": 0.0, "above": -torch.inf, "below": torch.inf}
+        places, numbers = zip(*(self.parameter(getattr(term, n, None), v) for n, v in absent.items()), strict=True)
+        self.numbers += [*numbers, 0.0 if extreme else term.constant]
+        kind = (0, 0, int(term.mask), 0, 0) if extreme else (
+            int(term.reduction), int(term.score), int(term.mask), int(term.combine == Combine.LOGADDEXP),
+            int(term.detach_weights),
+        )  # fmt: skip
+        self.terms.append(
+            [
+                *kind, int(term.above is not None), int(term.below is not None), int(extreme and term.largest),
+                0 if extreme else int(term.axis), *places,
+                *(self.vector(v) for v in (getattr(term, "other_offset", None), getattr(term, "weight", None))),
+                *(self.vector(v) for v in (cotangent, lse, mean)),
+                *(slots.get(n, -1) for n in ("statistic", "scale", "offset", "other_offset", "weight", "value")),
+            ]
+        )  # fmt: skip
+
+    def codes(self, panel: tuple[int, int, int, int], tile_rows: int, **flags: int) -> list[int]:
+        """The flat pass for one panel: (first row, end, first column, end)."""
+        first_b, end_b, first_n, end_n = panel
+        place = (*panel, cdiv(end_b - first_b, tile_rows), cdiv(end_n - first_n, TILE_COLUMNS))
+        header = {**self.header, **flags}
+        flat = [*place, *header.values(), len(self.items), len(self.terms)]
+        for item in self.items:
+            flat += (item.row, item.column, int(item.shared))
+        for term in self.terms:
+            flat += term
+        return flat
+
+
+def _program(request: Request, op: Operands, items: list[Item], **flags: int) -> Program:
+    nothing = op.x.new_empty(0)
+    listed = [
+        op.x, op.y, op.x_norms, op.y_norms, op.x_labels, op.y_labels,
+        nothing if request.exclude is None else op.exclude, nothing if request.pair_mask is None else op.pair_mask,
+    ]  # fmt: skip
+    header = {
+        "padded_b": padded_length(op.x.shape[0]),
+        "padded_n": padded_length(op.y.shape[0]),
+        "columns": op.y.shape[0],
+        "similarity": int(request.similarity),
+        "scaled": int(op.scaled),
+        "exclude_self": int(request.exclude_self),
+        "symmetric": int(request.symmetric),
+        "triangle": 0,
+        "mirror_sums": 1,
+        "same_only": int(op.same_only and op.orders[0] is not None),
+    }
+    return Program(listed, header | flags, items)
+
+
+# --- where similarities come from ----------------------------------------------------------------------------------------
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes."""
+    if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1:
+        return x
+    wide = torch.zeros(x.shape[0], round_up(x.shape[1], 8), dtype=x.dtype, device=x.device)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
+class _Source:
+    """Similarities of a panel: an array in the workspace, filled by the vendor's product, or none (fused form)."""
+
+    def __init__(self, op: Operands, fused: bool) -> None:
+        self.dtype = statistics_dtype(op.x)
+        self.fused = fused
+        if fused:
+            x = _aligned(op.x)
+            op.x, op.y = x, x if op.y is op.x else _aligned(op.y)
+        self.op = op
+        self.tile_rows = FUSED_ROWS if fused else _WARPS * (2 if self.dtype == torch.float64 else 4)
+        self.bytes = 0 if fused else self.dtype.itemsize  # a pair in the workspace
+        self._space = op.x.new_empty(0, dtype=self.dtype)
+
+    def panel(self, first_b: int, end_b: int, first_n: int, end_n: int) -> Tensor:
+        """(rows, columns) dot products with a row stride that keeps rows 16-byte aligned; empty in the fused form."""
+        if self.fused:
+            return self._space
+        x, y = self.op.x[first_b:end_b], self.op.y[first_n:end_n]
+        stride = round_up(end_n - first_n, 8)
+        size = (end_b - first_b) * stride
+        if self._space.numel() < size:
+            self._space = torch.empty(size, dtype=self.dtype, device=x.device)
+        out = self._space[:size].view(end_b - first_b, stride)[:, : end_n - first_n]
+        if x.dtype == self.dtype:
+            torch.mm(x, y.T, out=out)
+        elif x.is_cuda:
+            torch.mm(x, y.T, out_dtype=self.dtype, out=out)
+        else:
+            torch.mm(x.to(self.dtype), y.T.to(self.dtype), out=out)
+        return out
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _fold(partials: Tensor, state: Tensor, tiles: int, length: int, first: int, entries: list[int], stream: int):
+    if entries:
+        torch.ops.flashpair_cuda.fold(partials, state, tiles, length, first, entries, stream)
+
+
+def _chunks(items: Sequence) -> Iterator[tuple[int, Sequence]]:
+    """(position of the first, up to MAX_TERMS terms)."""
+    for first in range(0, len(items), MAX_TERMS):
+        yield first, items[first : first + MAX_TERMS]
+
+
+def _panel_pairs(request: Request, shape: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Panels in a fixed order; of a self-similarity those on and above the diagonal."""
+    B, N = request.shape
+    for first_b, end_b in panels(B, shape[0]):
+        for first_n, end_n in panels(N, shape[1]):
+            if not (request.symmetric and first_n < first_b):
+                yield first_b, end_b, first_n, end_n
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@on_device
+def stats(request: Request) -> tuple[Tensor, Tensor]:
+    """Statistics of all terms: rows (R, B), columns (C, N)."""
+    return forward.statistics(request, _reduce_panels)
+
+
+def _reduce_panels(request: Request, plan: Forward) -> None:
+    op, stream = plan.op, _stream(request.x)
+    source = _Source(op, _fused(op.x))
+    programs = []
+    shareable = tuple(r for r in Reduction if r != Reduction.MOMENTS)
+    for first, terms in _chunks(plan.terms):
+        program = _program(request, op, evaluations(terms, request.symmetric, shareable), triangle=int(request.symmetric))
+        used, entries = [0, 0], ([], [])
+        for t, term in enumerate(terms):
+            side = 0 if request.symmetric else int(term.axis)
+            program.add(term, {"statistic": used[side]})
+            entries[side].extend((int(term.reduction), used[side], plan.firsts[first + t]))
+            used[side] += len(NEUTRAL[term.reduction])
+        if request.symmetric:
+            used[1], entries = used[0], (entries[0], entries[0])
+        programs.append((program, used, entries))
+    most = [max(used[side] for _, used, _ in programs) for side in (0, 1)]
+
+    def cost(rows: int, columns: int) -> int:
+        partials = most[0] * cdiv(columns, TILE_COLUMNS) * rows + most[1] * cdiv(rows, source.tile_rows) * columns
+        return source.bytes * rows * columns + source.dtype.itemsize * partials
+
+    shape = _shape(request, cost)
+    with float32_products(op.x, request.precision):
+        for panel in _panel_pairs(request, shape):
+            first_b, end_b, first_n, end_n = panel
+            s = source.panel(*panel)
+            tiles_b, tiles_n = cdiv(end_b - first_b, source.tile_rows), cdiv(end_n - first_n, TILE_COLUMNS)
+            for program, used, entries in programs:
+                rows = empty_partials(used[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
+                columns = empty_partials(used[1], tiles_b, end_n - first_n, op.x.device, source.dtype)
+                torch.ops.flashpair_cuda.stats(
+                    program.operands, s, program.vectors, program.codes(panel, source.tile_rows), program.numbers,
+                    stream, rows, columns,
+                )  # fmt: skip
+                _fold(rows, plan.states[0], tiles_n, end_b - first_b, first_b, entries[0], stream)
+                _fold(columns, plan.states[1], tiles_b, end_n - first_n, first_n, entries[1], stream)
+
+
+def _shape(request: Request, cost) -> tuple[int, int]:
+    B, N = request.shape
+    return panel_shape(
+        B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, square=request.symmetric, tall=1024
+    )
+
+
+# --- pair weights -----------------------------------------------------------------------------------------------------
+
+
+@on_device
+def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
+    """Gradients of the statistics: dx, dy, dparams."""
+    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _add_panels)
+
+
+@on_device
+def sums(request: Request, needs):
+    """Sum of all terms and its gradients, in one pass."""
+    return backward.sums(request, needs, stats, _add_panels)
+
+
+def _written(program: Program, count_columns: bool) -> tuple[list[int], list[int]]:
+    """Slots of sums that the kernel writes on each side."""
+    written: tuple[set[int], set[int]] = (set(), set())
+    for item in program.items:
+        for side, t in ((0, item.row), (1, item.column)):
+            if t < 0 or (side == 1 and (item.shared or not count_columns)):
+                continue
+            scale, offset, other, weight, value = program.terms[t][-5:]
+            written[side].update((scale, offset, value))
+            written[1 - side].update((other, weight))
+    return tuple(sorted(w - {-1}) for w in written)
+
+
+def _add_panels(request: Request, plan: Backward) -> None:
+    op, stream = plan.op, _stream(request.x)
+    source = _Source(op, _fused(op.x))
+    store = plan.dx is not None or plan.dy is not None
+    known = [t for t in range(len(plan.terms)) if plan.with_value or plan.cotangents[t] is not None]
+    for k, (_, chunk) in enumerate(_chunks(known)):
+        terms = [plan.terms[t] for t in chunk]
+        items = evaluations(terms, request.symmetric, (Reduction.SUM, Reduction.LOGSUMEXP))
+        program = _program(request, op, items)
+        for t, term in zip(chunk, terms, strict=True):
+            slots = {name: slot for (of, name), slot in plan.slots.of.items() if of == t}
+            mean, lse = plan.statistics[t]
+            program.add(term, slots, plan.cotangents[t], lse, mean)
+        _weigh(request, plan, source, program, store, stream)
+
+
+def _weigh(request: Request, plan: Backward, source: _Source, program: Program, store: bool, stream: int) -> None:
+    op, slots = plan.op, plan.slots.used
+    narrow = op.x.dtype != source.dtype  # 16-bit weights lie beside the similarities, others take their place
+    nothing = op.x.new_empty(0)
+
+    def cost(rows: int, columns: int) -> int:
+        partials = slots[0] * cdiv(columns, TILE_COLUMNS) * rows + slots[1] * cdiv(rows, source.tile_rows) * columns
+        pair = source.bytes + (op.x.element_size() if store and narrow else 0)
+        return pair * rows * columns + source.dtype.itemsize * partials
+
+    shape = _shape(request, cost)
+    space = nothing
+    for panel in _panel_pairs(request, shape):
+        first_b, end_b, first_n, end_n = panel
+        on_diagonal = request.symmetric and first_n == first_b
+        tiles_b, tiles_n = cdiv(end_b - first_b, source.tile_rows), cdiv(end_n - first_n, TILE_COLUMNS)
+        s = source.panel(*panel)
+        w = nothing
+        if store and narrow:
+            stride = round_up(end_n - first_n, 8)
+            if space.numel() < (end_b - first_b) * stride:
+                space = torch.empty((end_b - first_b) * stride, dtype=op.x.dtype, device=op.x.device)
+            w = space[: (end_b - first_b) * stride].view(end_b - first_b, stride)[:, : end_n - first_n]
+        elif store:
+            w = s
+        rows = empty_partials(slots[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
+        columns = empty_partials(slots[1], tiles_b, end_n - first_n, op.x.device, source.dtype)
+        row_sum, column_sum = (plan.row_sum, -1 if on_diagonal else plan.column_sum) if store else (-1, -1)
+        torch.ops.flashpair_cuda.weights(
+            program.operands, s, program.vectors,
+            program.codes(panel, source.tile_rows, mirror_sums=int(not on_diagonal)), program.numbers, stream,
+            rows, columns, w, nothing.float() if plan.scale is None else plan.scale, [*slots, row_sum, column_sum],
+        )  # fmt: skip
+        written = _written(program, not on_diagonal)
+        for side, partials, tiles, length, first, extra in (
+            (0, rows, tiles_n, end_b - first_b, first_b, row_sum),
+            (1, columns, tiles_b, end_n - first_n, first_n, column_sum),
+        ):
+            of_side = [*written[side], *([extra] if extra >= 0 else [])]
+            entries = [v for slot in of_side for v in (int(Reduction.SUM), slot, slot)]
+            _fold(partials, plan.states[side], tiles, length, first, entries, stream)
+        if store:
+            add_panel(plan, w, first_b, first_n, request.symmetric and not on_diagonal)
+
+
+# --- extremes -----------------------------------------------------------------------------------------------------------
+
+
+@on_device
+def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
+    """(values (B, k), indices (B, k)) of each extreme; those with k = 1 share a pass."""
+    found: list[tuple[Tensor, Tensor] | None] = [None] * len(request.extremes)
+    singles = [e for e, extreme in enumerate(request.extremes) if extreme.k == 1]
+    for _, group in _chunks(singles):
+        results = _mine_single(request, [request.extremes[e] for e in group])
+        for e, result in zip(group, results, strict=True):
+            found[e] = result
+    for e, extreme in enumerate(request.extremes):
+        if extreme.k > 1:
+            found[e] = _mine_many(request, extreme)
+    return found
+
+
+def _no_best(extreme: Extreme, rows: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    missing = -torch.inf if extreme.largest else torch.inf
+    values = torch.full((rows, extreme.k), missing, dtype=dtype, device=device)
+    return values, torch.full((rows, extreme.k), -1, dtype=torch.int32, device=device)
+
+
+def _restored(op: Operands, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and columns (B, k) in the caller's order."""
+    columns = places.long()
+    if op.orders[1] is not None and op.y.shape[0]:
+        columns = torch.where(columns < 0, -1, op.orders[1][columns.clamp_min(0)])
+    return op.restore(values, 0, 0), op.restore(columns, 0, 0)
+
+
+def _mine_single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
+    B, N = request.shape
+    device, count, stream = request.x.device, len(extremes), _stream(request.x)
+    op = operands(request, {e.mask for e in extremes})
+    source = _Source(op, _fused(op.x))
+    items = [Item(t, t if request.symmetric else -1) for t in range(count)]
+    program = _program(request, op, items, triangle=int(request.symmetric))
+    for t, extreme in enumerate(extremes):
+        program.add(op.arranged_extreme(extreme), {"statistic": t})
+    best = [_no_best(e, B, source.dtype, device) for e in extremes]
+    columns_of = int(request.symmetric)
+    entry = source.dtype.itemsize + 4
+
+    def cost(rows: int, columns: int) -> int:
+        partials = cdiv(columns, TILE_COLUMNS) * rows + columns_of * cdiv(rows, source.tile_rows) * columns
+        return source.bytes * rows * columns + entry * count * partials
+
+    with float32_products(op.x, request.precision):
+        for panel in _panel_pairs(request, _shape(request, cost)) if B and N else ():
+            first_b, end_b, first_n, end_n = panel
+            sides = (
+                (cdiv(end_n - first_n, TILE_COLUMNS), first_b, end_b),
+                (cdiv(end_b - first_b, source.tile_rows), first_n, end_n),
+            )[: 1 + columns_of]
+            partials = []
+            for tiles, first, end in sides:
+                size = count * tiles * (end - first)
+                partials.append(torch.empty(size, dtype=source.dtype, device=device))
+                partials.append(torch.empty(size, dtype=torch.int32, device=device))
+            nothing = [partials[0].new_empty(0), partials[1].new_empty(0)] if len(partials) == 2 else []
+            torch.ops.flashpair_cuda.extremes(
+                program.operands, source.panel(*panel), program.vectors, program.codes(panel, source.tile_rows),
+                program.numbers, stream, partials + nothing,
+            )  # fmt: skip
+            for side, (tiles, first, end) in enumerate(sides):
+                values, places = (p.view(count, -1) for p in partials[2 * side : 2 * side + 2])
+                for e, extreme in enumerate(extremes):
+                    into = [b[first:end] for b in best[e]]
+                    torch.ops.flashpair_cuda.merge_best(
+                        values[e], places[e], *into, tiles, end - first, 1, extreme.largest, stream
+                    )
+    return [_restored(op, *b) for b in best]
+
+
+def _mine_many(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
+    B, N = request.shape
+    device, k, stream = request.x.device, extreme.k, _stream(request.x)
+    op = operands(request, {extreme.mask})
+    source = _Source(op, False)
+    program = _program(request, op, [Item(0, -1)])
+    program.add(op.arranged_extreme(extreme), {"statistic": 0})
+    values, places = _no_best(extreme, B, source.dtype, device)
+    entry = (source.dtype.itemsize + 4) * k
+
+    def stripes(rows: int, columns: int) -> int:
+        return max(1, min(cdiv(columns, 4 * TILE_COLUMNS), _ENOUGH_WARPS // rows))
+
+    def cost(rows: int, columns: int) -> int:
+        return source.bytes * rows * columns + entry * rows * stripes(rows, columns)
+
+    shape = panel_shape(B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, tall=1024) if B and N else (1, 1)
+    with float32_products(op.x, request.precision):
+        for first_b, end_b in panels(B, shape[0]):
+            for first_n, end_n in panels(N, shape[1]):
+                panel, rows = (first_b, end_b, first_n, end_n), end_b - first_b
+                lists = stripes(rows, end_n - first_n)
+                found = (
+                    torch.empty(lists, rows, k, dtype=source.dtype, device=device),
+                    torch.empty(lists, rows, k, dtype=torch.int32, device=device),
+                )
+                torch.ops.flashpair_cuda.top_k(
+                    program.operands, source.panel(*panel), program.vectors, program.codes(panel, source.tile_rows),
+                    program.numbers, stream, k, lists, *found,
+                )  # fmt: skip
+                torch.ops.flashpair_cuda.merge_best(
+                    *found, values[first_b:end_b], places[first_b:end_b], lists, rows, k, extreme.largest, stream
+                )
+    return _restored(op, values, places)

@@ -1,0 +1,235 @@
+"""The pass over pair weights W around a backend's kernels: dX = W Y and dY = Wᵀ X, panel by panel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .operands import ALONG_OTHERS, EPSILON, Operands, inverse_norms, operands, unit_rows
+from .panels import float32_products
+from .request import FlatTerm, Request, statistics_dtype
+from .terms import Reduction, Similarity
+
+#: float16 pair weights are scaled by a power of two so that the largest cotangent becomes about this.
+_HALF_RANGE = 16.0
+#: Parameters of a term that have gradients.
+DIFFERENTIABLE = ("scale", "offset", "other_offset", "weight")
+
+
+@dataclass
+class Slots:
+    """Where the partial sums of parameter gradients, the value and the weights go: a vector per slot and side."""
+
+    used: list[int] = field(default_factory=lambda: [0, 0])  # slots per side; one shared count for self-similarity
+    of: dict[tuple[int, str], int] = field(default_factory=dict)  # (term, name of a parameter or "value") → slot
+    uses: list[tuple[int, int, int]] = field(default_factory=list)  # (parameter, side, slot)
+    values: list[tuple[int, int]] = field(default_factory=list)  # (side, slot)
+
+    def take(self, side: int) -> int:
+        self.used[side] += 1
+        return self.used[side] - 1
+
+
+def _slots(terms: list[FlatTerm], symmetric: bool, needs_params: tuple[bool, ...], with_value: bool) -> Slots:
+    slots = Slots()
+    for t, term in enumerate(terms):
+        for name in DIFFERENTIABLE:
+            index = term.index[name]
+            if index >= 0 and needs_params[index]:
+                side = 0 if symmetric else int(term.axis) ^ int(name in ALONG_OTHERS)
+                slots.of[t, name] = slots.take(side)
+                slots.uses.append((index, side, slots.of[t, name]))
+        if with_value:
+            side = 0 if symmetric else int(term.axis)
+            slots.of[t, "value"] = slots.take(side)
+            slots.values.append((side, slots.of[t, "value"]))
+    return slots
+
+
+@dataclass
+class Backward:
+    """A pass over the pair weights; a self-similarity has one gradient and one state, which both sides add to."""
+
+    op: Operands
+    terms: list[FlatTerm]  # vectors in the order of the operands, as everything below
+    cotangents: list[Tensor | None]  # of each term, (owners,); None: not differentiable, or 1 in a pass of sums
+    statistics: list[tuple[Tensor | None, Tensor | None]]  # (mean, logsumexp) of each term, (owners,)
+    with_value: bool  # a pass of sums
+    slots: Slots
+    row_sum: int  # slots of the sums of weights, for distances; -1 for none
+    column_sum: int
+    states: tuple[Tensor, Tensor]  # running sums (slots, B), (slots, N), float64
+    x: Tensor  # (B, D), (N, D) as the matrix products read them
+    y: Tensor
+    dx: Tensor | None  # (B, D), (N, D) in the dtype of statistics
+    dy: Tensor | None
+    scale: Tensor | None  # (1,) for float16: pair weights are multiplied by it before rounding
+
+
+def weights(
+    request: Request,
+    rows: Tensor,  # (R, B) statistics
+    columns: Tensor,  # (C, N)
+    grad_rows: Tensor,  # (R, B)
+    grad_columns: Tensor,  # (C, N)
+    needs,
+    add_panels: Callable[[Request, Backward], None],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients (dx, dy, [dparam, ...]) of the statistics; `add_panels` adds every panel to dx, dy and the states."""
+    cotangents, statistics = [], []
+    for term in request.terms:
+        known, gradient = (columns, grad_columns) if int(term.axis) else (rows, grad_rows)
+        fixed = term.reduction in (Reduction.COUNT, Reduction.MOMENTS)
+        cotangents.append(None if fixed else gradient[term.slot])
+        if term.reduction == Reduction.LOGSUMEXP:
+            statistics.append((None, known[term.slot]))
+        elif term.reduction == Reduction.SOFTMAX_MEAN:
+            statistics.append((known[term.slot], known[term.slot + 1]))
+        else:
+            statistics.append((None, None))
+    _, dx, dy, dparams = _gradients(request, cotangents, statistics, needs, False, add_panels)
+    return dx, dy, dparams
+
+
+def sums(
+    request: Request,
+    needs,
+    stats: Callable[[Request], tuple[Tensor, Tensor]],
+    add_panels: Callable[[Request, Backward], None],
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
+    if not (needs.x or needs.y or any(needs.params)):
+        rows, columns = stats(request)
+        total = rows.double().sum() + columns.double().sum()
+        return total.to(statistics_dtype(request.x)), None, None, [None] * len(request.params)
+    nothing = [None] * len(request.terms)
+    return _gradients(request, nothing, [(None, None)] * len(request.terms), needs, True, add_panels)
+
+
+def _gradients(request: Request, cotangents, statistics, needs, with_value: bool, add_panels):
+    B, N = request.shape
+    device, dtype = request.x.device, statistics_dtype(request.x)
+    symmetric, distance = request.symmetric, request.similarity != Similarity.DOT
+    op = operands(request, {t.mask for t in request.terms})
+    sides = [int(t.axis) for t in request.terms]
+    cotangents = [op.arrange(c, s) for c, s in zip(cotangents, sides, strict=True)]
+    statistics = [tuple(op.arrange(v, s) for v in pair) for pair, s in zip(statistics, sides, strict=True)]
+    terms = op.arranged_terms(request.terms)
+    slots = _slots(terms, symmetric, needs.params, with_value)
+    need_x, need_y = needs.x, needs.y and not symmetric
+    row_sum = column_sum = -1
+    if distance and (need_x or need_y):
+        row_sum = slots.take(0)
+        column_sum = row_sum if symmetric else slots.take(1)
+    if symmetric:
+        slots.used[1] = slots.used[0]
+    rows_state = torch.zeros(slots.used[0], B, dtype=torch.float64, device=device)
+    columns_state = rows_state if symmetric else torch.zeros(slots.used[1], N, dtype=torch.float64, device=device)
+    states = (rows_state, columns_state)
+    dx = torch.zeros(op.x.shape, dtype=dtype, device=device) if need_x else None
+    dy = torch.zeros(op.y.shape, dtype=dtype, device=device) if need_y else None
+    scale = _half_scale(terms, cotangents, device) if op.x.dtype == torch.float16 and B and N else None
+    x = unit_rows(op.x) if op.scaled else op.x
+    y = x if symmetric else unit_rows(op.y) if op.scaled else op.y
+    if B and N and (with_value or any(c is not None for c in cotangents)):
+        plan = Backward(
+            op, terms, cotangents, statistics, with_value, slots, row_sum, column_sum, states, x, y, dx, dy, scale
+        )
+        with float32_products(x, request.precision):
+            add_panels(request, plan)
+    if dx is not None:
+        sums_of = rows_state[row_sum] if distance else None
+        dx = op.restore(_finished(dx, x, op.raw_x, request.normalize, sums_of, scale), 0, 0)
+    if dy is not None:
+        sums_of = columns_state[column_sum] if distance else None
+        dy = op.restore(_finished(dy, y, op.raw_y, request.normalize, sums_of, scale), 1, 0)
+    dparams = _parameter_gradients(request, op, slots, states)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for side, slot in slots.values:
+        total = total + states[side][slot].sum()
+    return total.to(dtype), dx, dy, dparams
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in the dtype of out, float32 or float64."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def add_panel(
+    plan: Backward,
+    w: Tensor,  # (rows, columns) of the panel
+    first_b: int,
+    first_n: int,
+    mirror: bool,  # the panel also stands for its mirror image: a self-similarity off the diagonal
+) -> None:
+    """Multiply the pair weights of one panel into the gradients."""
+    rows, columns = slice(first_b, first_b + w.shape[0]), slice(first_n, first_n + w.shape[1])
+    if plan.dx is not None:
+        accumulate(plan.dx[rows], w, plan.y[columns])
+        if mirror:
+            accumulate(plan.dx[columns], w.T, plan.x[rows])
+    if plan.dy is not None:
+        accumulate(plan.dy[columns], w.T, plan.x[rows])
+
+
+def _half_scale(terms: list[FlatTerm], cotangents: list[Tensor | None], device) -> Tensor:
+    """(1,) power of two that brings the largest cotangent times scale near `_HALF_RANGE`; 1 if that is not finite."""
+    largest = torch.zeros((), dtype=torch.float32, device=device)
+    for term, cotangent in zip(terms, cotangents, strict=True):
+        if cotangent is None:
+            bound = torch.ones((), dtype=torch.float32, device=device)
+        else:
+            bound = cotangent.abs().amax()
+        for value in (term.scale, term.weight if term.reduction == Reduction.SUM else None):
+            if isinstance(value, Tensor):
+                bound = bound * value.detach().float().abs().amax()
+            elif value is not None:
+                bound = bound * abs(value)
+        largest = torch.maximum(largest, bound)
+    scale = torch.exp2(torch.floor(torch.log2(_HALF_RANGE / largest)).clamp(-100.0, 100.0))
+    return torch.where(scale.isfinite(), scale, 1.0).reshape(1)
+
+
+def _finished(
+    d: Tensor,  # (rows, D) in the dtype of statistics: sum of weights times the other side
+    operand: Tensor,  # (rows, D) as the GEMMs read it
+    raw: Tensor,  # (rows, D)
+    normalize: bool,
+    weight_sums: Tensor | None,  # (rows,) for distances
+    scale: Tensor | None,  # (1,)
+) -> Tensor:
+    """The gradient of one side: distances' own term, the scaling of the weights, and the normalisation undone."""
+    dtype = d.dtype
+    if weight_sums is not None:
+        d = torch.addcmul(d, operand.to(dtype), weight_sums.to(dtype)[:, None], value=-1.0)
+    if scale is not None:
+        d = d / scale
+    if normalize:
+        inverse, wide = inverse_norms(raw)[:, None], raw.to(dtype)
+        # The part along x is removed with x itself: a rounded unit vector would leave a multiple of its error.
+        along = (wide * d).sum(1, keepdim=True, dtype=torch.float64)
+        along = along / wide.square().sum(1, keepdim=True, dtype=torch.float64)
+        # Rows below the smallest norm are divided by a constant, which has no gradient of its own.
+        along = torch.where(inverse < 1.0 / EPSILON, along, 0.0)
+        d = (d - wide * along.to(dtype)) * inverse.to(dtype)
+    return d.to(raw.dtype)
+
+
+def _parameter_gradients(request: Request, op: Operands, slots: Slots, states) -> list[Tensor | None]:
+    """Each parameter's gradient: the sum over its uses."""
+    found: list[Tensor | None] = [None] * len(request.params)
+    for index, side, slot in slots.uses:
+        gradient = op.restore(states[side][slot], side)
+        if request.params[index].numel() == 1 and gradient.numel() != 1:
+            gradient = gradient.sum().reshape(1)
+        # Views of one state may not leave an operator together.
+        found[index] = gradient.clone() if found[index] is None else found[index] + gradient
+    return found

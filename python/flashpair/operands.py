@@ -1,0 +1,184 @@
+"""What a pass of a GPU backend reads: both sides normalised, with norms and label ranks, in an order that saves work.
+
+Nothing here or in `panels`, `forward`, `backward` and `extremes` reads a device value, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .request import PARAMETERS, FlatTerm, Request, statistics_dtype
+from .terms import Extreme, Mask, Similarity
+
+#: Every tile's sides divide this.
+MAX_BLOCK = 256
+#: Smallest norm that `normalize` divides by.
+EPSILON = 1e-12
+#: Parameters of a term that run along its reduced side.
+ALONG_OTHERS = ("other_offset", "weight")
+_CHUNK_ELEMENTS = 1 << 22  # normalised at a time in float64
+
+
+def on_device(launcher):
+    """Run a launcher, whose first argument is a request, with the device of that request current."""
+
+    @functools.wraps(launcher)
+    def run(request: Request, *args, **kwargs):
+        with torch.cuda.device(request.x.device) if request.x.is_cuda else contextlib.nullcontext():
+            return launcher(request, *args, **kwargs)
+
+    return run
+
+
+def padded_length(length: int) -> int:
+    """Length that holds whole tiles of every configuration."""
+    return -(-length // MAX_BLOCK) * MAX_BLOCK
+
+
+def padded(vectors: Tensor) -> Tensor:
+    """(..., length) → (..., padded length), so that kernels read tiles of vectors without masks."""
+    return torch.nn.functional.pad(vectors, (0, padded_length(vectors.shape[-1]) - vectors.shape[-1])).contiguous()
+
+
+def group_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Labels (B,), (N,) as ranks, int32: half the registers of int64, same order, without waiting for the device."""
+    both = labels if ref_labels is None else torch.cat([labels, ref_labels])
+    ordered, order = both.sort(stable=True)
+    rank = torch.zeros_like(ordered, dtype=torch.int32)
+    rank[1:] = (ordered[1:] != ordered[:-1]).to(torch.int32).cumsum(0, dtype=torch.int32)
+    ids = torch.empty_like(rank)
+    ids[order] = rank
+    return ids[: labels.shape[0]], (ids if ref_labels is None else ids[labels.shape[0] :])
+
+
+def padded_labels(ids: Tensor) -> Tensor:
+    """(rows,) → (padded rows,), repeating the last label so that padding widens no tile's range."""
+    missing = padded_length(ids.shape[0]) - ids.shape[0]
+    return torch.cat([ids, ids[-1:].expand(missing)]) if missing else ids
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """(rows,) float64: 1 / max(norm, 1e-12)."""
+    return 1.0 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(EPSILON)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of x (rows, D) divided by their norms, rounded once to the dtype of x."""
+    inverse, out = inverse_norms(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    step = max(_CHUNK_ELEMENTS // max(x.shape[1], 1), 1)
+    for first in range(0, x.shape[0], step):
+        chunk = slice(first, first + step)
+        out[chunk] = x[chunk].double() * inverse[chunk, None]
+    return out
+
+
+def norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
+    """(2, padded rows) in the dtype of statistics: 1 / max(norm, 1e-12), and the squared norm after that division."""
+    rows, dtype = x.shape[0], statistics_dtype(x)
+    out = torch.zeros(2, padded_length(rows), dtype=dtype, device=x.device)
+    if normalize:
+        out[0, :rows] = inverse_norms(x)
+    if squared:
+        wide = x.to(dtype)
+        wide = wide * out[0, :rows, None] if normalize else wide
+        out[1, :rows] = (wide * wide).sum(1)
+    return out
+
+
+@dataclass
+class Operands:
+    """What every kernel of a pass reads, apart from the terms' parameters."""
+
+    raw_x: Tensor  # (B, D) as given
+    raw_y: Tensor  # (N, D)
+    x: Tensor  # (B, D) as the kernels read it: wide inputs normalised, 16-bit ones as given, since they are exact
+    y: Tensor  # (N, D)
+    x_norms: Tensor  # (2, padded B) inverse norm, squared norm
+    y_norms: Tensor  # (2, padded N)
+    x_labels: Tensor  # (padded B,) int32
+    y_labels: Tensor  # (padded N,) int32
+    exclude: Tensor  # (padded B,) int32
+    pair_mask: Tensor  # (B, N) uint8
+    scaled: bool  # the kernels multiply dot products by the inverse norms
+    same_only: bool  # only pairs of equal labels count, so that tiles can be skipped
+    orders: tuple[Tensor | None, Tensor | None]  # rows and columns as sorted by label
+
+    def arrange(self, vector: Tensor | None, side: int) -> Tensor | None:
+        """A caller's vector (..., owners) in the order of the operands."""
+        order = self.orders[side]
+        return vector if order is None or vector is None or vector.shape[-1] == 1 else vector[..., order]
+
+    def restore(self, values: Tensor, side: int, dim: int = -1) -> Tensor:
+        """Inverse of `arrange` along a dimension."""
+        order = self.orders[side]
+        if order is None:
+            return values
+        return torch.empty_like(values).index_copy_(dim, order, values)
+
+    def arranged_terms(self, terms: list[FlatTerm]) -> list[FlatTerm]:
+        """Terms with their vectors in the order of the operands."""
+        if self.orders[0] is None:
+            return terms
+        arranged = []
+        for term in terms:
+            moved = {}
+            for name in PARAMETERS:
+                value = getattr(term, name)
+                if isinstance(value, Tensor):
+                    moved[name] = self.arrange(value, int(term.axis) ^ int(name in ALONG_OTHERS))
+            arranged.append(replace(term, **moved))
+        return arranged
+
+    def arranged_extreme(self, extreme: Extreme) -> Extreme:
+        """An extreme with its thresholds in the order of the operands."""
+        bounds = {"above": extreme.above, "below": extreme.below}
+        return replace(extreme, **{n: self.arrange(b, 0) for n, b in bounds.items() if isinstance(b, Tensor)})
+
+
+def operands(request: Request, masks: set[Mask]) -> Operands:
+    """Operands of a pass with these masks; sorted by label where only pairs of equal labels count."""
+    x, y, device = request.x, request.columns, request.x.device
+    same_only = masks == {Mask.SAME}
+    x_labels = y_labels = torch.zeros(1, dtype=torch.int32, device=device)
+    orders = (None, None)
+    if request.labels is not None:
+        x_labels, y_labels = group_ids(request.labels, None if request.symmetric else request.column_labels)
+    if same_only and request.pair_mask is None and request.exclude is None:
+        row_order = x_labels.argsort(stable=True)
+        column_order = row_order if request.symmetric else y_labels.argsort(stable=True)
+        orders = (row_order, column_order)
+        x, x_labels = x[row_order], x_labels[row_order]
+        y, y_labels = (x, x_labels) if request.symmetric else (y[column_order], y_labels[column_order])
+    x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    y = x if request.symmetric else (y if y.stride(1) == 1 or y.shape[1] <= 1 else y.contiguous())
+    raw_x, raw_y = x, y
+    scaled = request.normalize and x.dtype in (torch.bfloat16, torch.float16)
+    if request.normalize and not scaled:
+        x = unit_rows(x)
+        y = x if request.symmetric else unit_rows(y)
+    squared = request.similarity != Similarity.DOT
+    x_norms = norms(x, scaled, squared)
+    exclude = x_labels
+    if request.exclude is not None:
+        inside = (request.exclude >= 0) & (request.exclude < y.shape[0])
+        exclude = padded(torch.where(inside, request.exclude, -1).to(torch.int32))
+    return Operands(
+        raw_x,
+        raw_y,
+        x,
+        y,
+        x_norms,
+        x_norms if request.symmetric else norms(y, scaled, squared),
+        padded_labels(x_labels),
+        padded_labels(y_labels),
+        exclude,
+        x_labels if request.pair_mask is None else request.pair_mask.contiguous().view(torch.uint8),
+        scaled,
+        same_only,
+        orders,
+    )
