@@ -1,4 +1,5 @@
 # make demo | test | bench | lint | format | clean. Each makes .venv first and installs what it needs, once.
+# make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,6 +7,8 @@ TRITON ?= triton==3.6.0
 DEMO ?=
 TESTS ?= tests
 BENCH ?=
+STAGES ?=
+GPU_OUT ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -13,7 +16,7 @@ EDITABLE := FLASHPAIR_BUILD_NATIVE=0 $(PIP) --no-build-isolation -e
 PACKAGING := constraints.txt pyproject.toml
 SOURCES := setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native $(VENV)/.demo
@@ -27,6 +30,9 @@ bench: $(VENV)/.native $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH)
 	$(BIN)/python bench/memory.py $(BENCH)
 	$(BIN)/python bench/report.py
+
+gpu:
+	$(PYTHON) bench/gpu.py $(STAGES) $(if $(GPU_OUT),--out "$(GPU_OUT)")
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

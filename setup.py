@@ -171,7 +171,11 @@ class CudaCompiler:
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         files = sources("*_cuda.cu")
         command = [self.nvcc, *self.flags, *gencode(architectures)]
-        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={max(1, jobs // len(files))}"]
+        command += [
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-Xfatbin=-compress-all",
+            f"--threads={max(1, jobs // len(files))}",
+        ]
         if os.environ.get("CXX"):
             command.append(f"-ccbin={os.environ['CXX']}")
         newest_header = max(os.path.getmtime(path) for path in sources("*.h", "*.cuh"))

@@ -105,12 +105,16 @@ def python(*arguments: str) -> list[str]:
 
 
 def pytest(*arguments: str, parallel: bool) -> list[str]:
-    """Every test on a line of its own, so that a run that is cut off says how far it came and where it stood."""
+    """Every test on a line of its own, so that a run that is cut off says how far it came and where it stood.
+
+    parallel: as many at a time as compile well side by side, and none for ever, where pytest's plugins are there.
+    """
     command = python("-m", "pytest", "-vv", "--tb=short", "-rfE", "-p", "no:cacheprovider", *arguments)
-    if parallel and importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(1, min(10, (os.cpu_count() or 1) - 2)))]
     if parallel and importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout=90", "--timeout-method=thread"]
+    if parallel and importlib.util.find_spec("xdist"):
+        workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+        command = ["env", "OMP_NUM_THREADS=1", "TORCHINDUCTOR_COMPILE_THREADS=1", *command, "-n", str(workers)]
     return command
 
 
@@ -153,6 +157,12 @@ def last_line(output: str) -> tuple[bool, str]:
     return True, lines[-1] if lines else "no output"
 
 
+def built(output: str) -> tuple[bool, str]:
+    """The first thing that a compiler or setup.py objects to, or the last line."""
+    objection = re.search(r"^(\S+?(:\d+|\(\d+\))+: (fatal )?error:? .*|flashpair: .* but .*)$", output, re.MULTILINE)
+    return True, objection[0] if objection else last_line(output)[1]
+
+
 def tests_passed(output: str) -> tuple[bool, str]:
     """pytest's own count, or ours where it was cut off; a run in which everything was skipped has shown nothing."""
     totals = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|deselected|errors?)\b.*?)\s*=*$", output, re.MULTILINE)
@@ -173,7 +183,7 @@ def sanitized(output: str) -> tuple[bool, str]:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("build", 150, build, last_line),
+        Stage("build", 150, build, built),
         Stage("test", 200, test, tests_passed),
         Stage("bench", 170, bench, last_line),
         Stage("report", 12, report, last_line),
@@ -186,9 +196,9 @@ DEFAULT = ("build", "test", "bench")
 # --- running one stage ------------------------------------------------------------------------------------------------
 
 
-def link_package(site: Path = SITE) -> Path:
+def link_package() -> Path:
     """A folder that holds the package as an installation would: its files, kernels and sources, as links."""
-    package = site / "flashpair"
+    package = SITE / "flashpair"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     for path in (ROOT / "python" / "flashpair").iterdir():
@@ -196,11 +206,12 @@ def link_package(site: Path = SITE) -> Path:
             (package / path.name).symlink_to(path)
     for name in ("kernels", "csrc"):
         (package / name).symlink_to(ROOT / name)
-    return site
+    return SITE
 
 
-def environment(gpu: Gpu, site: Path = SITE) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("FLASHPAIR_BACKEND", "TRITON_INTERPRET")}
+def environment(gpu: Gpu, site: Path) -> dict[str, str]:
+    elsewhere = ("FLASHPAIR_BACKEND", "FLASHPAIR_CUDA_LIBRARY", "TRITON_INTERPRET")  # not what is to be tested
+    kept = {k: v for k, v in os.environ.items() if k not in elsewhere}
     path = os.pathsep.join(filter(None, [str(site), kept.get("PYTHONPATH", "")]))
     settings = {"FLASHPAIR_BUILD_CUDA": "1", "FLASHPAIR_BUILD_NATIVE": "0", "TORCH_CUDA_ARCH_LIST": gpu.capability}
     return {**settings, **kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

@@ -39,11 +39,12 @@ def provenance(rows: list[dict]) -> list[str]:
     """One line per machine and version that the rows come from."""
     lines = set()
     for r in rows:
-        software = f"{r['threads']} threads, torch {r['torch']}, backend {r['backend']}"
         if "driver" in r:
             software = (
                 f"driver {r['driver']}, torch {r['torch']} (CUDA {r['cuda']}), triton {r['triton']}, nvcc {r['nvcc']}"
             )
+        else:
+            software = f"{r['threads']} threads, torch {r['torch']}, backend {r['backend']}"
         lines.add(f"{r['device']}, {software}, commit {r['commit']}, sources `{r['sources']}`, {r['date']}")
     return [f"- {line}" for line in sorted(lines)]
 

@@ -1,7 +1,7 @@
 // The device as the kernels see it: places of threads, warps and blocks, shared memory, 16-byte accesses, 16-bit numbers.
 //
 // Compiled by nvcc, or by a host compiler with FP_EMULATED and a header `emulator.h` that offers the same names, so that
-// the kernels run, step by step, on a machine without a GPU.
+// the kernels run, step by step, on a machine without a GPU. A host compiler alone sees what starts kernels.
 #pragma once
 
 #include <math.h>
@@ -10,9 +10,11 @@
 #if defined(FP_EMULATED)
 #include "emulator.h"
 #else
+#include <cuda_runtime.h>
+#endif
+#if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #endif
 
 #include "host_device.h"
@@ -25,6 +27,22 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;  // of every kernel
 
 #if !defined(FP_EMULATED)
+
+using Stream = cudaStream_t;
+using Status = cudaError_t;
+inline const char* describe(Status status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#endif
+
+// The host compiler, which decodes requests, sees no further than this.
+#if defined(__CUDACC__)
 
 #define FP_KERNEL(BLOCKS) __global__ void __launch_bounds__(kThreads, BLOCKS)
 #define FP_DEVICE __device__ __forceinline__
@@ -61,20 +79,10 @@ FP_DEVICE void copy8(V* to, const V* from) {
   *reinterpret_cast<int2*>(to) = *reinterpret_cast<const int2*>(from);
 }
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 FP_DEVICE uint16_t to_bits(float value, Half) { return __half_as_ushort(__float2half_rn(value)); }
 FP_DEVICE uint16_t to_bits(float value, BFloat16) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 FP_DEVICE float to_float(Half v) { return __half2float(__ushort_as_half(v.bits)); }
 FP_DEVICE float to_float(BFloat16 v) { return __bfloat162float(__ushort_as_bfloat16(v.bits)); }
-
-using Stream = cudaStream_t;
-using Status = cudaError_t;
-inline const char* describe(Status status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
 
 // Starts `blocks` blocks of kThreads on a 1-D grid; nothing to do is no launch.
 template <class... Parameters, class... Arguments>
@@ -90,6 +98,7 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int shared_bytes, S
 }
 
 #endif
+#if defined(__CUDACC__) || defined(FP_EMULATED)
 
 FP_DEVICE int lane_index() { return thread_index() % kLanes; }
 FP_DEVICE int warp_index() { return thread_index() / kLanes; }
@@ -133,5 +142,7 @@ template <class T>
 FP_DEVICE T smaller(T a, T b) {
   return b < a || is_nan(a) ? b : a;
 }
+
+#endif
 
 }  // namespace flashpair

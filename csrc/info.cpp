@@ -83,5 +83,6 @@ py::dict info() {
 
 PYBIND11_MODULE(_build_info, m) {
   m.doc() = "What the native part of flashpair was built from and what this processor offers.";
-  m.def("info", &info, "Dictionary: compiler, C++ standard, architecture, torch and CUDA versions, vector instruction sets.");
+  m.def("info", &info,
+        "Dictionary: compiler, C++ standard, architecture, torch and CUDA versions, vector instruction sets.");
 }

@@ -238,7 +238,7 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
              int column_slots) {
   constexpr int R = kStripRows<T>;
   FP_DYNAMIC_SHARED(memory);
-  FP_SHARED T first_s;
+  FP_SHARED T first_mean;
   Tile<T, R, Source> tile;
   constexpr int strips = kWarps * tile.kStrips;
   int tile_b, tile_n;
@@ -251,11 +251,15 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
   tile.load(pass, source, row, column, memory);
   T pivot = 0;
   if (pass.moments) {
-    // Moments are taken about some similarity of the tile, so that their sums of squares do not cancel.
-    if (warp_index() == 0) first_s = tile.strip(pass, 0).s[0][0];
+    // Moments are taken about the mean of the tile's first strip, so that their sums of squares do not cancel.
+    if (warp_index() == 0) {
+      const Strip<T, R>& strip = tile.strip(pass, 0);
+      T sum = 0;
+      FP_EACH_PAIR(R) sum += strip.s[r][v];
+      first_mean = over_lanes(sum, Add{}) / T(kLanes * R * kVector);
+    }
     sync_block();
-    pivot = shuffle_from(first_s, 0);
-    pivot = finite_or_zero(is_nan(pivot) ? T(0) : pivot);
+    pivot = finite_or_zero(is_nan(first_mean) ? T(0) : first_mean);
   }
   for (int n = 0; n < pass.item_count; ++n) {
     const Item item = pass.items[n];

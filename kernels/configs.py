@@ -20,6 +20,7 @@ class TileConfig:
     stages: int
     parts: int = 1  # column parts that the epilogue takes one after the other, which bounds its registers
     group: int = 8  # row tiles that share the columns they walk
+    registers: int | None = None  # per thread, at most; left to itself, the assembler spills a few to fit another block
 
 
 #: Compute capabilities that have an entry of their own; others use the next lower one.
@@ -44,7 +45,7 @@ _TF32 = {
     100: TileConfig(128, 128, 32, 8, 3, parts=4),
 }
 #: float32 in full runs on the ordinary cores, whose accumulators leave few registers for the epilogue.
-_IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4))
+_IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4, registers=128))
 #: An entry of an extreme is int64, twice the registers of a similarity.
 _EXTREMES = {
     "half": _HALF | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=2)),
@@ -62,11 +63,11 @@ _CROWDED = {
     "half": dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4))
     | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=4)),
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(128, 64, 32, 8, 3, parts=4)),
-    "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4)),
+    "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4, registers=255)),
 }
 _STATS = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
 #: Pair weights hold more at a time than statistics: probabilities, slopes, their sum.
-_WEIGHTS = _STATS | {"half": _HALF | dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4))}
+_WEIGHTS = _STATS | {"half": _HALF | dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4, registers=128))}
 _ENTRIES = {"stats": _STATS, "weights": _WEIGHTS, "extremes": _EXTREMES, "top_k": _TOP_K, "crowded": _CROWDED}
 
 TABLE: dict[tuple[str, str, int], TileConfig] = {

@@ -39,6 +39,8 @@ def launch(kernel, programs: int, config: configs.TileConfig | None, *args, **co
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
+        if config.registers is not None and torch.version.hip is None:
+            constants["maxnreg"] = config.registers
     return kernel[(programs,)](*args, **constants)
 
 

@@ -24,12 +24,14 @@ ON_GPU = ("triton", "cuda")
 
 
 def device(backend: str) -> str:
-    return "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
+    if backend not in ON_GPU or not torch.cuda.is_available():
+        return "cpu"
+    return "cpu" if backend == "cuda" and dispatch.named(backend).load().emulated() else "cuda"
 
 
 def interpreted(backend: str) -> bool:
-    """Triton's interpreter: right, and so slow that sizes must be small."""
-    return backend == "triton" and device(backend) == "cpu"
+    """Triton's interpreter or emulated CUDA: right, and so slow that sizes must be small."""
+    return backend in ON_GPU and device(backend) == "cpu"
 
 
 def serves(backend: str, dtype: torch.dtype) -> bool:

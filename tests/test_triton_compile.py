@@ -1,14 +1,16 @@
 """Triton's kernels compiled ahead of time, without a GPU, for every architecture that has tile configurations.
 
 The launchers run on CPU tensors with recorders in place of the kernels, so what is compiled is what the programs of
-`programs.py` really launch. By default every shipped tile configuration is compiled for one program, at D = 512;
-`FLASHPAIR_COMPILE_ALL=1` compiles all programs, three D and more architectures, and prints what the compiler said.
+`programs.py` really launch. By default every shipped tile configuration is compiled for one program, and those that are
+close to spilling for theirs; `FLASHPAIR_COMPILE_ALL=1` compiles all programs, for every length of the loop over D and
+more architectures, and prints what the compiler said.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -241,17 +243,22 @@ SOME = {
     90: ("supcon", "given_sum", "batch_hard", "top_5"),
     100: ("clip", "given_sum", "batch_hard", "top_5"),
 }
+#: (architecture, kind, program, D) that need nearly all registers.
+TIGHT = [
+    (80, "ieee", "nt_xent", 512),
+    (80, "half", "supcon", 512),
+    (90, "ieee", "nt_xent", 512),
+    (90, "half", "top_64", 200),
+]
 
 
-def _cases():
-    for architecture in configs.ARCHITECTURES if ALL else SOME:
-        for kind in PRECISIONS:
-            for program in PROGRAMS if ALL else SOME[architecture]:
-                for d in (512, 200, 40) if ALL else (512,):
-                    yield pytest.param(architecture, kind, program, d, id=f"sm_{architecture}-{kind}-{program}-{d}")
+def _cases() -> list[tuple[int, str, str, int]]:
+    if ALL:
+        return list(itertools.product(configs.ARCHITECTURES, PRECISIONS, PROGRAMS, (512, 40, 20, 8)))
+    return [(a, kind, program, 512) for a in SOME for kind in PRECISIONS for program in SOME[a]] + TIGHT
 
 
-CASES = list(_cases())
+CASES = [pytest.param(*case, id="sm_{}-{}-{}-{}".format(*case)) for case in _cases()]
 
 
 @pytest.mark.parametrize(("architecture", "kind", "program", "d"), CASES)
@@ -301,6 +308,34 @@ def test_sizes_share_a_compilation(program, record):
         sizes = {"N", "first_b", "first_n", "end_b", "end_n", "tiles", "length", "first", "state_length", "stripes"}
         for name in sizes & set(source.signature):
             assert source.signature[name] == "i32" and (launched.kernel.arg_names.index(name),) not in source.attrs
+
+
+@pytest.mark.parametrize("d", [1, 40, 200, 512])
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_rows_are_whole_aligned_blocks(kind, d, record):
+    """So they are loaded in vectors whatever D is, and binaries for a few D serve all; such rows are not copied."""
+    data = _data(40, 50, d + 1, kind)
+    wide = torch.zeros(50, 528, dtype=data.x.dtype)
+    whole = wide[:, 16 : 16 + d].requires_grad_()  # aligned rows
+    shifted = data.x.detach()[:, 1:].requires_grad_()
+
+    def run():
+        for x, y in ((whole, shifted), (shifted, whole)):
+            pair_sum(x, y, [Term(Reduction.SUM, Score.SQUARE)])
+            mine(x, y, [Extreme(), Extreme(k=3)])
+
+    launches = [launched for launched in record(run) if launched.has_product]
+    assert {launched.name for launched in launches} == {"_weights_kernel", "_extremes_kernel", "_top_k_kernel"}
+    for launched in launches:
+        block_d, D = launched.arguments["BLOCK_D"], launched.arguments["D"]
+        assert D % block_d == 0 and D - d < block_d
+        for pointer, stride in (("x_ptr", "stride_xb"), ("y_ptr", "stride_yn")):
+            rows = launched.arguments[pointer]
+            assert rows.shape[1] == D and rows[:, d:].eq(0).all()
+            assert launched.arguments[stride] == rows.stride(0) and rows.stride(0) % 16 == 0
+            assert rows.data_ptr() % 16 == 0
+        kept = {launched.arguments[p].data_ptr() for p in ("x_ptr", "y_ptr")} & {whole.data_ptr()}
+        assert bool(kept) == (d % block_d == 0)
 
 
 class _NoWaiting(TorchDispatchMode):

@@ -208,7 +208,7 @@ void check_case(Case<T>& c, bool sums = false) {
   if (sums) CHECK_CLOSE(total, want.total, bound * (1 + std::fabs(want.total) + p.rows));
 }
 
-// --- the programs -----------------------------------------------------------------------------------------------------
+// --- the programs ----------------------------------------------------------------------------------------------------
 
 struct Program {
   const char* name;
@@ -358,7 +358,7 @@ void run_all() {
 TEST(engine_of_float_is_the_double_loop) { run_all<float>(); }
 TEST(engine_of_double_is_the_double_loop) { run_all<double>(); }
 
-// --- extremes -----------------------------------------------------------------------------------------------------------
+// --- extremes --------------------------------------------------------------------------------------------------------
 
 template <class T>
 void check_extremes(const Size& size, bool self, int threads) {
@@ -402,7 +402,7 @@ TEST(extremes_are_the_sorted_rows) {
   }
 }
 
-// --- what is not finite ---------------------------------------------------------------------------------------------------
+// --- what is not finite ----------------------------------------------------------------------------------------------
 
 template <class T>
 void check_nan(Reduction reduction, int slot) {

@@ -1,0 +1,340 @@
+"""The runner for GPU machines and the report, without a GPU: limits, partial results, goals, stale rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import goals  # noqa: E402
+import gpu  # noqa: E402
+import machine  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+
+GPU = gpu.Gpu("NVIDIA Nothing 100 80GB", "9.0", "2.11.0")
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=60)
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
+    return tmp_path / "site"
+
+
+def stage(program: str, *more: str, verdict=gpu.last_line) -> gpu.Stage:
+    return gpu.Stage("some", 60, lambda g, s: [gpu.python("-c", p) for p in (program, *more)], verdict)
+
+
+def gone(pid: int) -> bool:
+    """Within a second; a zombie is gone."""
+    for _ in range(20):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_stage_that_is_cut_off_keeps_what_it_has(tmp_path, site):
+    """Its results, its output, and nothing that it started; it is told to end before it is ended."""
+    program = f"""
+import pathlib, signal, subprocess, sys, time
+folder = pathlib.Path({str(tmp_path)!r})
+deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
+(folder / "child").write_text(str(child.pid))
+(folder / "result").write_text("row 1")
+print("row 1", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted after 1 row", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+"""
+    ticks = []
+    start = time.monotonic()
+    outcome = gpu.run_stage(stage(program), GPU, tmp_path, 4.0, lambda: ticks.append(1))
+    assert time.monotonic() - start < 10
+    assert (outcome.state, outcome.line) == ("cut off", "interrupted after 1 row")
+    assert (tmp_path / "result").read_text() == "row 1" and "row 1" in (tmp_path / "some.log").read_text()
+    assert gone(int((tmp_path / "child").read_text())) and ticks
+
+
+def test_a_stage_stops_at_the_command_that_fails(tmp_path, site):
+    outcome = gpu.run_stage(stage("print('first')", "print('no'); exit(3)", "print('third')"), GPU, tmp_path)
+    assert (outcome.state, outcome.line) == ("failed", "no")
+    assert (tmp_path / "some.log").read_text() == "first\nno\n"
+    assert gpu.run_stage(stage("print('fine')"), GPU, tmp_path).state == "ok"
+
+
+def test_a_stage_in_which_everything_was_skipped_has_failed(tmp_path, site):
+    outcome = gpu.run_stage(stage("print('7 skipped in 0.10s')", verdict=gpu.tests_passed), GPU, tmp_path)
+    assert (outcome.state, outcome.line) == ("failed", "7 skipped in 0.10s")
+
+
+def test_a_tool_that_is_missing_fails_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda *a, **k: None)
+    outcome = gpu.run_stage(gpu.STAGES["sanitize"], GPU, tmp_path)
+    assert outcome.state == "failed" and "compute-sanitizer" in outcome.line
+
+
+def test_stages_run_on_after_one_that_fails(tmp_path, site, monkeypatch, capsys):
+    made = {"build": stage("exit(1)"), "test": stage("import time; time.sleep(60)"), "bench": stage("print('2 rows')")}
+    made = {name: gpu.Stage(name, 2, s.commands, s.verdict) for name, s in made.items()}
+    monkeypatch.setattr(gpu, "STAGES", made | {"report": gpu.Stage("report", 9, lambda g, s: [], gpu.last_line)})
+    monkeypatch.setattr(gpu, "probe", lambda: GPU)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    states = [line.split()[:2] for line in (tmp_path / "summary.txt").read_text().splitlines()[2:]]
+    assert [name for name, _ in states] == ["build", "test", "bench", "report"]
+    assert [state for _, state in states] == ["failed", "cut", "ok", "ok"]
+    assert "2 rows" in text and "at most 2 s" in text
+
+
+def test_the_package_is_importable_from_links(site):
+    gpu.link_package()
+    program = (
+        "import flashpair, flashpair.losses; print(flashpair.__file__); from pathlib import Path; import importlib"
+    )
+    program += ".util; print(importlib.util.find_spec('flashpair.kernels').origin)"
+    done = command(sys.executable, "-c", program, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith(str(site)) for line in done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("output", "good", "line"),
+    [
+        ("x\n=== 3 failed, 5 passed, 2 skipped in 1.20s ===\n", True, "3 failed, 5 passed, 2 skipped in 1.20s"),
+        ("7 skipped in 0.10s\n", False, "7 skipped in 0.10s"),
+        ("tests/a.py::test_x[a-b] PASSED [ 1%]\ntests/a.py::test_y FAILED\n", True, "1 failed, 1 passed so far"),
+        ("[gw1] [ 2%] PASSED tests/a.py::test_x[b]\n[gw0] [ 3%] PASSED tests/a.py::test_z\n", True, "2 passed so far"),
+        ("No module named pytest\n", False, "No module named pytest"),
+    ],
+    ids=["total", "nothing but skips", "cut off", "cut off in parallel", "no pytest"],
+)
+def test_what_pytest_said(output, good, line):
+    assert gpu.tests_passed(output) == (good, line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "csrc/a.h:36:39: error: 'x' was not declared in this scope",
+        'csrc/a.cu(12): error: identifier "x" is undefined',
+        "flashpair: FLASHPAIR_BUILD_CUDA=1, but nvcc was not found",
+        "triton: usable; cuda: usable",
+    ],
+    ids=["host compiler", "nvcc", "setup.py", "success"],
+)
+def test_what_the_build_said(line):
+    after = "" if line.startswith("triton") else "\nRuntimeError: Error compiling objects for extension"
+    assert gpu.built(f"g++ -Werror=switch a.cpp\n{line}{after}\n")[1] == line
+
+
+def test_a_memory_checker_that_saw_no_test_has_shown_nothing():
+    clean = "2 passed in 1s\n========= ERROR SUMMARY: 0 errors\n"
+    race = "2 passed in 1s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+    assert gpu.sanitized(clean + race)[0]
+    assert not gpu.sanitized(clean)[0]
+    assert not gpu.sanitized((clean + race).replace("2 passed", "2 skipped"))[0]
+
+
+def test_an_unknown_stage_is_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu.arguments(["build", "profile"])
+    assert error.value.code == 2
+    assert "unknown stage 'profile'; stages are build, test, bench, report, sanitize" in capsys.readouterr().err
+    assert gpu.arguments([]).stages == ["build", "test", "bench", "report"]
+    assert gpu.arguments(["sanitize"]).stages == ["sanitize"]
+
+
+def test_default_stages_take_less_than_nine_minutes():
+    assert sum(gpu.STAGES[name].seconds for name in gpu.arguments([]).stages) < 540
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_without_a_gpu(tmp_path):
+    done = command("make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", f"GPU_OUT={tmp_path / 'out'}")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("make gpu: ")]
+    assert len(lines) == 1 and "sees no GPU" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+IDENTITY = {"allocator": "default", "threads": "16", "device": GPU.name}
+PROVENANCE = {
+    **IDENTITY, "driver": "580", "torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0", "nvcc": "13.0",
+    "commit": "abc", "date": "2026-11-21",
+}  # fmt: skip
+
+
+def size(case: str, batch: int = 32768, width: int = 512) -> dict:
+    return {"case": case, "batch": batch, "width": width, "dtype": "bfloat16", **IDENTITY}
+
+
+def measured(case: str, times: dict[str, float], extra: float = 100.0, sources: str = "now", **options) -> dict:
+    """A row as `run.py` writes it."""
+    spread = {name: {"median": t, "low": t, "high": t, "samples": 9} for name, t in times.items()}
+    baseline = next(iter(times))
+    return {
+        **size(case, **options), **PROVENANCE, "milliseconds": spread, "baseline": baseline, "products": 4.0,
+        "times_flashpair": {n: spread[n] for n in times if n != baseline}, "foreign_load": 0.0,
+        "not_run": {"inf_cl": "No module named 'inf_cl'"}, "sources": sources, "workspace_mebibytes": 256.0,
+        "extra_mebibytes": dict.fromkeys(times, extra), "gradient_mebibytes": 64.0,
+        "gemm_milliseconds": {"median": 1.5, "low": 1.5, "high": 1.5, "samples": 9},
+    }  # fmt: skip
+
+
+def unmeasured(case: str, **options) -> dict:
+    return {**size(case, **options), **PROVENANCE, "not_measured": run.NOT_REACHED, "sources": "now"}
+
+
+def test_a_row_that_was_not_reached_replaces_no_measurement(tmp_path):
+    path = tmp_path / "gpu.json"
+    run.merge(path, [unmeasured("clip"), unmeasured("supcon")], run.KEY)
+    run.merge(path, [measured("clip", {goals.CUDA: 9.0})], run.KEY)
+    run.merge(path, [unmeasured("clip"), unmeasured("supcon")], run.KEY)
+    rows = {row["case"]: row for row in json.loads(path.read_text())}
+    assert rows["clip"]["milliseconds"] and rows["supcon"]["not_measured"] and len(rows) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_are_written_one_by_one(tmp_path, capsys):
+    from cases import Job
+
+    path, seen = tmp_path / "gpu.json", []
+    jobs = [Job(name, 32768, 512, "bfloat16") for name in ("clip", "supcon", "siglip")]
+
+    def measure(job) -> dict:
+        seen.append([row["case"] for row in json.loads(path.read_text()) if "milliseconds" in row])
+        if job.case == "supcon":
+            time.sleep(0.6)
+        return measured(job.case, {goals.TRITON: 1.0})
+
+    run.run_jobs(jobs, measure, lambda job: unmeasured(job.case), path, 0.5, time.monotonic())
+    rows = {row["case"]: "milliseconds" in row for row in json.loads(path.read_text())}
+    assert seen == [[], ["clip"]]
+    assert rows == {"clip": True, "supcon": True, "siglip": False}
+    assert "not measured, 0.5 s are over: siglip 32768x512 bfloat16" in capsys.readouterr().out
+
+
+def test_a_contestant_that_ends_the_process_is_left_out(tmp_path):
+    """The next process goes on with the same row, without it; one that ends it again ends the run."""
+    current, calls = tmp_path / "current.json", []
+
+    def process(arguments: list[str]) -> int:
+        calls.append(arguments)
+        current.write_text(json.dumps({"job": 4, "contestant": goals.CUDA}))
+        return 0 if goals.CUDA in arguments else run.LOST
+
+    assert run.persist(process, float("inf"), current) == 1
+    assert calls == [["--first", "0"], ["--first", "4", "--without", goals.CUDA]]
+    calls.clear()
+    assert run.persist(lambda arguments: process(arguments) and -signal.SIGKILL, 9.0, current) == 1
+    assert run.persist(lambda arguments: process(arguments) * 0 - signal.SIGSEGV, 9.0, current) == -signal.SIGSEGV
+
+
+def test_the_preset_begins_with_the_most_telling_rows():
+    from cases import CASES, gpu_jobs
+
+    jobs = gpu_jobs()
+    assert [(j.case, j.batch, j.width) for j in jobs[:2]] == [("clip", 32768, 512), ("supcon", 32768, 512)]
+    assert {j.case for j in jobs} <= {c.name for c in CASES}
+    assert len({(j.case, j.batch, j.width, j.dtype) for j in jobs}) == len(jobs)
+    bf16 = {(j.case, j.batch, j.width) for j in jobs if j.dtype == "bfloat16"}
+    named = {(c, b, d) for g in goals.GOALS for c in g.cases for b in g.batches for d in g.widths}
+    assert named <= bf16
+    assert {(j.case, j.batch) for j in jobs if j.dtype == "float32"} == {("clip", 4096), ("clip", 16384)}
+
+
+# --- goals and report -------------------------------------------------------------------------------------------------
+
+
+def states(rows: list[dict]) -> dict[str, str]:
+    return {f"{goal.cases[0]}: {goal.text}": goals.judge(goal, rows)[0] for goal in goals.GOALS}
+
+
+def test_nothing_is_met_that_was_not_measured():
+    assert set(states([]).values()) == {"not measured"}
+    assert set(states([unmeasured("clip"), unmeasured("supcon")]).values()) == {"not measured"}
+    section = "\n".join(report.goals_section([], "now"))
+    assert section.count("| not measured |") == len(goals.GOALS) and "no GPU has been measured yet" in section
+
+
+def test_goals_are_judged_by_what_was_measured():
+    rows = [
+        measured("clip", {goals.TRITON: 8.0, goals.CUDA: 12.0, goals.DENSE: 20.0}, extra=300.0),
+        measured("supcon", {goals.TRITON: 6.0, goals.CUDA: 8.0, goals.DENSE: 7.0}),
+        measured("ms-random", {goals.TRITON: 7.0}),
+        measured("batch-hard", {goals.CUDA: 2.0}),
+    ]
+    found = states(rows)
+    assert found["clip: cuda no slower than dense, B ≥ 4096"] == "missed"  # by SupCon
+    assert found["clip: cuda at most 1.6x triton"] == "partly measured"
+    assert found["clip: at most 10 ms, B = 32768, D = 512"] == "met"
+    assert found["clip: at most 18 ms, B = 32768, D = 1024"] == "not measured"
+    assert found["clip: at most 256 MiB beyond inputs and gradients, the same"] == "met"
+    assert found["supcon: at most 0.65x CLIP"] == "missed"
+    assert found["ms-random: at most 1.2x SupCon"] == "partly measured"
+    assert found["batch-hard: at most 3 ms, B = 32768, D = 512"] == "met"
+    text = goals.judge(goals.GOALS[0], rows)[1]
+    assert "1.14x" in text and "supcon 32768x512" in text
+
+
+def test_memory_beyond_its_bound_is_missed():
+    goal = next(g for g in goals.GOALS if g.limit == goals.BOUND)
+    row = measured("clip", {goals.CUDA: 9.0})
+    bound = goals.memory_bound(row)
+    assert 512 < bound < 1024  # S would take 2048 MiB
+    for value, state in ((bound, "partly measured"), (bound + 1, "missed")):
+        row["extra_mebibytes"][goals.CUDA] = value + row["gradient_mebibytes"]
+        assert goals.judge(goal, [row])[0] == state
+
+
+def test_the_report_of_a_gpu(tmp_path, monkeypatch):
+    """Stale rows are marked, rows that were not reached are named, and so are the absent peers."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "source_hash", lambda: "now")
+    times = {goals.TRITON: 8.0, goals.CUDA: 12.0, goals.DENSE: 20.0}
+    rows = [measured("clip", times, sources="before"), measured("supcon", times), unmeasured("siglip")]
+    run.merge(tmp_path / f"{GPU.slug}.json", rows, run.KEY)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", GPU.slug])
+    assert report.main() == 0
+    text = (tmp_path / "nvidia-nothing-100-80gb.md").read_text()
+    lines = {line.split(" | ")[0][2:]: line for line in text.splitlines() if " | 32768 | 512 | " in line}
+    assert "stale (before)" in lines["clip"] and "stale" not in lines["supcon"]
+    assert "not measured (not reached)" in text
+    assert "8.00 (8.00-8.00), 5.3 U, 75%" in text  # 8 ms in units of 1.5 ms; 4 products
+    assert "- inf_cl: No module named 'inf_cl' (2 rows)" in text
+    assert "driver 580, torch 2.11.0 (CUDA 13.0), triton 3.6.0, nvcc 13.0" in text
+    goal = next(line for line in text.splitlines() if "at most 10 ms" in line)
+    assert "| met | stale |" in goal
+    assert (tmp_path / "nvidia-nothing-100-80gb.png").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", "another"])
+    with pytest.raises(SystemExit, match=r"no results of 'another'; there are nvidia-nothing-100-80gb"):
+        report.main()

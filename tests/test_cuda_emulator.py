@@ -1,0 +1,267 @@
+"""The CUDA kernels, compiled for the host and run by the emulator of `cpp/emulator.h` on CPU tensors.
+
+Which library the backend loads is decided once, so these tests need a process of their own: without
+FLASHPAIR_CUDA_LIBRARY the first tests build the emulated library and start it, once plainly and once under
+AddressSanitizer and UndefinedBehaviourSanitizer, which see every access of the kernels. A tile of S has 32 rows (16 in
+float64, 128 in the fused form) and 128 columns.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+import support
+import torch
+from programs import LSE, PROGRAMS, SUM, on_sides, only
+from support import compare, evaluate, make
+
+import flashpair
+from flashpair import Axis, Extreme, Mask, Reduction, Score, Term, backend_cuda, mine, pair_reduce, use_backend
+
+EMULATED = "FLASHPAIR_CUDA_LIBRARY" in os.environ
+alone = pytest.mark.skipif(not EMULATED, reason="runs in a process of its own, which sets FLASHPAIR_CUDA_LIBRARY")
+starts = pytest.mark.skipif(EMULATED, reason="this is that process")
+possible = pytest.mark.skipif(bool(emulated.OBSTACLE), reason=emulated.OBSTACLE)
+HERE = Path(__file__).parent
+#: Files whose tests take every usable backend.
+SHARED = ("test_recipes.py", "test_miners.py", "test_losses_definition.py")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _run(library: Path, *arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "FLASHPAIR_CUDA_LIBRARY": str(library), **environment}
+    done = subprocess.run(command, env=variables, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+
+
+@starts
+@possible
+def test_in_a_process_of_its_own(tmp_path):
+    _run(emulated.build(tmp_path), __file__, *SHARED, "-k", "cuda")
+
+
+@starts
+@possible
+def test_under_sanitizers(tmp_path):
+    library = emulated.build(tmp_path, ("-O1", "-g", *emulated.SANITIZERS))
+    runtimes = [
+        subprocess.run([emulated.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(runtime).is_absolute() for runtime in runtimes):
+        pytest.skip("the compiler has no sanitizer runtimes")
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": " ".join(runtimes)}
+    _run(library, __file__, "-k", "cuda and sanitized", **options)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty gives NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if EMULATED:
+        torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def _shape(side: str, b: int, n: int) -> tuple[int, int | None]:
+    return (b, n) if side == "rectangle" else (b, None)
+
+
+# --- values and gradients ---------------------------------------------------------------------------------------------
+
+
+@alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("program", "side"), on_sides(PROGRAMS))
+def test_programs(program, side, dtype):
+    """Every program of the table: all reductions, scores, masks, parameters and similarities."""
+    data = make(*_shape(side, 37, 131), 19, grid=program.grid, precision=torch.float32)
+    compare(program.run, data, "cuda", dtype)
+
+
+NARROW = only(
+    "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "scalar_of_everything",
+    "softmax_mean_parameters", "moments", "thresholds",
+)  # fmt: skip
+
+
+@alone
+@pytest.mark.parametrize("form", ["simple", "fused"])
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("program", "side"), on_sides(NARROW))
+def test_narrow_inputs(program, side, dtype, form):
+    """S from the vendor's product, and S from the kernels' own."""
+    data = make(*_shape(side, 133, 30), 41, grid=program.grid, precision=dtype)
+    with backend_cuda.form(form):
+        compare(program.run, data, "cuda", dtype)
+
+
+@alone
+@pytest.mark.parametrize("rows", [1, 31, 32, 33])
+@pytest.mark.parametrize("columns", [1, 127, 128, 129])
+def test_sizes_around_a_tile_sanitized(rows, columns):
+    for name in ("sum_parameters", "squared_euclidean"):
+        data = make(rows, columns, 5, precision=torch.float32)
+        compare(only(name)[0].run, data, "cuda", torch.float32, ill_conditioned=True)
+
+
+@alone
+@pytest.mark.parametrize("shape", [(1, 1, 1), (127, 129, 31), (128, 128, 32), (129, 127, 33), (5, 3, 200)], ids=str)
+def test_sizes_around_a_fused_tile_sanitized(shape):
+    data = make(*shape, precision=torch.bfloat16)
+    with backend_cuda.form("fused"):
+        compare(only("sum_parameters")[0].run, data, "cuda", torch.bfloat16, ill_conditioned=True)
+
+
+@alone
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 129])
+@pytest.mark.parametrize("name", ["supcon", "moments", "given"])
+def test_self_similarity_around_a_tile_sanitized(name, size):
+    data = make(size, None, 5, precision=torch.float32)
+    compare(only(name)[0].run, data, "cuda", torch.float32, ill_conditioned=True)
+
+
+@alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_many_panels(side, dtype):
+    """A workspace of 1 MiB holds a part of S only; statistics and sums are merged over the panels."""
+
+    def run(d):
+        terms = [
+            Term(LSE, scale=d.row_scale, other_offset=d.column_offset),
+            Term(SUM, Score.SOFTPLUS, Mask.SAME, Axis.COLUMNS, scale=d.scale),
+            Term(Reduction.SOFTMAX_MEAN, mask=Mask.DIFFERENT),
+            Term(Reduction.MOMENTS, axis=Axis.COLUMNS),
+        ]
+        return pair_reduce(**d.pairs, terms=terms, max_workspace_bytes=1 << 20)
+
+    with backend_cuda.form("simple"):
+        compare(run, make(*_shape(side, 600, 530), 6, precision=dtype), "cuda", dtype)
+
+
+@alone
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_more_terms_than_a_pass_takes(side):
+    def run(d):
+        terms = [Term(SUM, Score.SOFTPLUS, scale=0.1 * (k + 1), weight=d.column_weight) for k in range(19)]
+        return pair_reduce(**d.pairs, terms=terms)
+
+    compare(run, make(*_shape(side, 9, 7), 4, precision=torch.float32), "cuda", torch.float32)
+
+
+@alone
+@pytest.mark.parametrize("labels", ["few", "one", "distinct", "many"])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_terms_of_equal_labels_only(side, labels):
+    """Rows are sorted by label on the way, tiles without a pair of equals are skipped."""
+
+    def run(d):
+        terms = [
+            Term(LSE, mask=Mask.SAME, scale=d.row_scale, offset=d.row_offset, weight=d.column_weight),
+            Term(SUM, Score.SOFTPLUS, Mask.SAME, Axis.COLUMNS, d.column_scale, other_offset=d.row_offset),
+            Term(Reduction.MOMENTS, mask=Mask.SAME, below=d.row_offset + 0.513),
+        ]
+        return pair_reduce(**d.pairs, terms=terms, similarity=flashpair.Similarity.SQUARED_EUCLIDEAN)
+
+    compare(run, make(*_shape(side, 150, 260), 4, labels, precision=torch.float32), "cuda", torch.float32)
+
+
+@alone
+@pytest.mark.parametrize("name", ["sum_parameters", "supcon", "multi_similarity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+def test_the_order_of_threads_does_not_matter(name, dtype, monkeypatch):
+    """Bitwise: whatever order the threads of a block run in between barriers. A race would show."""
+    program = only(name)[0]
+    data = make(*_shape(program.sides[-1], 140, 0), 35, grid=program.grid, precision=dtype).to(dtype)
+    found = []
+    for order in ("0", "1", "12345"):
+        monkeypatch.setenv("FLASHPAIR_EMULATOR_ORDER", order)
+        values, gradients = evaluate(program.run, data, "cuda")
+        found.append({**values, **gradients})
+    for other in found[1:]:
+        assert all(torch.equal(other[name].nan_to_num(), value.nan_to_num()) for name, value in found[0].items())
+
+
+@alone
+def test_offsets_beyond_int32():
+    """Embeddings whose elements lie more than 2^31 apart are read where they are."""
+    rows, stride = 20, 1 << 27
+    x = torch.empty(0, dtype=torch.bfloat16).set_(
+        torch.UntypedStorage(2 * rows * stride), 0, (rows, 16), (stride, 1)
+    )  # fmt: skip
+    x.copy_(torch.randn(rows, 16))
+    assert (rows - 1) * stride > 1 << 31
+    terms = [Term(LSE), Term(SUM, Score.SQUARE, axis=Axis.COLUMNS)]
+    with use_backend("cuda"), backend_cuda.form("fused"):
+        ours = pair_reduce(x, x[:3], terms)
+    with use_backend("reference"):
+        expected = pair_reduce(x.double(), x[:3].double(), terms)
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+# --- mining -----------------------------------------------------------------------------------------------------------
+
+
+def _mined(extremes, backend, **options):
+    with use_backend(backend):
+        return mine(extremes=extremes, **options)
+
+
+def _assert_equal(extremes, dtype, **options):
+    narrow = {n: v.to(dtype) if n in "xy" and v is not None else v for n, v in options.items()}
+    found, expected = _mined(extremes, "cuda", **narrow), _mined(extremes, "reference", **options)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.values.double(), wanted.values.double(), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got.indices, wanted.indices)
+
+
+@alone
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_extremes(side, dtype, k):
+    """Exact similarities with many ties: values and places, over several tiles and stripes."""
+    d = make(*_shape(side, 131, 140), 3, grid=True)
+    bound = d.row_offset.mul(4).round() / 4 + 0.125
+    extremes = [
+        Extreme(Mask.DIFFERENT, k=k),
+        Extreme(Mask.SAME, largest=False, k=k),
+        Extreme(k=k, above=bound, below=1.125),
+    ]
+    _assert_equal(extremes, dtype, **d.pairs)
+
+
+@alone
+def test_extremes_in_stripes_sanitized():
+    d = make(3, 1500, 3, grid=True)
+    _assert_equal([Extreme(k=7), Extreme(k=40, largest=False)], torch.float32, x=d.x, y=d.y)
+
+
+@alone
+@pytest.mark.parametrize("k", [1, 5])
+def test_extremes_with_nan_and_infinity(k):
+    d = make(40, 140, 3, grid=True)
+    d.y[7, 1], d.y[130, 0], d.x[5, 2] = torch.nan, torch.inf, torch.nan
+    _assert_equal([Extreme(k=k), Extreme(k=k, largest=False, mask=Mask.SAME)], torch.float32, **d.pairs)
+
+
+@alone
+def test_form_is_checked():
+    with pytest.raises(ValueError, match='form must be "auto", "simple" or "fused"; got \'other\''), backend_cuda.form("other"):
+        pass
+
+
+@alone
+def test_this_backend_runs_emulated():
+    assert flashpair.backends()["cuda"] == "usable" and backend_cuda.emulated()
+    assert support.interpreted("cuda")
