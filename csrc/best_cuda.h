@@ -57,8 +57,7 @@ struct BestList {
   int k;
   bool largest;
 
-  FP_DEVICE BestList(int k, bool largest)
-      : low(no_entry<T>(largest)), high(low), last(low), k(k), largest(largest) {}
+  FP_DEVICE BestList(int k, bool largest) : low(no_entry<T>(largest)), high(low), last(low), k(k), largest(largest) {}
 
   // Inserts one entry, the same in every lane.
   FP_DEVICE void insert(const Entry<T>& entry) {

@@ -22,13 +22,52 @@ using torch::headeronly::ScalarType;
 
 // Fields of the flat pass, in the order of `_HEADER`, `_ITEM` and `_TERM` in backend_cuda.py.
 enum Header {
-  kFirstB, kEndB, kFirstN, kEndN, kTilesB, kTilesN, kPaddedB, kPaddedN, kColumns, kSimilarity, kScaled, kExcludeSelf,
-  kSymmetric, kTriangle, kMirrorSums, kSameOnly, kItems, kTerms, kHeader
+  kFirstB,
+  kEndB,
+  kFirstN,
+  kEndN,
+  kTilesB,
+  kTilesN,
+  kPaddedB,
+  kPaddedN,
+  kColumns,
+  kSimilarity,
+  kScaled,
+  kExcludeSelf,
+  kSymmetric,
+  kTriangle,
+  kMirrorSums,
+  kSameOnly,
+  kItems,
+  kTerms,
+  kHeader
 };
 enum ItemField { kItemRow, kItemColumn, kItemShared, kItem };
 enum TermField {
-  kReduction, kScore, kMask, kLogaddexp, kDetach, kHasAbove, kHasBelow, kLargest, kOwnsColumns, kScale, kOffset, kAbove, kBelow,
-  kOtherOffset, kWeight, kCotangent, kLse, kMean, kSlot, kScaleSlot, kOffsetSlot, kOtherSlot, kWeightSlot, kValueSlot,
+  kReduction,
+  kScore,
+  kMask,
+  kLogaddexp,
+  kDetach,
+  kHasAbove,
+  kHasBelow,
+  kLargest,
+  kOwnsColumns,
+  kScale,
+  kOffset,
+  kAbove,
+  kBelow,
+  kOtherOffset,
+  kWeight,
+  kCotangent,
+  kLse,
+  kMean,
+  kSlot,
+  kScaleSlot,
+  kOffsetSlot,
+  kOtherSlot,
+  kWeightSlot,
+  kValueSlot,
   kTerm
 };
 enum Operand { kX, kY, kXNorms, kYNorms, kXLabels, kYLabels, kExclude, kPairMask, kOperands };

@@ -50,6 +50,7 @@ struct BFloat16 {
 #define FP_GRID_CONSTANT __grid_constant__  // read where it lies: no copy in local memory
 #define FP_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #define FP_UNROLL _Pragma("unroll")
+#define FP_FENCE asm volatile("" ::: "memory")  // the compiler moves no memory access across it
 
 FP_DEVICE int thread_index() { return threadIdx.x; }
 FP_DEVICE int64_t block_index() { return blockIdx.x; }

@@ -7,9 +7,11 @@ namespace flashpair {
 
 // Vectors along a side are padded to a multiple of this, and panels begin at one: a multiple of every tile's sides.
 constexpr int kPad = 128;
-// Rows of a strip.
+// Rows of a strip. Pair weights keep more of every pair in registers.
 template <class T>
 constexpr int kStripRows = sizeof(T) == 4 ? 4 : 2;
+template <class T>
+constexpr int kWeightsRows = kStripRows<T> / 2;
 
 // One statistic or sum: its first partial, and where its state begins.
 struct FoldEntry {
@@ -25,9 +27,9 @@ struct FoldEntries {
 // Pair weights of a panel.
 template <class Out>
 struct WeightsOutput {
-  Out* w;           // (end_b - first_b, stride), or nullptr: sums only
-  int64_t stride;   // a multiple of 4
-  const float* factor;  // (1,) or nullptr: multiplies the weights before rounding
+  Out* w;                             // (end_b - first_b, stride), or nullptr: sums only
+  int64_t stride;                     // a multiple of 4
+  const float* factor;                // (1,) or nullptr: multiplies the weights before rounding
   int row_sum_slot, column_sum_slot;  // sums of the stored weights, -1: not wanted
 };
 

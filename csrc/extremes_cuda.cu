@@ -162,15 +162,15 @@ Status start_merge_best(const Best<T>& from, int lists, const Best<T>& into, int
                 largest);
 }
 
-#define FP_INSTANTIATE(T, SOURCE)                                                                                \
+#define FP_INSTANTIATE(T, SOURCE) \
   template Status start_extremes(const Pass<T>&, const SOURCE&, const Partials<T>&, const Partials<int32_t>&, Stream);
 FP_INSTANTIATE(float, PanelSource<float>)
 FP_INSTANTIATE(double, PanelSource<double>)
 FP_INSTANTIATE(float, EmbeddingSource<Half>)
 FP_INSTANTIATE(float, EmbeddingSource<BFloat16>)
 #undef FP_INSTANTIATE
-#define FP_INSTANTIATE(T)                                                                                          \
-  template Status start_top_k(const Pass<T>&, const PanelSource<T>&, const Best<T>&, int, int, Stream);            \
+#define FP_INSTANTIATE(T)                                                                               \
+  template Status start_top_k(const Pass<T>&, const PanelSource<T>&, const Best<T>&, int, int, Stream); \
   template Status start_merge_best(const Best<T>&, int, const Best<T>&, int, int, bool, Stream);
 FP_INSTANTIATE(float)
 FP_INSTANTIATE(double)

@@ -9,7 +9,7 @@ namespace {
 using common::state_merge;
 
 constexpr int kMostComponents = 5;
-constexpr int kOwners = kLanes;          // of a block
+constexpr int kOwners = kLanes;              // of a block
 constexpr int kRanges = kThreads / kOwners;  // of tiles, each merged by one thread per owner
 
 // A difference of two shifts of float32 exponents needs no exponential in double.

@@ -42,7 +42,8 @@ FP_DEVICE void load_matrices(unsigned (&out)[4], const void* row) {
 // c (16 x 8) += a (16 x 16) b (16 x 8).
 FP_DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Half) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -86,17 +87,15 @@ FP_DEVICE void multiply_tile(const EmbeddingSource<Input>& source, int row, int 
     if (step < steps) {
       uint16_t* stage = stage_of(step);
       load_stage<kMmaRows>(stage, source.x, source.stride_xb, row, end_b, step * kMmaDepth, source.features);
-      load_stage<kMmaColumns>(stage + kMmaRows * kMmaDepth, source.y, source.stride_yn, column, end_n,
-                              step * kMmaDepth, source.features);
+      load_stage<kMmaColumns>(stage + kMmaRows * kMmaDepth, source.y, source.stride_yn, column, end_n, step * kMmaDepth,
+                              source.features);
     }
     commit_copies();
   };
   float c[kMmaDown][kMmaAcross][4];
   FP_UNROLL
-  for (int m = 0; m < kMmaDown; ++m)
-    FP_UNROLL
-  for (int n = 0; n < kMmaAcross; ++n)
-    FP_UNROLL
+  for (int m = 0; m < kMmaDown; ++m) FP_UNROLL
+  for (int n = 0; n < kMmaAcross; ++n) FP_UNROLL
   for (int k = 0; k < 4; ++k) c[m][n][k] = 0;
   for (int step = 0; step < kMmaStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
@@ -113,11 +112,10 @@ FP_DEVICE void multiply_tile(const EmbeddingSource<Input>& source, int row, int 
         load_matrices(a[m], x + chunk_at(warp_row + m * 16 + lane % 16, depth * 2 + lane / 16) * kChunk);
       FP_UNROLL
       for (int n = 0; n < kMmaAcross / 2; ++n)
-        load_matrices(b[n], y + chunk_at(warp_column + n * 16 + lane % 8 + lane / 16 * 8, depth * 2 + lane / 8 % 2) *
-                                    kChunk);
+        load_matrices(b[n],
+                      y + chunk_at(warp_column + n * 16 + lane % 8 + lane / 16 * 8, depth * 2 + lane / 8 % 2) * kChunk);
       FP_UNROLL
-      for (int m = 0; m < kMmaDown; ++m)
-        FP_UNROLL
+      for (int m = 0; m < kMmaDown; ++m) FP_UNROLL
       for (int n = 0; n < kMmaAcross; ++n)
         multiply_add(c[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], Input{});
     }
@@ -126,8 +124,7 @@ FP_DEVICE void multiply_tile(const EmbeddingSource<Input>& source, int row, int 
   sync_block();  // the product takes the place of the stages
   float* product = reinterpret_cast<float*>(shared);
   FP_UNROLL
-  for (int m = 0; m < kMmaDown; ++m)
-    FP_UNROLL
+  for (int m = 0; m < kMmaDown; ++m) FP_UNROLL
   for (int n = 0; n < kMmaAcross; ++n) {
     float* at = product + (warp_row + m * 16 + lane / 4) * kSharedRow + warp_column + n * 8 + lane % 4 * 2;
     at[0] = c[m][n][0], at[1] = c[m][n][1];

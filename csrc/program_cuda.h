@@ -31,7 +31,7 @@ struct TermCode {
   Mask mask;
   bool logaddexp, detach, has_above, has_below, largest;
   bool owns_columns;  // the columns of S; in a self-similarity this says how a mask that is not symmetric is read
-  int16_t slot;  // first partial of the statistic
+  int16_t slot;       // first partial of the statistic
   int16_t scale_slot, offset_slot, other_slot, weight_slot, value_slot;
 };
 
@@ -66,7 +66,7 @@ struct Pass {
   int32_t first_b, end_b, first_n, end_n;  // the panel
   int32_t tiles_b, tiles_n;                // of the panel
   Similarity similarity;
-  bool scaled;       // similarities are multiplied by inverse norms
+  bool scaled;  // similarities are multiplied by inverse norms
   bool exclude_self, symmetric;
   bool triangle;     // of a self-similarity: (i, j) with i <= j only, which also stands for (j, i)
   bool mirror_sums;  // parameter sums count the column direction of a self-similarity

@@ -22,63 +22,48 @@ FP_DEVICE T finite_or_zero(T m) {
 struct LowestOrNan {
   template <class T>
   FP_DEVICE T operator()(T a, T b) const {
-    return (b < a || is_nan(b)) && !is_nan(a) ? b : a;
+    return b >= a || is_nan(a) ? a : b;
   }
 };
 struct HighestOrNan {
   template <class T>
   FP_DEVICE T operator()(T a, T b) const {
-    return (b > a || is_nan(b)) && !is_nan(a) ? b : a;
+    return b <= a || is_nan(a) ? a : b;
   }
 };
 
-// Reduces the kept entries over the other side within a lane.
-template <class T, int R, bool ROWS, class Op>
-FP_DEVICE void within_lane(const T (&entries)[R][kVector], unsigned bits, T neutral, Op op,
-                           T (&out)[Side<R, ROWS>::kCount]) {
+// Reduces entry(r, v) of the kept pairs over the other side within a lane.
+template <class T, int R, bool ROWS, class Entry, class Op>
+FP_DEVICE void within_lane(Entry entry, unsigned bits, T neutral, Op op, T (&out)[Side<R, ROWS>::kCount]) {
   FP_UNROLL
   for (int k = 0; k < Side<R, ROWS>::kCount; ++k) out[k] = neutral;
   FP_EACH_PAIR(R) {
     T& into = out[Side<R, ROWS>::of(r, v)];
-    into = op(into, has_bit(bits, r, v) ? entries[r][v] : neutral);
+    into = op(into, has_bit(bits, r, v) ? entry(r, v) : neutral);
   }
 }
 
-// One component of the owners' partials.
-template <class T, int R, bool ROWS, class Op>
-FP_DEVICE void collect(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component,
-                       T (&values)[Side<R, ROWS>::kCount], Op op) {
-  if constexpr (ROWS)
-    to.template row<R>(slot + component, strip.row, over_columns(values, op));
-  else
-    to.column(component, values);
-}
-
-template <class T, int R, bool ROWS>
-FP_DEVICE void collect_sums(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component,
-                            const T (&entries)[R][kVector], unsigned bits) {
+template <class T, int R, bool ROWS, class Entry>
+FP_DEVICE void collect_sums(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component, Entry entry,
+                            unsigned bits) {
   T sums[Side<R, ROWS>::kCount];
-  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, sums);
-  collect<T, R, ROWS>(to, strip, slot, component, sums, Add{});
-}
-
-template <class T, int R, bool ROWS>
-FP_DEVICE void collect_counts(const Collector<T>& to, const Strip<T, R>& strip, int slot,
-                              const T (&score)[R][kVector], unsigned bits) {
-  T ones[R][kVector];
-  FP_EACH_PAIR(R) ones[r][v] = score[r][v] <= 0 ? T(0) : T(1);
-  collect_sums<T, R, ROWS>(to, strip, slot, 0, ones, bits);
+  within_lane<T, R, ROWS>(entry, bits, T(0), Add{}, sums);
+  if constexpr (ROWS)
+    to.template row<R>(slot + component, strip.row, over_columns(sums, Add{}));
+  else
+    to.column(component, sums);
 }
 
 // Sum of w times the score.
 template <class T, int R, bool ROWS>
 FP_DEVICE void collect_weighted(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
                                 const T (&score)[R][kVector], unsigned bits) {
-  if (!term.weight) return collect_sums<T, R, ROWS>(to, strip, term.slot, 0, score, bits);
-  T weight[Side<R, !ROWS>::kCount], weighted[R][kVector];
+  if (!term.weight)
+    return collect_sums<T, R, ROWS>(to, strip, term.slot, 0, [&](int r, int v) { return score[r][v]; }, bits);
+  T weight[Side<R, !ROWS>::kCount];
   along<T, R, !ROWS>(term.weight, strip, weight);
-  FP_EACH_PAIR(R) weighted[r][v] = score[r][v] * weight[Side<R, !ROWS>::of(r, v)];
-  collect_sums<T, R, ROWS>(to, strip, term.slot, 0, weighted, bits);
+  collect_sums<T, R, ROWS>(
+      to, strip, term.slot, 0, [&](int r, int v) { return score[r][v] * weight[Side<R, !ROWS>::of(r, v)]; }, bits);
 }
 
 // An offset of the exponents and whether it serves all owners of the strip; then p = e^(exponent - shift) is filled in.
@@ -110,7 +95,7 @@ FP_DEVICE void collect_exponentials(const Collector<T>& to, const Strip<T, R>& s
   FP_UNROLL
   for (int k = 0; k < Own::kCount; ++k) shifts[k] = shift.value;
   if (!shift.common) {
-    within_lane<T, R, ROWS>(exponent, bits, -infinity<T>(), Larger{}, shifts);
+    within_lane<T, R, ROWS>([&](int r, int v) { return exponent[r][v]; }, bits, -infinity<T>(), Larger{}, shifts);
     FP_UNROLL
     for (int k = 0; k < Own::kCount; ++k) {
       if (ROWS) shifts[k] = over_lanes(shifts[k], Larger{});
@@ -118,55 +103,58 @@ FP_DEVICE void collect_exponentials(const Collector<T>& to, const Strip<T, R>& s
     }
     FP_EACH_PAIR(R) p[r][v] = exp_of(exponent[r][v] - shifts[Own::of(r, v)]);
   }
-  collect<T, R, ROWS>(to, strip, term.slot, 0, shifts, Larger{});
-  collect_sums<T, R, ROWS>(to, strip, term.slot, 1, p, bits);
-  if (term.reduction != Reduction::softmax_mean) return;
-  T weighted[R][kVector];
-  FP_EACH_PAIR(R) weighted[r][v] = p[r][v] * strip.s[r][v];
-  collect_sums<T, R, ROWS>(to, strip, term.slot, 2, weighted, bits);
+  if constexpr (ROWS)
+    to.template row<R>(term.slot, strip.row, over_columns(shifts, Larger{}));
+  else
+    to.column(0, shifts);
+  collect_sums<T, R, ROWS>(to, strip, term.slot, 1, [&](int r, int v) { return p[r][v]; }, bits);
+  if (term.reduction == Reduction::softmax_mean)
+    collect_sums<T, R, ROWS>(to, strip, term.slot, 2, [&](int r, int v) { return p[r][v] * strip.s[r][v]; }, bits);
 }
 
 // (count, mean, sum of squared deviations, min, max) from those of s - pivot.
 template <class T>
-FP_DEVICE void centre_moments(T (&state)[5], T pivot) {
+FP_DEVICE void centre_moments(T (&state)[5], const T& pivot) {
   const T inverse = state[0] == 0 ? T(0) : T(1) / state[0];
   const T spread = state[2] - state[1] * state[1] * inverse;
   state[1] = state[0] == 0 ? T(0) : pivot + state[1] * inverse, state[2] = spread < 0 ? T(0) : spread;
 }
 
-// (count, sum, sum of squares, min, max) of s - pivot; the columns are finished after merging.
+// (count, sum, sum of squares, min, max) of s - pivot, one after the other; the columns are centred after merging.
 template <class T, int R, bool ROWS>
-FP_DEVICE void collect_moments(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
-                               unsigned bits, T pivot) {
-  using Own = Side<R, ROWS>;
-  T count[Own::kCount], sum[Own::kCount], squares[Own::kCount], low[Own::kCount], high[Own::kCount];
-  T entries[R][kVector];
-  FP_EACH_PAIR(R) entries[r][v] = 1;
-  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, count);
-  FP_EACH_PAIR(R) entries[r][v] = strip.s[r][v] - pivot;
-  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, sum);
-  FP_EACH_PAIR(R) entries[r][v] = entries[r][v] * entries[r][v];
-  within_lane<T, R, ROWS>(entries, bits, T(0), Add{}, squares);
-  within_lane<T, R, ROWS>(strip.s, bits, infinity<T>(), LowestOrNan{}, low);
-  within_lane<T, R, ROWS>(strip.s, bits, -infinity<T>(), HighestOrNan{}, high);
+FP_DEVICE void collect_moments(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term, unsigned bits,
+                               const T& pivot) {
+  T state[5];
+  auto component = [&](int k, auto entry, T neutral, auto op) {
+    T reduced[Side<R, ROWS>::kCount];
+    within_lane<T, R, ROWS>([&](int r, int v) { return entry(strip.s[r][v]); }, bits, neutral, op, reduced);
+    if constexpr (ROWS)
+      state[k] = over_columns(reduced, op);
+    else
+      to.column(k, reduced);
+  };
+  component(3, [](T s) { return s; }, infinity<T>(), LowestOrNan{});
+  component(4, [](T s) { return s; }, -infinity<T>(), HighestOrNan{});
+  component(0, [](T) { return T(1); }, T(0), Add{});
+  component(1, [&](T s) { return s - pivot; }, T(0), Add{});
+  component(2, [&](T s) { return (s - pivot) * (s - pivot); }, T(0), Add{});
   if constexpr (ROWS) {
-    const T n = over_columns(count, Add{}), total = over_columns(sum, Add{}), square = over_columns(squares, Add{});
-    T state[5] = {n, total, square, over_columns(low, LowestOrNan{}), over_columns(high, HighestOrNan{})};
     centre_moments(state, pivot);
     FP_UNROLL
     for (int k = 0; k < 5; ++k) to.template row<R>(term.slot + k, strip.row, state[k]);
-  } else {
-    to.column(0, count), to.column(1, sum), to.column(2, squares), to.column(3, low), to.column(4, high);
   }
 }
 
 // The partials of one side of an item.
 template <class T, int R, bool ROWS>
 FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
-                            const T (&score)[R][kVector], unsigned bits, Shift<T> shift, T (&p)[R][kVector], T pivot) {
+                            const T (&score)[R][kVector], unsigned bits, Shift<T> shift, T (&p)[R][kVector],
+                            const T& pivot) {
   switch (term.reduction) {
     case Reduction::sum: return collect_weighted<T, R, ROWS>(to, strip, term, score, bits);
-    case Reduction::count: return collect_counts<T, R, ROWS>(to, strip, term.slot, score, bits);
+    case Reduction::count:
+      return collect_sums<T, R, ROWS>(
+          to, strip, term.slot, 0, [&](int r, int v) { return score[r][v] <= 0 ? T(0) : T(1); }, bits);
     case Reduction::logsumexp:
     case Reduction::softmax_mean: return collect_exponentials<T, R, ROWS>(to, strip, term, score, bits, shift, p);
     case Reduction::moments: return collect_moments<T, R, ROWS>(to, strip, term, bits, pivot);
@@ -186,7 +174,8 @@ FP_DEVICE Shift<T> prepare_side(const TermCode<T>& term, const Strip<T, R>& stri
 
 // Where rows and columns share z they share its score and, where its range permits, one exponential.
 template <class T, int R>
-FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& strip, const Collector<T>& to, T pivot) {
+FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& strip, const Collector<T>& to,
+                            const T& pivot) {
   T score[R][kVector], p[R][kVector];
   Shift<T> shift{};
   unsigned column_bits = 0;
@@ -205,7 +194,7 @@ FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& s
 }
 
 template <class T>
-FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T pivot) {
+FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, const T& pivot) {
   auto nothing = [](auto&) {};
   auto add = [](T(&state)[1], const T(&next)[1]) { state[0] += next[0]; };
   switch (term.reduction) {
@@ -213,8 +202,7 @@ FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T 
     case Reduction::count: return to.template merge_columns<1>(term.slot, add, nothing);
     case Reduction::logsumexp:
       return to.template merge_columns<2>(
-          term.slot,
-          [](T(&state)[2], const T(&next)[2]) { state_merge(Reduction::logsumexp, state, next); }, nothing);
+          term.slot, [](T(&state)[2], const T(&next)[2]) { state_merge(Reduction::logsumexp, state, next); }, nothing);
     case Reduction::softmax_mean:
       return to.template merge_columns<3>(
           term.slot,
@@ -228,7 +216,7 @@ FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T 
     case Reduction::moments:
       return to.template merge_columns<5>(
           term.slot, [](T(&state)[5], const T(&next)[5]) { state_merge(Reduction::moments, state, next); },
-          [pivot](T(&state)[5]) { centre_moments(state, pivot); });
+          [&pivot](T(&state)[5]) { centre_moments(state, pivot); });
   }
 }
 
@@ -238,28 +226,26 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
              int column_slots) {
   constexpr int R = kStripRows<T>;
   FP_DYNAMIC_SHARED(memory);
-  FP_SHARED T first_mean;
+  FP_SHARED T pivot;
   Tile<T, R, Source> tile;
   constexpr int strips = kWarps * tile.kStrips;
   int tile_b, tile_n;
   tile_of_block(block_index(), pass.tiles_b, pass.tiles_n, tile_b, tile_n);
   const int row = pass.first_b + tile_b * tile.kRows, column = pass.first_n + tile_n * kTileColumns;
-  Collector<T> to{pass,   partials, tile_b, tile_n, reinterpret_cast<T*>(memory + tile.kSharedBytes),
-                  strips, 0,        column};
+  Collector<T> to{pass, partials, tile_b, tile_n, reinterpret_cast<T*>(memory + tile.kSharedBytes), strips, 0, column};
   if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
     return to.neutral(row_slots, column_slots, row, tile.kRows);
   tile.load(pass, source, row, column, memory);
-  T pivot = 0;
   if (pass.moments) {
     // Moments are taken about the mean of the tile's first strip, so that their sums of squares do not cancel.
     if (warp_index() == 0) {
       const Strip<T, R>& strip = tile.strip(pass, 0);
       T sum = 0;
       FP_EACH_PAIR(R) sum += strip.s[r][v];
-      first_mean = over_lanes(sum, Add{}) / T(kLanes * R * kVector);
+      sum = over_lanes(sum, Add{}) / T(kLanes * R * kVector);
+      pivot = is_nan(sum) ? T(0) : finite_or_zero(sum);
     }
     sync_block();
-    pivot = finite_or_zero(is_nan(first_mean) ? T(0) : first_mean);
   }
   for (int n = 0; n < pass.item_count; ++n) {
     const Item item = pass.items[n];

@@ -12,14 +12,13 @@ using common::mask_keeps;
 using common::mask_uses_labels;
 using common::mask_uses_pairs;
 
-constexpr int kVector = 4;                        // columns of a lane
-constexpr int kTileColumns = kLanes * kVector;    // of a tile of S: one strip wide
-#define FP_EACH_PAIR(R)             \
-  FP_UNROLL                         \
-  for (int r = 0; r < (R); ++r)     \
-    FP_UNROLL                       \
+constexpr int kVector = 4;                      // columns of a lane
+constexpr int kTileColumns = kLanes * kVector;  // of a tile of S: one strip wide
+#define FP_EACH_PAIR(R)                   \
+  FP_UNROLL                               \
+  for (int r = 0; r < (R); ++r) FP_UNROLL \
   for (int v = 0; v < kVector; ++v)
-constexpr int kSharedRow = kTileColumns + 8;      // row of a tile in shared memory, without bank conflicts
+constexpr int kSharedRow = kTileColumns + 8;  // row of a tile in shared memory, without bank conflicts
 
 // Bit `r * kVector + v` of a mask is the pair in row r, column v.
 template <class T, int R>
@@ -85,14 +84,32 @@ FP_DEVICE T similarity_slope(const Pass<T>& pass, const Strip<T, R>& strip, int 
   return s == 0 ? T(0) : T(-1) / s;
 }
 
-// Pairs inside the panel that a mask keeps. `mirrored`: the strip stands for its mirror image, of a self-similarity.
+// Are all pairs of a strip inside the panel, off the diagonal where that matters, and not excluded one by one? The same
+// in every lane.
+template <class T, int R>
+FP_DEVICE bool plain_strip(const Pass<T>& pass, const Strip<T, R>& strip) {
+  const int last_row = strip.row + R - 1, column = strip.column - lane_index() * kVector;
+  const int last_column = column + kTileColumns - 1;
+  if (pass.exclude || last_row >= pass.end_b || last_column >= pass.end_n) return false;
+  if (pass.triangle) return last_row < column;
+  return !pass.exclude_self || last_row < column || last_column < strip.row;
+}
+
+// Pairs that a mask keeps. `mirrored`: the strip stands for its mirror image, of a self-similarity.
 template <class T, int R>
 FP_DEVICE unsigned mask_bits(const Pass<T>& pass, const Strip<T, R>& strip, Mask mask, bool mirrored) {
-  unsigned bits = 0;
-  const bool labelled = mask_uses_labels(mask), listed = mask_uses_pairs(mask);
+  const bool labelled = mask_uses_labels(mask), listed = mask_uses_pairs(mask), plain = plain_strip(pass, strip);
+  if (plain && mask == Mask::all) return all_bits<R>();
   const bool if_true = mask_keeps(mask, true, true), if_false = mask_keeps(mask, false, false);
   int32_t y_label[kVector] = {};
   if (labelled) along_columns(pass.y_labels, strip.column, y_label);
+  unsigned bits = 0;
+  if (plain && labelled) {
+    int32_t x_label[R];
+    along_rows(pass.x_labels, strip.row, x_label);
+    FP_EACH_PAIR(R) bits |= unsigned(x_label[r] == y_label[v]) << (r * kVector + v);
+    return if_true ? bits : bits ^ all_bits<R>();
+  }
   int32_t y_exclude[kVector] = {};
   if (pass.exclude && mirrored) along_columns(pass.exclude, strip.column, y_exclude);
   FP_UNROLL

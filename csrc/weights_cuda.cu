@@ -240,7 +240,7 @@ FP_DEVICE void both_directions(const Pass<T>& pass, const TermCode<T>& row, cons
 template <class T>
 struct ColumnSums {
   const Collector<T>& to;
-  T* totals;  // (column slots, kTileColumns), each column of one thread
+  T* totals;   // (column slots, kTileColumns), each column of one thread
   bool first;  // strip of the tile
 
   FP_DEVICE void add(int component, int slot) const {
@@ -313,7 +313,7 @@ template <class T, class Source, class Out>
 FP_KERNEL(sizeof(T) == 4 ? 2 : 1)
 weights_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Partials<T> partials,
                const WeightsOutput<Out> output, int row_slots, int column_slots_count) {
-  constexpr int R = kStripRows<T>;
+  constexpr int R = kWeightsRows<T>;
   FP_DYNAMIC_SHARED(memory);
   Tile<T, R, Source> tile;
   int tile_b, tile_n;
@@ -373,16 +373,16 @@ weights_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const P
 template <class T, class Source, class Out>
 Status start_weights(const Pass<T>& pass, const Source& source, const Partials<T>& partials,
                      const WeightsOutput<Out>& output, int row_slots, int column_slots, Stream stream) {
-  using Block = Tile<T, kStripRows<T>, Source>;
+  using Block = Tile<T, kWeightsRows<T>, Source>;
   const int columns = column_slots ? kColumnComponents * kWarps + column_slots : 0;
   const int shared = Block::kSharedBytes + columns * kTileColumns * int(sizeof(T));
   return launch(weights_kernel<T, Source, Out>, int64_t(pass.tiles_b) * pass.tiles_n, shared, stream, pass, source,
                 partials, output, row_slots, column_slots);
 }
 
-#define FP_INSTANTIATE(T, SOURCE, OUT)                                                                     \
-  template Status start_weights(const Pass<T>&, const SOURCE&, const Partials<T>&, const WeightsOutput<OUT>&, int, int, \
-                                Stream);
+#define FP_INSTANTIATE(T, SOURCE, OUT)                                                                             \
+  template Status start_weights(const Pass<T>&, const SOURCE&, const Partials<T>&, const WeightsOutput<OUT>&, int, \
+                                int, Stream);
 FP_INSTANTIATE(float, PanelSource<float>, float)
 FP_INSTANTIATE(float, PanelSource<float>, Half)
 FP_INSTANTIATE(float, PanelSource<float>, BFloat16)

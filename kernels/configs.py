@@ -28,6 +28,8 @@ ARCHITECTURES = (80, 89, 90, 100)
 KINDS = ("half", "tf32", "ieee")  # 16-bit inputs, float32 through tensor cores, float32 in full
 #: Feature counts up to which a bucket applies; short loops want shallow pipelines.
 SHORT_D = 64
+#: Features at a time that short loops take at least.
+SHORTEST_BLOCK = 32
 #: Terms times sides that the epilogue of an ordinary pass has at most.
 MANY_EVALUATIONS = 6
 
@@ -54,9 +56,9 @@ _EXTREMES = {
 }
 #: So are the running K best.
 _TOP_K = {
-    "half": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 64, 8, 3)),
-    "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3)),
-    "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2)),
+    "half": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 64, 8, 3, registers=255)),
+    "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3, registers=255)),
+    "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, registers=255)),
 }
 #: Passes with an explicit mask or more than `MANY_EVALUATIONS` take a smaller part of S at a time.
 _CROWDED = {
@@ -105,6 +107,6 @@ def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> 
         return _override
     config = TABLE["crowded" if crowded and kernel != "top_k" else kernel, kind, arch]
     if D <= SHORT_D:
-        short = max(16, min(config.block_d, 1 << max(D - 1, 1).bit_length()))
-        config = replace(config, block_d=short, stages=2)
+        short = max(SHORTEST_BLOCK, 1 << max(D - 1, 1).bit_length())
+        config = replace(config, block_d=min(config.block_d, short), stages=2)
     return config

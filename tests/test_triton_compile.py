@@ -254,7 +254,7 @@ TIGHT = [
 
 def _cases() -> list[tuple[int, str, str, int]]:
     if ALL:
-        return list(itertools.product(configs.ARCHITECTURES, PRECISIONS, PROGRAMS, (512, 40, 20, 8)))
+        return list(itertools.product(configs.ARCHITECTURES, PRECISIONS, PROGRAMS, (512, 40, 20)))
     return [(a, kind, program, 512) for a in SOME for kind in PRECISIONS for program in SOME[a]] + TIGHT
 
 

@@ -35,6 +35,8 @@ MAX_TERMS = 16
 TILE_COLUMNS = 128
 FUSED_ROWS = 128
 _WARPS = 8
+#: Rows of a strip, of which each warp has one in the simple form, by kernel and bytes of a similarity.
+STRIP_ROWS = {"stats": {4: 4, 8: 2}, "weights": {4: 2, 8: 1}}
 #: Programs that fill a GPU; decides into how many stripes a top-k pass cuts its columns.
 _ENOUGH_WARPS = 4096
 #: Features up to which the fused form is chosen, by compute capability (the next lower one serves). Not measured:
@@ -301,14 +303,14 @@ def _aligned(x: Tensor) -> Tensor:
 class _Source:
     """Similarities of a panel: an array in the workspace, filled by the vendor's product, or none (fused form)."""
 
-    def __init__(self, op: Operands, fused: bool) -> None:
+    def __init__(self, op: Operands, fused: bool, kernel: str = "stats") -> None:
         self.dtype = statistics_dtype(op.x)
         self.fused = fused
         if fused:
             x = _aligned(op.x)
             op.x, op.y = x, x if op.y is op.x else _aligned(op.y)
         self.op = op
-        self.tile_rows = FUSED_ROWS if fused else _WARPS * (2 if self.dtype == torch.float64 else 4)
+        self.tile_rows = FUSED_ROWS if fused else _WARPS * STRIP_ROWS[kernel][self.dtype.itemsize]
         self.bytes = 0 if fused else self.dtype.itemsize  # a pair in the workspace
         self._space = op.x.new_empty(0, dtype=self.dtype)
 
@@ -440,7 +442,7 @@ def _written(program: Program, count_columns: bool) -> tuple[list[int], list[int
 
 def _add_panels(request: Request, plan: Backward) -> None:
     op, stream = plan.op, _stream(request.x)
-    source = _Source(op, _fused(op.x))
+    source = _Source(op, _fused(op.x), "weights")
     store = plan.dx is not None or plan.dy is not None
     known = [t for t in range(len(plan.terms)) if plan.with_value or plan.cotangents[t] is not None]
     for k, (_, chunk) in enumerate(_chunks(known)):

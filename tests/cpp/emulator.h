@@ -22,6 +22,7 @@
 #define FP_GRID_CONSTANT
 #define FP_DYNAMIC_SHARED(name) char* name = flashpair::emulator::block().shared.data()
 #define FP_UNROLL
+#define FP_FENCE
 
 namespace flashpair {
 namespace emulator {
@@ -201,7 +202,7 @@ auto exchange(Kind kind, const V& mine, F pick) {
   if (warp.arrived == 0) warp.kind = kind;
   if (warp.kind != kind) fail("lanes of a warp are at different collectives");
   const int64_t generation = warp.generation;
-  char(*slots)[64] = warp.slots[generation & 1];
+  char (*slots)[64] = warp.slots[generation & 1];
   memcpy(slots[lane], &mine, sizeof mine);
   ++b.progress;
   if (++warp.arrived == kLanes)
