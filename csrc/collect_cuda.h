@@ -60,15 +60,13 @@ FP_DEVICE V over_columns(V (&values)[R], Op op) {
 }
 
 // Where a tile's partials go. A warp writes its rows by itself, since it has all columns of the tile; columns are merged
-// over the strips of all warps through shared memory.
+// over the warps through shared memory, one strip of each at a time.
 template <class T, class V = T>
 struct Collector {
   const Pass<T>& pass;
   Partials<V> partials;
   int tile_b, tile_n;
-  V* shared;        // (components, strips, kTileColumns)
-  int strips;       // whose columns are merged at a time
-  int strip;        // of this warp at this moment, among them
+  V* shared;        // (components, kWarps, kTileColumns)
   int tile_column;  // of S, first of the tile
 
   // One number of each row, from the lane that `over_columns` left it in.
@@ -85,29 +83,12 @@ struct Collector {
     partials.columns[(int64_t(slot) * pass.tiles_b + tile_b) * (pass.end_n - pass.first_n) + (j - pass.first_n)] =
         value;
   }
-  // One number of each column of a strip.
+  // One number of each column of this warp's strip; after a barrier `of_warp` reads it.
   FP_DEVICE void column(int component, const V (&value)[kVector]) const {
-    load_vector(shared + (component * strips + strip) * kTileColumns + lane_index() * kVector, value);
+    load_vector(shared + (component * kWarps + warp_index()) * kTileColumns + lane_index() * kVector, value);
   }
-  // After all strips: merges the columns' partials, N components, and writes them from `slot` on.
-  template <int N, class Merge, class Finish>
-  FP_DEVICE void merge_columns(int slot, Merge merge, Finish finish) const {
-    sync_block();
-    const int column = thread_index(), j = tile_column + column;
-    if (column < kTileColumns && j < pass.end_n) {
-      V state[N];
-      for (int k = 0; k < N; ++k) state[k] = shared[k * strips * kTileColumns + column];
-      for (int other = 1; other < strips; ++other) {
-        V next[N];
-        FP_UNROLL
-        for (int k = 0; k < N; ++k) next[k] = shared[(k * strips + other) * kTileColumns + column];
-        merge(state, next);
-      }
-      finish(state);
-      FP_UNROLL
-      for (int k = 0; k < N; ++k) column_partial(slot + k, j, state[k]);
-    }
-    sync_block();
+  FP_DEVICE V of_warp(int component, int warp, int column) const {
+    return shared[(component * kWarps + warp) * kTileColumns + column];
   }
   // Partials of a tile without pairs; zeros are neutral for every reduction.
   FP_DEVICE void neutral(int row_slots, int column_slots, int tile_row, int tile_rows, V nothing = V(0)) const {

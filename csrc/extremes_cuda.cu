@@ -26,8 +26,8 @@ extremes_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const 
   const int row = pass.first_b + tile_b * tile.kRows, column = pass.first_n + tile_n * kTileColumns;
   T* shared_values = reinterpret_cast<T*>(memory + tile.kSharedBytes);  // (kWarps, kTileColumns)
   int32_t* shared_places = reinterpret_cast<int32_t*>(shared_values + kWarps * kTileColumns);
-  const Collector<T> to{pass, values, tile_b, tile_n, shared_values, kWarps, warp_index(), column};
-  const Collector<T, int32_t> at{pass, places, tile_b, tile_n, shared_places, kWarps, warp_index(), column};
+  const Collector<T> to{pass, values, tile_b, tile_n, shared_values, column};
+  const Collector<T, int32_t> at{pass, places, tile_b, tile_n, shared_places, column};
   const int column_slots = pass.triangle ? pass.item_count : 0;
   if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
     return at.neutral(pass.item_count, column_slots, row, tile.kRows, -1);
@@ -63,10 +63,8 @@ extremes_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const 
     const int j = column + thread_index();
     if (thread_index() < kTileColumns && j < pass.end_n) {
       Entry<T> best = no_entry<T>(term.largest);
-      for (int warp = 0; warp < kWarps; ++warp) {
-        const int from = warp * kTileColumns + thread_index();
-        best = more(best, Entry<T>{shared_values[from], shared_places[from]});
-      }
+      for (int warp = 0; warp < kWarps; ++warp)
+        best = more(best, Entry<T>{to.of_warp(0, warp, thread_index()), at.of_warp(0, warp, thread_index())});
       to.column_partial(term.slot, j, best.value), at.column_partial(term.slot, j, best.place);
     }
     sync_block();

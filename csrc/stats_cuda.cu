@@ -114,7 +114,7 @@ FP_DEVICE void collect_exponentials(const Collector<T>& to, const Strip<T, R>& s
 
 // (count, mean, sum of squared deviations, min, max) from those of s - pivot.
 template <class T>
-FP_DEVICE void centre_moments(T (&state)[5], const T& pivot) {
+FP_DEVICE void centre_moments(T* state, const T& pivot) {
   const T inverse = state[0] == 0 ? T(0) : T(1) / state[0];
   const T spread = state[2] - state[1] * state[1] * inverse;
   state[1] = state[0] == 0 ? T(0) : pivot + state[1] * inverse, state[2] = spread < 0 ? T(0) : spread;
@@ -193,46 +193,45 @@ FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& s
   }
 }
 
-template <class T>
-FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, const T& pivot) {
-  auto nothing = [](auto&) {};
-  auto add = [](T(&state)[1], const T(&next)[1]) { state[0] += next[0]; };
-  switch (term.reduction) {
-    case Reduction::sum:
-    case Reduction::count: return to.template merge_columns<1>(term.slot, add, nothing);
-    case Reduction::logsumexp:
-      return to.template merge_columns<2>(
-          term.slot, [](T(&state)[2], const T(&next)[2]) { state_merge(Reduction::logsumexp, state, next); }, nothing);
-    case Reduction::softmax_mean:
-      return to.template merge_columns<3>(
-          term.slot,
-          [](T(&state)[3], const T(&next)[3]) {
-            T whole[4] = {state[0], state[1], state[2], 0};
-            const T other[4] = {next[0], next[1], next[2], 0};
-            state_merge(Reduction::softmax_mean, whole, other);
-            state[0] = whole[0], state[1] = whole[1], state[2] = whole[2];
-          },
-          nothing);
-    case Reduction::moments:
-      return to.template merge_columns<5>(
-          term.slot, [](T(&state)[5], const T(&next)[5]) { state_merge(Reduction::moments, state, next); },
-          [&pivot](T(&state)[5]) { centre_moments(state, pivot); });
+// A term's statistics of the tile's columns: `totals` (components, kTileColumns) gathers the strips, each column by one
+// thread, and is written after the last.
+template <class T, int N>
+FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T* totals, bool first, bool last,
+                             const T& pivot) {
+  sync_block();
+  const int column = thread_index(), j = to.tile_column + column;
+  if (column < kTileColumns) {
+    T state[5] = {}, next[5] = {};  // the origin of a softmax mean, which `state_merge` knows, is 0 here
+    FP_UNROLL
+    for (int k = 0; k < N; ++k) state[k] = first ? to.of_warp(k, 0, column) : totals[k * kTileColumns + column];
+    for (int warp = first; warp < kWarps; ++warp) {
+      FP_UNROLL
+      for (int k = 0; k < N; ++k) next[k] = to.of_warp(k, warp, column);
+      state_merge(term.reduction, state, next);
+    }
+    if (last && N == 5) centre_moments(state, pivot);
+    FP_UNROLL
+    for (int k = 0; k < N; ++k) {
+      totals[k * kTileColumns + column] = state[k];
+      if (last && j < to.pass.end_n) to.column_partial(term.slot + k, j, state[k]);
+    }
   }
+  sync_block();
 }
 
 template <class T, class Source>
 FP_KERNEL(sizeof(T) == 4 ? 2 : 1)
 stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Partials<T> partials, int row_slots,
-             int column_slots) {
+             int column_slots, int components) {
   constexpr int R = kStripRows<T>;
   FP_DYNAMIC_SHARED(memory);
   FP_SHARED T pivot;
   Tile<T, R, Source> tile;
-  constexpr int strips = kWarps * tile.kStrips;
   int tile_b, tile_n;
   tile_of_block(block_index(), pass.tiles_b, pass.tiles_n, tile_b, tile_n);
   const int row = pass.first_b + tile_b * tile.kRows, column = pass.first_n + tile_n * kTileColumns;
-  Collector<T> to{pass, partials, tile_b, tile_n, reinterpret_cast<T*>(memory + tile.kSharedBytes), strips, 0, column};
+  T* shared = reinterpret_cast<T*>(memory + tile.kSharedBytes);
+  const Collector<T> to{pass, partials, tile_b, tile_n, shared, column};
   if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
     return to.neutral(row_slots, column_slots, row, tile.kRows);
   tile.load(pass, source, row, column, memory);
@@ -247,14 +246,21 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
     }
     sync_block();
   }
+  T* totals = shared + components * kWarps * kTileColumns;
   for (int n = 0; n < pass.item_count; ++n) {
     const Item item = pass.items[n];
     for (int k = 0; k < tile.kStrips; ++k) {
-      const Strip<T, R>& strip = tile.strip(pass, k);
-      to.strip = warp_index() * tile.kStrips + k;
-      collect_item(pass, item, strip, to, pivot);
+      collect_item(pass, item, tile.strip(pass, k), to, pivot);
+      if (item.column < 0) continue;
+      const TermCode<T>& term = pass.terms[item.column];
+      const bool first = k == 0, last = k == tile.kStrips - 1;
+      switch (partial_components(term.reduction)) {
+        case 1: merge_columns<T, 1>(to, term, totals, first, last, pivot); break;
+        case 2: merge_columns<T, 2>(to, term, totals, first, last, pivot); break;
+        case 3: merge_columns<T, 3>(to, term, totals, first, last, pivot); break;
+        default: merge_columns<T, 5>(to, term, totals, first, last, pivot);
+      }
     }
-    if (item.column >= 0) merge_columns(to, pass.terms[item.column], pivot);
   }
 }
 
@@ -272,9 +278,9 @@ Status start_stats(const Pass<T>& pass, const Source& source, const Partials<T>&
       if (end > slots[side]) slots[side] = end;
       if (side && width > components) components = width;
     }
-  const int shared = Block::kSharedBytes + components * kWarps * Block::kStrips * kTileColumns * int(sizeof(T));
+  const int shared = Block::kSharedBytes + components * (kWarps + 1) * kTileColumns * int(sizeof(T));
   return launch(stats_kernel<T, Source>, int64_t(pass.tiles_b) * pass.tiles_n, shared, stream, pass, source, partials,
-                slots[0], slots[1]);
+                slots[0], slots[1], components);
 }
 
 #define FP_INSTANTIATE(T, SOURCE) \

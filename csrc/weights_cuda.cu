@@ -247,8 +247,7 @@ struct ColumnSums {
     const int column = thread_index();
     if (column >= kTileColumns) return;
     T sum = 0;
-    for (int strip = 0; strip < to.strips; ++strip)
-      sum += to.shared[(component * to.strips + strip) * kTileColumns + column];
+    for (int warp = 0; warp < kWarps; ++warp) sum += to.of_warp(component, warp, column);
     T& total = totals[slot * kTileColumns + column];
     total = first ? sum : total + sum;
   }
@@ -320,7 +319,7 @@ weights_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const P
   tile_of_block(block_index(), pass.tiles_b, pass.tiles_n, tile_b, tile_n);
   const int row = pass.first_b + tile_b * tile.kRows, column = pass.first_n + tile_n * kTileColumns;
   T* shared = reinterpret_cast<T*>(memory + tile.kSharedBytes);
-  const Collector<T> to{pass, partials, tile_b, tile_n, shared, kWarps, warp_index(), column};
+  const Collector<T> to{pass, partials, tile_b, tile_n, shared, column};
   if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns)) {
     to.neutral(row_slots, column_slots_count, row, tile.kRows);
     if (output.w) store_zeros(pass, output, row, tile.kRows, column);

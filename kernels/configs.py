@@ -60,9 +60,9 @@ _TOP_K = {
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3, registers=255)),
     "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, registers=255)),
 }
-#: Passes with an explicit mask or more than `MANY_EVALUATIONS` take a smaller part of S at a time.
+#: Passes with an explicit mask, softmax means or more than `MANY_EVALUATIONS` take a smaller part of S at a time.
 _CROWDED = {
-    "half": dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4))
+    "half": dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4, registers=255))
     | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=4)),
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(128, 64, 32, 8, 3, parts=4)),
     "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4, registers=255)),
@@ -102,7 +102,7 @@ def architecture(device: torch.device) -> int:
 
 
 def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> TileConfig:
-    """The configuration of a kernel for D features; `crowded`: of a pass with an explicit mask or many evaluations."""
+    """The configuration of a kernel for D features; `crowded`: of a pass whose epilogue holds much at a time."""
     if _override is not None:
         return _override
     config = TABLE["crowded" if crowded and kernel != "top_k" else kernel, kind, arch]

@@ -54,6 +54,7 @@ def _kind(request: Request) -> str:
 def _config(kernel: str, request: Request) -> configs.TileConfig:
     evaluations = max(len(request.terms), len(request.extremes)) * (1 + int(request.symmetric))
     crowded = request.pair_mask is not None or evaluations > configs.MANY_EVALUATIONS
+    crowded |= any(term.reduction == Reduction.SOFTMAX_MEAN for term in request.terms)
     return configs.choose(kernel, _kind(request), configs.architecture(request.x.device), request.x.shape[1], crowded)
 
 

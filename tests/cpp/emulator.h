@@ -371,7 +371,7 @@ inline const char* describe(Status) { return nullptr; }
 
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), int64_t blocks, int shared_bytes, Stream, Arguments... arguments) {
-  if (shared_bytes > 227 * 1024) emulator::fail("more shared memory than a block can have");
+  if (shared_bytes > 99 * 1024) emulator::fail("more shared memory than a block has on every GPU with tensor cores");
   auto call = [&] { kernel(arguments...); };
   for (int64_t index = 0; index < blocks; ++index)
     emulator::run_block(index, shared_bytes, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
