@@ -15,6 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 EDITABLE := FLASHPAIR_BUILD_NATIVE=0 $(PIP) --no-build-isolation -e
 PACKAGING := constraints.txt pyproject.toml
 SOURCES := setup.py $(wildcard csrc/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/cpp/*.cpp tests/cpp/*.h)
 
 .PHONY: demo test bench gpu lint format clean
 .DELETE_ON_ERROR:
@@ -37,12 +38,12 @@ gpu:
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf build dist out .pytest_cache .ruff_cache python/*.egg-info python/flashpair/*.so $(VENV)/.native

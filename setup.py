@@ -227,13 +227,13 @@ def native_extensions(wanted, cuda):
             optional=optional,
         )
 
-    def operators(name, files, optional, flags=(), macros=(), **options):
+    def operators(name, files, optional, flags=(), **options):
         """Not a Python module: `torch.ops.load_library` runs its registrations, against LibTorch's stable ABI only."""
         return cpp_extension.CppExtension(
             f"flashpair.{name}",
             files,
             depends=headers,
-            define_macros=[("TORCH_TARGET_VERSION", target), ("TORCH_STABLE_ONLY", None), *macros],
+            define_macros=[("TORCH_TARGET_VERSION", target), ("TORCH_STABLE_ONLY", None)],
             extra_compile_args=[*compile_flags(), *system, *flags],
             py_limited_api=True,
             optional=optional,
@@ -255,7 +255,6 @@ def native_extensions(wanted, cuda):
                 sources("bind_cuda.cpp"),
                 False,
                 flags=["-fvisibility=hidden", *(f"-isystem{path}" for path in cuda.include_dirs)],
-                macros=[(f"FLASHPAIR_{key}", f'"{value}"') for key, value in facts.items()],
                 library_dirs=cuda.library_dirs,
                 # The runtime is linked in and hidden, so that it neither has to be there nor meets that of torch.
                 libraries=["cudart_static", "rt", "pthread", "dl"],

@@ -242,9 +242,17 @@ void fold(Tensor partials, Tensor state, int64_t tiles, int64_t length, int64_t 
   check(partials.scalar_type() == ScalarType::Double ? start(double{}) : start(float{}), "the folding kernel");
 }
 
-// Compute capabilities that the kernels were built for ("75,80,...") with, after a '+', the one whose PTX is included;
-// "emulated" where they run on the host.
-std::string architectures() { return FLASHPAIR_CUDA_ARCHS; }
+// Lengths of the flat pass, so that a build of other sources is noticed.
+Ints layout() { return {kHeader, kItem, kTerm, kOperands, kMaxTerms}; }
+
+// Whether the kernels run on the host.
+bool emulated() {
+#if defined(FP_EMULATED)
+  return true;
+#else
+  return false;
+#endif
+}
 
 }  // namespace
 }  // namespace flashpair
@@ -261,7 +269,8 @@ STABLE_TORCH_LIBRARY(flashpair_cuda, m) {
       "merge_best(Tensor from_values, Tensor from_places, Tensor(a!) values, Tensor(b!) places, int lists, int rows, "
       "int k, bool largest, int stream) -> ()");
   m.def("fold(Tensor partials, Tensor(a!) state, int tiles, int length, int first, int[] entries, int stream) -> ()");
-  m.def("architectures() -> str");
+  m.def("layout() -> int[]");
+  m.def("emulated() -> bool");
 }
 
 // The device of the tensors is the caller's affair, so that the emulated kernels serve CPU tensors.
@@ -272,5 +281,6 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cuda, CompositeExplicitAutograd, m) {
   m.impl("top_k", TORCH_BOX(&flashpair::top_k));
   m.impl("merge_best", TORCH_BOX(&flashpair::merge_best));
   m.impl("fold", TORCH_BOX(&flashpair::fold));
-  m.impl("architectures", TORCH_BOX(&flashpair::architectures));
+  m.impl("layout", TORCH_BOX(&flashpair::layout));
+  m.impl("emulated", TORCH_BOX(&flashpair::emulated));
 }

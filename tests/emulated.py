@@ -30,7 +30,7 @@ def build(folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
     common = [COMPILER, "-std=c++20", *flags, "-fPIC", "-DFP_EMULATED", f"-I{ROOT / 'tests/cpp'}"]
     common += ["-Wall", "-Wextra", "-Werror"]
     binding = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    binding += ['-DFLASHPAIR_CUDA_ARCHS="emulated"', *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    binding += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     files = [*sorted((ROOT / "csrc").glob("*_cuda.cu")), ROOT / "csrc/bind_cuda.cpp"]
 
     def compile_one(source: Path) -> str:

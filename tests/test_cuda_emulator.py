@@ -256,12 +256,6 @@ def test_extremes_with_nan_and_infinity(k):
 
 
 @alone
-def test_form_is_checked():
-    with pytest.raises(ValueError, match='form must be "auto", "simple" or "fused"; got \'other\''), backend_cuda.form("other"):
-        pass
-
-
-@alone
 def test_this_backend_runs_emulated():
     assert flashpair.backends()["cuda"] == "usable" and backend_cuda.emulated()
     assert support.interpreted("cuda")

@@ -67,9 +67,15 @@ def _native() -> list[tuple[str, str]]:
         *rows,
         ("compiled with", f"{info['compiler']}, C++ {info['cxx_standard']}, {info['architecture']}"),
         ("against", f"torch {info['torch_built_with']}, stable ABI of {info['torch_needed']} and later"),
-        ("CUDA sources", "built" if info["cuda"] else "none in this version"),
+        ("CUDA part", _cuda(info)),
         ("vectors here", f"{info['vector_bits']} bit ({', '.join(info['vector_isas'])})"),
     ]
+
+
+def _cuda(info: dict) -> str:
+    if not info["cuda"]:
+        return "not built (FLASHPAIR_BUILD_CUDA=1 builds it where nvcc is found)"
+    return f"CUDA {info['cuda_version']} for compute capability {', '.join(info['cuda_architectures'])}"
 
 
 def report() -> str:

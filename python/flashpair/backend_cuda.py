@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ _REBUILD = "FLASHPAIR_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-
 
 #: As in csrc/program_cuda.h and csrc/engine_cuda.h.
 MAX_TERMS = 16
+_LAYOUT = [18, 3, 24, 8, MAX_TERMS]  # fields of a header, an item and a term; operands
 TILE_COLUMNS = 128
 FUSED_ROWS = 128
 _WARPS = 8
@@ -62,18 +64,23 @@ def _load() -> str:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"the CUDA extension {found[0].name} does not load with torch {torch.__version__} ({error}); `{_REBUILD}`"
+        return (
+            f"the CUDA extension {found[0].name} does not load with torch {torch.__version__} ({error}); `{_REBUILD}`"
+        )
+    layout = getattr(torch.ops.flashpair_cuda, "layout", None)
+    if layout is None or layout() != _LAYOUT:
+        return f"the CUDA extension {found[0].name} was built from another version of flashpair; `{_REBUILD}`"
     return ""
-
-
-def architectures() -> str:
-    """Compute capabilities that the kernels were built for ("75,80,90+PTX"), or "emulated"."""
-    return torch.ops.flashpair_cuda.architectures()
 
 
 def emulated() -> bool:
     """Whether the kernels run on the host."""
-    return not _load() and architectures() == "emulated"
+    return not _load() and torch.ops.flashpair_cuda.emulated()
+
+
+def architectures() -> list[str]:
+    """Compute capabilities that the kernels were built for, such as "80", "90a" or, with PTX for later GPUs, "90+PTX"."""
+    return list(import_module("flashpair._cuda_info").architectures)
 
 
 def unavailable() -> list[str]:
@@ -95,7 +102,7 @@ def _capability(index: int) -> int:
 def _not_built_for(capability: int) -> str:
     """Why the kernels do not run on a GPU, or an empty string: machine code runs on its own and later minor versions of
     a major one (that of "90a" on 9.0 only), PTX on every later GPU."""
-    for entry in architectures().split(","):
+    for entry in architectures():
         name, _, ptx = entry.partition("+")
         number = int(name.rstrip("af"))
         same_major = number // 10 == capability // 10 and number <= capability
@@ -103,7 +110,7 @@ def _not_built_for(capability: int) -> str:
             return ""
     arch = f"{capability // 10}.{capability % 10}"
     return (
-        f"the CUDA extension was built for compute capabilities {architectures()}, this GPU has {arch}; "
+        f"the CUDA extension was built for compute capabilities {', '.join(architectures())}, this GPU has {arch}; "
         f'TORCH_CUDA_ARCH_LIST="{arch}" {_REBUILD}'
     )
 
@@ -372,7 +379,9 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
     programs = []
     shareable = tuple(r for r in Reduction if r != Reduction.MOMENTS)
     for first, terms in _chunks(plan.terms):
-        program = _program(request, op, evaluations(terms, request.symmetric, shareable), triangle=int(request.symmetric))
+        program = _program(
+            request, op, evaluations(terms, request.symmetric, shareable), triangle=int(request.symmetric)
+        )
         used, entries = [0, 0], ([], [])
         for t, term in enumerate(terms):
             side = 0 if request.symmetric else int(term.axis)
@@ -593,7 +602,9 @@ def _mine_many(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     def cost(rows: int, columns: int) -> int:
         return source.bytes * rows * columns + entry * rows * stripes(rows, columns)
 
-    shape = panel_shape(B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, tall=1024) if B and N else (1, 1)
+    shape = (
+        panel_shape(B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, tall=1024) if B and N else (1, 1)
+    )
     with float32_products(op.x, request.precision):
         for first_b, end_b in panels(B, shape[0]):
             for first_n, end_n in panels(N, shape[1]):
