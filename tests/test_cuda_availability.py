@@ -141,6 +141,5 @@ def test_choice_of_form(capability, features, name, fused, monkeypatch):
 
 
 def test_form_is_checked():
-    with pytest.raises(ValueError, match='form must be "auto", "simple" or "fused"; got \'other\''):
-        with backend_cuda.form("other"):
-            pass
+    with pytest.raises(ValueError, match=r"form must be .*; got 'other'"), backend_cuda.form("other"):
+        pass

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
@@ -20,21 +19,21 @@ from torch import Tensor
 
 from . import backward, forward
 from .backward import Backward, add_panel
+from .extremes import shared_passes
 from .forward import NEUTRAL, Forward
-from .operands import Operands, on_device, operands, padded, padded_length
+from .operands import Operands, on_device, operands
 from .panels import cdiv, empty_partials, float32_products, panel_shape, panels, round_up
-from .request import FlatTerm, Request, statistics_dtype
-from .terms import Combine, Extreme, Reduction
+from .program_cuda import LAYOUT, MAX_TERMS, TILE_COLUMNS, Item, Program, evaluations
+from .program_cuda import program as program_of
+from .request import Request, statistics_dtype
+from .terms import Extreme, Reduction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 _MAX_FEATURES = 1 << 20
 _REBUILD = "FLASHPAIR_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation flashpair"
 
-#: As in csrc/program_cuda.h and csrc/engine_cuda.h.
-MAX_TERMS = 16
-_LAYOUT = [18, 3, 24, 8, MAX_TERMS]  # fields of a header, an item and a term; operands
-TILE_COLUMNS = 128
+#: As in csrc/engine_cuda.h and csrc/mma_cuda.h.
 FUSED_ROWS = 128
 _WARPS = 8
 #: Rows of a strip, of which each warp has one in the simple form, by kernel and bytes of a similarity.
@@ -48,7 +47,7 @@ FUSED_FEATURES = {80: 4096, 89: 4096, 90: 768}
 _forms = ("auto",)
 
 
-# --- availability ---------------------------------------------------------------------------------------------------
+# --- availability -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -61,6 +60,7 @@ def _load() -> str:
     found = [Path(asked)] if asked else sorted(Path(__file__).parent.glob("_CUDA*.so"))
     if not found:
         return f"the CUDA extension was not built; install CUDA's nvcc and run `{_REBUILD}`"
+    name = found[0].name
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
@@ -68,8 +68,8 @@ def _load() -> str:
             f"the CUDA extension {found[0].name} does not load with torch {torch.__version__} ({error}); `{_REBUILD}`"
         )
     layout = getattr(torch.ops.flashpair_cuda, "layout", None)
-    if layout is None or layout() != _LAYOUT:
-        return f"the CUDA extension {found[0].name} was built from another version of flashpair; `{_REBUILD}`"
+    if layout is None or layout() != LAYOUT:
+        return f"the CUDA extension {name} was built from another version of flashpair; `{_REBUILD}`"
     return ""
 
 
@@ -160,142 +160,7 @@ def _fused(x: Tensor) -> bool:
     return x.shape[1] <= FUSED_FEATURES[max(c for c in FUSED_FEATURES if c <= capability)]
 
 
-# --- programs: a pass as csrc/bind_cuda.cpp decodes it -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    """One evaluation on a tile: a term that owns its rows, one that owns its columns (-1: none), or both with one z."""
-
-    row: int
-    column: int
-    shared: bool = False
-
-
-def _single(value) -> bool:
-    return not isinstance(value, Tensor) or value.numel() == 1
-
-
-def _uniform(term: FlatTerm) -> bool:
-    """z is one affine function of s for all pairs."""
-    return _single(term.scale) and _single(term.offset) and term.other_offset is None and term.weight is None
-
-
-def _same_z(a: FlatTerm, b: FlatTerm) -> bool:
-    same = lambda name: (  # noqa: E731
-        a.index[name] == b.index[name] and (a.index[name] >= 0 or getattr(a, name) == getattr(b, name))
-    )
-    return a.score == b.score and a.constant == b.constant and same("scale") and same("offset")
-
-
-def evaluations(terms: Sequence[FlatTerm], symmetric: bool, shareable: tuple[Reduction, ...]) -> list[Item]:
-    """What a tile evaluates: each term by rows or columns, in a self-similarity by both; pairs with one z together."""
-    if symmetric:
-        return [Item(t, t, _uniform(term) and term.reduction in shareable) for t, term in enumerate(terms)]
-    items, taken = [], set()
-    for t, term in enumerate(terms):
-        if t in taken:
-            continue
-        partner = -1
-        if _uniform(term) and term.reduction in shareable and term.reduction != Reduction.SOFTMAX_MEAN:
-            for u in range(t + 1, len(terms)):
-                other = terms[u]
-                alike = other.axis != term.axis and other.reduction == term.reduction and _uniform(other)
-                if u not in taken and alike and _same_z(term, other):
-                    partner = u
-                    taken.add(u)
-                    break
-        own = (t, partner) if int(term.axis) == 0 else (partner, t)
-        items.append(Item(*own, partner >= 0))
-    return items
-
-
-@dataclass
-class Program:
-    """Terms and items of a pass; the header names the panel."""
-
-    operands: list[Tensor]
-    header: dict[str, int]
-    items: list[Item]
-    terms: list[list[int]] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
-    vectors: list[Tensor] = field(default_factory=list)
-
-    def vector(self, value: Tensor | None) -> int:
-        """Position of a vector that is read along a side, -1 without."""
-        if value is None:
-            return -1
-        self.vectors.append(padded(value.detach().to(self.dtype).reshape(-1)))
-        return len(self.vectors) - 1
-
-    def parameter(self, value, absent: float) -> tuple[int, float]:
-        """(position or -1, number) of an owner's parameter."""
-        if not isinstance(value, Tensor):
-            return -1, absent if value is None else float(value)
-        if value.numel() != 1:
-            return self.vector(value), absent
-        self.vectors.append(value.detach().to(self.dtype).reshape(1))
-        return len(self.vectors) - 1, absent
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.operands[2].dtype  # of the norms
-
-    def add(self, term: FlatTerm | Extreme, slots: dict[str, int], cotangent=None, lse=None, mean=None) -> None:
-        """Append a term, or an extreme as one."""
-        extreme = isinstance(term, Extreme)
-        absent = {"scale": 1.0, "offset": 0.0, "above": -torch.inf, "below": torch.inf}
-        places, numbers = zip(*(self.parameter(getattr(term, n, None), v) for n, v in absent.items()), strict=True)
-        self.numbers += [*numbers, 0.0 if extreme else term.constant]
-        kind = (0, 0, int(term.mask), 0, 0) if extreme else (
-            int(term.reduction), int(term.score), int(term.mask), int(term.combine == Combine.LOGADDEXP),
-            int(term.detach_weights),
-        )  # fmt: skip
-        self.terms.append(
-            [
-                *kind, int(term.above is not None), int(term.below is not None), int(extreme and term.largest),
-                0 if extreme else int(term.axis), *places,
-                *(self.vector(v) for v in (getattr(term, "other_offset", None), getattr(term, "weight", None))),
-                *(self.vector(v) for v in (cotangent, lse, mean)),
-                *(slots.get(n, -1) for n in ("statistic", "scale", "offset", "other_offset", "weight", "value")),
-            ]
-        )  # fmt: skip
-
-    def codes(self, panel: tuple[int, int, int, int], tile_rows: int, **flags: int) -> list[int]:
-        """The flat pass for one panel: (first row, end, first column, end)."""
-        first_b, end_b, first_n, end_n = panel
-        place = (*panel, cdiv(end_b - first_b, tile_rows), cdiv(end_n - first_n, TILE_COLUMNS))
-        header = {**self.header, **flags}
-        flat = [*place, *header.values(), len(self.items), len(self.terms)]
-        for item in self.items:
-            flat += (item.row, item.column, int(item.shared))
-        for term in self.terms:
-            flat += term
-        return flat
-
-
-def _program(request: Request, op: Operands, items: list[Item], **flags: int) -> Program:
-    nothing = op.x.new_empty(0)
-    listed = [
-        op.x, op.y, op.x_norms, op.y_norms, op.x_labels, op.y_labels,
-        nothing if request.exclude is None else op.exclude, nothing if request.pair_mask is None else op.pair_mask,
-    ]  # fmt: skip
-    header = {
-        "padded_b": padded_length(op.x.shape[0]),
-        "padded_n": padded_length(op.y.shape[0]),
-        "columns": op.y.shape[0],
-        "similarity": int(request.similarity),
-        "scaled": int(op.scaled),
-        "exclude_self": int(request.exclude_self),
-        "symmetric": int(request.symmetric),
-        "triangle": 0,
-        "mirror_sums": 1,
-        "same_only": int(op.same_only and op.orders[0] is not None),
-    }
-    return Program(listed, header | flags, items)
-
-
-# --- where similarities come from ----------------------------------------------------------------------------------------
+# --- where similarities come from -------------------------------------------------------------------------------------
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -364,7 +229,7 @@ def _panel_pairs(request: Request, shape: tuple[int, int]) -> Iterator[tuple[int
                 yield first_b, end_b, first_n, end_n
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 @on_device
@@ -379,7 +244,7 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
     programs = []
     shareable = tuple(r for r in Reduction if r != Reduction.MOMENTS)
     for first, terms in _chunks(plan.terms):
-        program = _program(
+        program = program_of(
             request, op, evaluations(terms, request.symmetric, shareable), triangle=int(request.symmetric)
         )
         used, entries = [0, 0], ([], [])
@@ -454,10 +319,10 @@ def _add_panels(request: Request, plan: Backward) -> None:
     source = _Source(op, _fused(op.x), "weights")
     store = plan.dx is not None or plan.dy is not None
     known = [t for t in range(len(plan.terms)) if plan.with_value or plan.cotangents[t] is not None]
-    for k, (_, chunk) in enumerate(_chunks(known)):
+    for _, chunk in _chunks(known):
         terms = [plan.terms[t] for t in chunk]
         items = evaluations(terms, request.symmetric, (Reduction.SUM, Reduction.LOGSUMEXP))
-        program = _program(request, op, items)
+        program = program_of(request, op, items)
         for t, term in zip(chunk, terms, strict=True):
             slots = {name: slot for (of, name), slot in plan.slots.of.items() if of == t}
             mean, lse = plan.statistics[t]
@@ -510,15 +375,14 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
             add_panel(plan, w, first_b, first_n, request.symmetric and not on_diagonal)
 
 
-# --- extremes -----------------------------------------------------------------------------------------------------------
+# --- extremes ---------------------------------------------------------------------------------------------------------
 
 
 @on_device
 def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     """(values (B, k), indices (B, k)) of each extreme; those with k = 1 share a pass."""
     found: list[tuple[Tensor, Tensor] | None] = [None] * len(request.extremes)
-    singles = [e for e, extreme in enumerate(request.extremes) if extreme.k == 1]
-    for _, group in _chunks(singles):
+    for _, group in (chunk for together in shared_passes(request.extremes) for chunk in _chunks(together)):
         results = _mine_single(request, [request.extremes[e] for e in group])
         for e, result in zip(group, results, strict=True):
             found[e] = result
@@ -548,7 +412,7 @@ def _mine_single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor
     op = operands(request, {e.mask for e in extremes})
     source = _Source(op, _fused(op.x))
     items = [Item(t, t if request.symmetric else -1) for t in range(count)]
-    program = _program(request, op, items, triangle=int(request.symmetric))
+    program = program_of(request, op, items, triangle=int(request.symmetric))
     for t, extreme in enumerate(extremes):
         program.add(op.arranged_extreme(extreme), {"statistic": t})
     best = [_no_best(e, B, source.dtype, device) for e in extremes]
@@ -591,7 +455,7 @@ def _mine_many(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     device, k, stream = request.x.device, extreme.k, _stream(request.x)
     op = operands(request, {extreme.mask})
     source = _Source(op, False)
-    program = _program(request, op, [Item(0, -1)])
+    program = program_of(request, op, [Item(0, -1)])
     program.add(op.arranged_extreme(extreme), {"statistic": 0})
     values, places = _no_best(extreme, B, source.dtype, device)
     entry = (source.dtype.itemsize + 4) * k
