@@ -79,7 +79,7 @@ def emulated() -> bool:
 
 
 def architectures() -> list[str]:
-    """Compute capabilities that the kernels were built for, such as "80", "90a" or, with PTX for later GPUs, "90+PTX"."""
+    """Compute capabilities that the kernels were built for, such as "80" or, with PTX for later GPUs, "90+PTX"."""
     return list(import_module("flashpair._cuda_info").architectures)
 
 

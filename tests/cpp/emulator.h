@@ -100,7 +100,8 @@ inline Block& block() {
   static Block only;
   return only;
 }
-// FLASHPAIR_EMULATOR_ORDER: 0 for ascending threads, 1 for descending, else the seed of a random order.
+// FLASHPAIR_EMULATOR_ORDER: 0 for ascending threads and 1 for descending, all warps abreast; else the seed of a random
+// order in which each warp runs as far as it can before the next one begins.
 inline int64_t emulator_order() {
   const char* asked = getenv("FLASHPAIR_EMULATOR_ORDER");
   return asked ? atoll(asked) : 0;
@@ -174,19 +175,36 @@ inline void run_block(int64_t index, int shared_bytes, void (*run)(void*), void*
   }
   for (Warp& warp : b.warps) warp.arrived = 0;
   uint64_t random = uint64_t(seed) * 0x9e3779b97f4a7c15u + uint64_t(index) + 1;
-  for (int alive = kThreads; alive;) {
-    if (seed > 1)
-      for (int t = kThreads - 1; t > 0; --t) {
-        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-        const int other = int(random % uint64_t(t + 1)), swap = order[t];
-        order[t] = order[other], order[other] = swap;
-      }
+  auto shuffle = [&](int* first, int count) {
+    for (int k = count - 1; k > 0; --k) {
+      random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+      const int other = int(random % uint64_t(k + 1)), swap = first[k];
+      first[k] = first[other], first[other] = swap;
+    }
+  };
+  auto run_once = [&](const int* first, int count) {
     const int64_t before = b.progress;
-    for (int t : order)
-      if (!b.fibers[t].done) resume(t);
+    for (int k = 0; k < count; ++k)
+      if (!b.fibers[first[k]].done) resume(first[k]);
+    return b.progress != before;
+  };
+  for (int alive = kThreads; alive;) {
+    bool progress = false;
+    if (seed > 1) {
+      int warps[kWarps], lanes[kLanes];
+      for (int w = 0; w < kWarps; ++w) warps[w] = w;
+      shuffle(warps, kWarps);
+      for (int warp : warps) {
+        for (int l = 0; l < kLanes; ++l) lanes[l] = warp * kLanes + l;
+        shuffle(lanes, kLanes);
+        while (run_once(lanes, kLanes)) progress = true;
+      }
+    } else {
+      progress = run_once(order, kThreads);
+    }
     alive = 0;
     for (const Fiber& fiber : b.fibers) alive += !fiber.done;
-    if (alive && b.progress == before) fail("a barrier or collective that not all threads reach");
+    if (alive && !progress) fail("a barrier or collective that not all threads reach");
   }
 }
 
