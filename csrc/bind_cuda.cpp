@@ -126,7 +126,6 @@ Pass<T> decode(const Tensors& operands, const Tensors& vectors, const Ints& code
     term.scale_slot = int16_t(field[kScaleSlot]), term.offset_slot = int16_t(field[kOffsetSlot]);
     term.other_slot = int16_t(field[kOtherSlot]), term.weight_slot = int16_t(field[kWeightSlot]);
     term.value_slot = int16_t(field[kValueSlot]);
-    pass.moments = pass.moments || term.reduction == Reduction::moments;
   }
   return pass;
 }
@@ -142,8 +141,8 @@ template <class F>
 Status with_source(const Tensors& operands, const Tensor& panel, F f) {
   if (panel.numel()) {
     if (panel.scalar_type() == ScalarType::Double)
-      return f(PanelSource<double>{data<double>(panel), panel.stride(0)}, double{});
-    return f(PanelSource<float>{data<float>(panel), panel.stride(0)}, float{});
+      return f(PanelSource<double>{data<double>(panel), int32_t(panel.stride(0))}, double{});
+    return f(PanelSource<float>{data<float>(panel), int32_t(panel.stride(0))}, float{});
   }
   if (operands[kX].scalar_type() == ScalarType::Half) return f(embeddings<Half>(operands), float{});
   return f(embeddings<BFloat16>(operands), float{});
@@ -211,8 +210,9 @@ void top_k(Tensors operands, Tensor panel, Tensors vectors, Ints codes, Floats n
            int64_t stripes, Tensor values, Tensor places) {
   auto start = [&](auto t) {
     using T = decltype(t);
-    return start_top_k(decode<T>(operands, vectors, codes, numbers), PanelSource<T>{data<T>(panel), panel.stride(0)},
-                       best<T>(values, places), int(k), int(stripes), stream_of(stream));
+    return start_top_k(decode<T>(operands, vectors, codes, numbers),
+                       PanelSource<T>{data<T>(panel), int32_t(panel.stride(0))}, best<T>(values, places), int(k),
+                       int(stripes), stream_of(stream));
   };
   check(panel.scalar_type() == ScalarType::Double ? start(double{}) : start(float{}), "the top-k kernel");
 }

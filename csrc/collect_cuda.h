@@ -85,7 +85,7 @@ struct Collector {
   }
   // One number of each column of this warp's strip; after a barrier `of_warp` reads it.
   FP_DEVICE void column(int component, const V (&value)[kVector]) const {
-    load_vector(shared + (component * kWarps + warp_index()) * kTileColumns + lane_index() * kVector, value);
+    store4(shared + (component * kWarps + warp_index()) * kTileColumns + lane_index() * kVector, value);
   }
   FP_DEVICE V of_warp(int component, int warp, int column) const {
     return shared[(component * kWarps + warp) * kTileColumns + column];

@@ -50,10 +50,9 @@ struct BFloat16 {
 #define FP_GRID_CONSTANT __grid_constant__  // read where it lies: no copy in local memory
 #define FP_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #define FP_UNROLL _Pragma("unroll")
-#define FP_FENCE asm volatile("" ::: "memory")  // the compiler moves no memory access across it
 
 FP_DEVICE int thread_index() { return threadIdx.x; }
-FP_DEVICE int64_t block_index() { return blockIdx.x; }
+FP_DEVICE int block_index() { return int(blockIdx.x); }
 FP_DEVICE void sync_block() { __syncthreads(); }
 FP_DEVICE unsigned ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 FP_DEVICE int count_bits(unsigned bits) { return __popc(bits); }
@@ -71,13 +70,33 @@ template <class T>
 FP_DEVICE T shuffle_from(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
-template <class V>
-FP_DEVICE void copy16(V* to, const V* from) {
-  *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
+// Four neighbours at once, from memory into registers and back; memory is aligned to 16 bytes (8 for 16-bit numbers).
+FP_DEVICE void load4(float (&to)[4], const float* from) {
+  const float4 v = *reinterpret_cast<const float4*>(from);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
-template <class V>
-FP_DEVICE void copy8(V* to, const V* from) {
-  *reinterpret_cast<int2*>(to) = *reinterpret_cast<const int2*>(from);
+FP_DEVICE void load4(double (&to)[4], const double* from) {
+  const double2 a = reinterpret_cast<const double2*>(from)[0], b = reinterpret_cast<const double2*>(from)[1];
+  to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+}
+FP_DEVICE void load4(int32_t (&to)[4], const int32_t* from) {
+  const int4 v = *reinterpret_cast<const int4*>(from);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+FP_DEVICE void store4(float* to, const float (&v)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+}
+FP_DEVICE void store4(double* to, const double (&v)[4]) {
+  reinterpret_cast<double2*>(to)[0] = make_double2(v[0], v[1]);
+  reinterpret_cast<double2*>(to)[1] = make_double2(v[2], v[3]);
+}
+FP_DEVICE void store4(int32_t* to, const int32_t (&v)[4]) {
+  *reinterpret_cast<int4*>(to) = make_int4(v[0], v[1], v[2], v[3]);
+}
+template <class H>  // Half or BFloat16
+FP_DEVICE void store4(H* to, const H (&v)[4]) {
+  *reinterpret_cast<uint2*>(to) =
+      make_uint2(v[0].bits | unsigned(v[1].bits) << 16, v[2].bits | unsigned(v[3].bits) << 16);
 }
 
 FP_DEVICE uint16_t to_bits(float value, Half) { return __half_as_ushort(__float2half_rn(value)); }
@@ -89,10 +108,13 @@ FP_DEVICE float to_float(BFloat16 v) { return __bfloat162float(__ushort_as_bfloa
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), int64_t blocks, int shared_bytes, Stream stream, Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 47 * 1024) {  // static shared memory counts too
     const Status status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) return status;
+    if (status != cudaSuccess) {
+      (void)cudaGetLastError();  // the next launch is not to blame
+      return status;
+    }
   }
   kernel<<<dim3(unsigned(blocks)), dim3(kThreads), size_t(shared_bytes), stream>>>(arguments...);
   return cudaGetLastError();
@@ -135,14 +157,10 @@ FP_DEVICE T absolute(T x) {
   return x < 0 ? -x : x;
 }
 // The larger; a NaN in either does not win, so that ranges are of numbers.
-template <class T>
-FP_DEVICE T larger(T a, T b) {
-  return b > a || is_nan(a) ? b : a;
-}
-template <class T>
-FP_DEVICE T smaller(T a, T b) {
-  return b < a || is_nan(a) ? b : a;
-}
+FP_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+FP_DEVICE double larger(double a, double b) { return fmax(a, b); }
+FP_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+FP_DEVICE double smaller(double a, double b) { return fmin(a, b); }
 
 #endif
 

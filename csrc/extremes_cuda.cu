@@ -32,14 +32,15 @@ extremes_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const 
   if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
     return at.neutral(pass.item_count, column_slots, row, tile.kRows, -1);
   tile.load(pass, source, row, column, memory);
+  const int strips = strips_inside(pass, row, R, tile.kStrips);
   for (int n = 0; n < pass.item_count; ++n) {
     const TermCode<T>& term = pass.terms[n];
     const MoreExtreme more{term.largest};
     Entry<T> by_column[kVector];
     FP_UNROLL
     for (int v = 0; v < kVector; ++v) by_column[v] = no_entry<T>(term.largest);
-    for (int k = 0; k < tile.kStrips; ++k) {
-      const Strip<T, R>& strip = tile.strip(pass, k);
+    for (int k = 0; k < strips; ++k) {
+      const Strip<T, R>& strip = tile.strip(pass, source, k);
       const unsigned bits = keep_bits<T, R, true>(pass, term, strip);
       Entry<T> by_row[R];
       FP_UNROLL
@@ -76,7 +77,7 @@ template <class T>
 FP_KERNEL(2)
 top_k_kernel(const FP_GRID_CONSTANT Pass<T> pass, const PanelSource<T> source, const Best<T> best, int k, int stripes) {
   const int rows = pass.end_b - pass.first_b, chunks = (pass.end_n - pass.first_n + kTileColumns - 1) / kTileColumns;
-  const int64_t task = block_index() * kWarps + warp_index();
+  const int64_t task = int64_t(block_index()) * kWarps + warp_index();
   const int row = int(task / stripes), stripe = int(task % stripes);
   if (row >= rows) return;
   const TermCode<T>& term = pass.terms[0];
@@ -88,7 +89,7 @@ top_k_kernel(const FP_GRID_CONSTANT Pass<T> pass, const PanelSource<T> source, c
     strip.column = pass.first_n + from;
     FP_UNROLL
     for (int v = 0; v < kVector; ++v) strip.s[0][v] = 0;
-    if (from < source.stride) load_vector(strip.s[0], source.s + int64_t(row) * source.stride + from);
+    if (from < source.stride) load4(strip.s[0], source.s + int64_t(row) * source.stride + from);
     similarities(pass, strip);
     const unsigned bits = keep_bits<T, 1, true>(pass, term, strip);
     FP_UNROLL
@@ -102,7 +103,7 @@ top_k_kernel(const FP_GRID_CONSTANT Pass<T> pass, const PanelSource<T> source, c
 template <class T>
 FP_KERNEL(2)
 merge_single_kernel(const Best<T> from, int lists, const Best<T> into, int rows, bool largest) {
-  const int64_t row = block_index() * kThreads + thread_index();
+  const int64_t row = int64_t(block_index()) * kThreads + thread_index();
   if (row >= rows) return;
   const MoreExtreme more{largest};
   Entry<T> best{into.values[row], into.places[row]};
@@ -117,7 +118,7 @@ merge_single_kernel(const Best<T> from, int lists, const Best<T> into, int rows,
 template <class T>
 FP_KERNEL(2)
 merge_best_kernel(const Best<T> from, int lists, const Best<T> into, int rows, int k, bool largest) {
-  const int64_t row = block_index() * kWarps + warp_index();
+  const int64_t row = int64_t(block_index()) * kWarps + warp_index();
   if (row >= rows) return;
   BestList<T> best(k, largest);
   for (int list = -1; list < lists; ++list) {

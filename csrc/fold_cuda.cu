@@ -52,7 +52,7 @@ fold_kernel(const T* partials, double* state, int tiles, int length, int64_t fir
             const FP_GRID_CONSTANT FoldEntries entries) {
   FP_SHARED double merged[kRanges][kMostComponents][kOwners];
   const int lane = lane_index(), range = warp_index();
-  const int64_t at = block_index() * kOwners + lane;
+  const int64_t at = int64_t(block_index()) * kOwners + lane;
   const int per_range = (tiles + kRanges - 1) / kRanges;
   const int begin = range * per_range, end = begin + per_range < tiles ? begin + per_range : tiles;
   for (int n = 0; n < entries.count; ++n) {

@@ -9,7 +9,7 @@
 
 namespace flashpair {
 
-constexpr int kMmaRows = 128, kMmaColumns = kTileColumns, kMmaDepth = 32, kMmaStages = 3;
+constexpr int kMmaRows = 128, kMmaColumns = kTileColumns, kMmaDepth = 32, kMmaStages = 4;
 constexpr int kChunk = 8;  // 16-bit numbers in 16 bytes
 constexpr int kStageBytes = (kMmaRows + kMmaColumns) * kMmaDepth * 2;
 constexpr int kMmaSharedBytes = kMmaRows * kSharedRow * 4;
@@ -59,20 +59,31 @@ FP_DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
 // Place of a chunk in a stage: rows of four chunks, of which every second pair of rows is rotated.
 FP_DEVICE int chunk_at(int row, int chunk) { return row * (kMmaDepth / kChunk) + (chunk ^ ((row >> 1) & 3)); }
 
-// One operand's rows of a stage; rows from `end` on and features from `features` on become zero.
-template <int ROWS, class Input>
-FP_DEVICE void load_stage(uint16_t* stage, const Input* from, int64_t stride, int first, int end, int feature,
-                          int features) {
-  constexpr int chunks = kMmaDepth / kChunk;
-  FP_UNROLL
-  for (int n = 0; n < ROWS * chunks / kThreads; ++n) {
-    const int place = n * kThreads + thread_index(), row = place / chunks, d = feature + place % chunks * kChunk;
-    int valid = features - d < 0 || first + row >= end ? 0 : (features - d) * 2;
-    valid = valid > 16 ? 16 : valid;
-    const Input* source = valid ? from + int64_t(first + row) * stride + d : from;
-    copy16_async(stage + chunk_at(row, place % chunks) * kChunk, source, valid);
+// One operand of the stages: a thread copies the same chunk of every kStep-th row in each of them. Rows from `end` on and
+// features from `features` on become zero; where nothing is valid, nothing is read.
+template <class Input>
+struct StageLoader {
+  static constexpr int kChunks = kMmaDepth / kChunk, kStep = kThreads / kChunks, kCopies = kMmaRows / kStep;
+  const Input* from;  // of the first copy
+  int64_t stride;
+  int at;        // of the first copy in a stage; a chunk is rotated alike kStep rows below
+  int rows;      // left from the first copy's row on
+  int features;  // left from this thread's chunk on
+
+  FP_DEVICE StageLoader(const Input* base, int64_t stride, int first, int end, int depth) : stride(stride) {
+    const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+    from = base + (first + row) * stride + chunk * kChunk;
+    at = chunk_at(row, chunk) * kChunk, rows = end - first - row, features = depth - chunk * kChunk;
   }
-}
+  // Copies the next kMmaDepth features.
+  FP_DEVICE void load(uint16_t* stage) {
+    const int valid = features <= 0 ? 0 : features < kChunk ? features * 2 : 16;
+    FP_UNROLL
+    for (int n = 0; n < kCopies; ++n)
+      copy16_async(stage + at + n * kStep * kMmaDepth, from + n * kStep * stride, n * kStep < rows ? valid : 0);
+    from += kMmaDepth, features -= kMmaDepth;
+  }
+};
 
 // The tile of rows from `row` and columns from `column` on, as (kMmaRows, kSharedRow) floats in `shared`.
 template <class Input>
@@ -83,12 +94,12 @@ FP_DEVICE void multiply_tile(const EmbeddingSource<Input>& source, int row, int 
   const int warp_column = warp_index() / kWarpsDown * kWarpColumns;
   const int steps = (source.features + kMmaDepth - 1) / kMmaDepth;
   auto stage_of = [&](int step) { return reinterpret_cast<uint16_t*>(shared + step % kMmaStages * kStageBytes); };
+  StageLoader<Input> x_loader(source.x, source.stride_xb, row, end_b, source.features);
+  StageLoader<Input> y_loader(source.y, source.stride_yn, column, end_n, source.features);
   auto load = [&](int step) {
     if (step < steps) {
-      uint16_t* stage = stage_of(step);
-      load_stage<kMmaRows>(stage, source.x, source.stride_xb, row, end_b, step * kMmaDepth, source.features);
-      load_stage<kMmaColumns>(stage + kMmaRows * kMmaDepth, source.y, source.stride_yn, column, end_n, step * kMmaDepth,
-                              source.features);
+      x_loader.load(stage_of(step));
+      y_loader.load(stage_of(step) + kMmaRows * kMmaDepth);
     }
     commit_copies();
   };
@@ -97,23 +108,24 @@ FP_DEVICE void multiply_tile(const EmbeddingSource<Input>& source, int row, int 
   for (int m = 0; m < kMmaDown; ++m) FP_UNROLL
   for (int n = 0; n < kMmaAcross; ++n) FP_UNROLL
   for (int k = 0; k < 4; ++k) c[m][n][k] = 0;
+  // Of the first matrices that this lane names; 16 rows below a chunk is rotated alike, and two chunks on is one bit.
+  const int x_at = chunk_at(warp_row + lane % 16, lane / 16) * kChunk;
+  const int y_at = kMmaRows * kMmaDepth + chunk_at(warp_column + lane % 8 + lane / 16 * 8, lane / 8 % 2) * kChunk;
   for (int step = 0; step < kMmaStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
     wait_copies<kMmaStages - 2>();
     sync_block();  // this step's stage has arrived for all, and nobody reads the one that is loaded next
     load(step + kMmaStages - 1);
-    const uint16_t* x = stage_of(step);
-    const uint16_t* y = x + kMmaRows * kMmaDepth;
+    const uint16_t* stage = stage_of(step);
     FP_UNROLL
     for (int depth = 0; depth < kMmaDepth / 16; ++depth) {
       unsigned a[kMmaDown][4], b[kMmaAcross / 2][4];
       FP_UNROLL
       for (int m = 0; m < kMmaDown; ++m)
-        load_matrices(a[m], x + chunk_at(warp_row + m * 16 + lane % 16, depth * 2 + lane / 16) * kChunk);
+        load_matrices(a[m], stage + (x_at ^ (depth * 2 * kChunk)) + m * 16 * kMmaDepth);
       FP_UNROLL
       for (int n = 0; n < kMmaAcross / 2; ++n)
-        load_matrices(b[n],
-                      y + chunk_at(warp_column + n * 16 + lane % 8 + lane / 16 * 8, depth * 2 + lane / 8 % 2) * kChunk);
+        load_matrices(b[n], stage + (y_at ^ (depth * 2 * kChunk)) + n * 16 * kMmaDepth);
       FP_UNROLL
       for (int m = 0; m < kMmaDown; ++m) FP_UNROLL
       for (int n = 0; n < kMmaAcross; ++n)

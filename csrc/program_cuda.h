@@ -71,7 +71,6 @@ struct Pass {
   bool triangle;     // of a self-similarity: (i, j) with i <= j only, which also stands for (j, i)
   bool mirror_sums;  // parameter sums count the column direction of a self-similarity
   bool same_only;    // only pairs of equal labels count
-  bool moments;      // some term wants them
   int8_t item_count, term_count;
   Item items[kMaxTerms];
   TermCode<T> terms[kMaxTerms];
@@ -81,7 +80,7 @@ struct Pass {
 template <class T>
 struct PanelSource {
   const T* s;      // (end_b - first_b, stride)
-  int64_t stride;  // a multiple of 4
+  int32_t stride;  // a multiple of 4
 };
 template <class Input>
 struct EmbeddingSource {

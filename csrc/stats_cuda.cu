@@ -43,15 +43,28 @@ FP_DEVICE void within_lane(Entry entry, unsigned bits, T neutral, Op op, T (&out
   }
 }
 
+// The same over the whole strip; of rows, out[0] is that of this lane's row.
+template <class T, int R, bool ROWS, class Entry, class Op>
+FP_DEVICE void reduce_pairs(Entry entry, unsigned bits, T neutral, Op op, T (&out)[Side<R, ROWS>::kCount]) {
+  within_lane<T, R, ROWS>(entry, bits, neutral, op, out);
+  if constexpr (ROWS) out[0] = over_columns(out, op);
+}
+
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_reduced(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component,
+                               const T (&reduced)[Side<R, ROWS>::kCount]) {
+  if constexpr (ROWS)
+    to.template row<R>(slot + component, strip.row, reduced[0]);
+  else
+    to.column(component, reduced);
+}
+
 template <class T, int R, bool ROWS, class Entry>
 FP_DEVICE void collect_sums(const Collector<T>& to, const Strip<T, R>& strip, int slot, int component, Entry entry,
                             unsigned bits) {
   T sums[Side<R, ROWS>::kCount];
-  within_lane<T, R, ROWS>(entry, bits, T(0), Add{}, sums);
-  if constexpr (ROWS)
-    to.template row<R>(slot + component, strip.row, over_columns(sums, Add{}));
-  else
-    to.column(component, sums);
+  reduce_pairs<T, R, ROWS>(entry, bits, T(0), Add{}, sums);
+  collect_reduced<T, R, ROWS>(to, strip, slot, component, sums);
 }
 
 // Sum of w times the score.
@@ -103,53 +116,59 @@ FP_DEVICE void collect_exponentials(const Collector<T>& to, const Strip<T, R>& s
     }
     FP_EACH_PAIR(R) p[r][v] = exp_of(exponent[r][v] - shifts[Own::of(r, v)]);
   }
-  if constexpr (ROWS)
-    to.template row<R>(term.slot, strip.row, over_columns(shifts, Larger{}));
-  else
-    to.column(0, shifts);
+  if constexpr (ROWS) shifts[0] = over_columns(shifts, Larger{});
+  collect_reduced<T, R, ROWS>(to, strip, term.slot, 0, shifts);
   collect_sums<T, R, ROWS>(to, strip, term.slot, 1, [&](int r, int v) { return p[r][v]; }, bits);
   if (term.reduction == Reduction::softmax_mean)
     collect_sums<T, R, ROWS>(to, strip, term.slot, 2, [&](int r, int v) { return p[r][v] * strip.s[r][v]; }, bits);
 }
 
-// (count, mean, sum of squared deviations, min, max) from those of s - pivot.
-template <class T>
-FP_DEVICE void centre_moments(T* state, const T& pivot) {
-  const T inverse = state[0] == 0 ? T(0) : T(1) / state[0];
-  const T spread = state[2] - state[1] * state[1] * inverse;
-  state[1] = state[0] == 0 ? T(0) : pivot + state[1] * inverse, state[2] = spread < 0 ? T(0) : spread;
+// (count, mean, sum of squared deviations, min, max). The sums are taken about the mean of what the strip keeps, so that
+// those of squares do not cancel.
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_moments(const Collector<T>& to, const Strip<T, R>& strip, int slot, unsigned bits) {
+  constexpr int count = Side<R, ROWS>::kCount;
+  T total = 0, kept = 0;
+  FP_EACH_PAIR(R) {
+    total += has_bit(bits, r, v) ? strip.s[r][v] : T(0);
+    kept += has_bit(bits, r, v) ? T(1) : T(0);
+  }
+  total = over_lanes(total, Add{}), kept = over_lanes(kept, Add{});
+  T pivot = kept == 0 ? T(0) : total / kept;
+  pivot = is_nan(pivot) ? T(0) : finite_or_zero(pivot);
+  T n[count], mean[count], spread[count];
+  reduce_pairs<T, R, ROWS>([&](int r, int v) { return strip.s[r][v]; }, bits, infinity<T>(), LowestOrNan{}, mean);
+  collect_reduced<T, R, ROWS>(to, strip, slot, 3, mean);
+  reduce_pairs<T, R, ROWS>([&](int r, int v) { return strip.s[r][v]; }, bits, -infinity<T>(), HighestOrNan{}, mean);
+  collect_reduced<T, R, ROWS>(to, strip, slot, 4, mean);
+  reduce_pairs<T, R, ROWS>([&](int, int) { return T(1); }, bits, T(0), Add{}, n);
+  collect_reduced<T, R, ROWS>(to, strip, slot, 0, n);
+  reduce_pairs<T, R, ROWS>([&](int r, int v) { return strip.s[r][v] - pivot; }, bits, T(0), Add{}, mean);
+  reduce_pairs<T, R, ROWS>([&](int r, int v) { return (strip.s[r][v] - pivot) * (strip.s[r][v] - pivot); }, bits, T(0),
+                           Add{}, spread);
+  FP_UNROLL
+  for (int k = 0; k < (ROWS ? 1 : count); ++k) {
+    const T offset = n[k] == 0 ? T(0) : mean[k] / n[k], rest = spread[k] - mean[k] * offset;
+    mean[k] = n[k] == 0 ? T(0) : pivot + offset, spread[k] = rest < 0 ? T(0) : rest;
+  }
+  collect_reduced<T, R, ROWS>(to, strip, slot, 1, mean);
+  collect_reduced<T, R, ROWS>(to, strip, slot, 2, spread);
 }
 
-// (count, sum, sum of squares, min, max) of s - pivot, one after the other; the columns are centred after merging.
-template <class T, int R, bool ROWS>
-FP_DEVICE void collect_moments(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term, unsigned bits,
-                               const T& pivot) {
-  T state[5];
-  auto component = [&](int k, auto entry, T neutral, auto op) {
-    T reduced[Side<R, ROWS>::kCount];
-    within_lane<T, R, ROWS>([&](int r, int v) { return entry(strip.s[r][v]); }, bits, neutral, op, reduced);
-    if constexpr (ROWS)
-      state[k] = over_columns(reduced, op);
-    else
-      to.column(k, reduced);
-  };
-  component(3, [](T s) { return s; }, infinity<T>(), LowestOrNan{});
-  component(4, [](T s) { return s; }, -infinity<T>(), HighestOrNan{});
-  component(0, [](T) { return T(1); }, T(0), Add{});
-  component(1, [&](T s) { return s - pivot; }, T(0), Add{});
-  component(2, [&](T s) { return (s - pivot) * (s - pivot); }, T(0), Add{});
-  if constexpr (ROWS) {
-    centre_moments(state, pivot);
-    FP_UNROLL
-    for (int k = 0; k < 5; ++k) to.template row<R>(term.slot + k, strip.row, state[k]);
-  }
+template <class T>
+FP_DEVICE void merge_moments(T (&state)[5], const T (&next)[5]) {
+  if (next[0] == 0) return;
+  const T n = state[0] + next[0], share = next[0] / n, difference = next[1] - state[1];
+  state[2] += next[2] + (state[0] == 0 ? T(0) : difference * difference * state[0] * share);
+  state[1] = state[0] == 0 ? next[1] : state[1] + difference * share;
+  state[0] = n;
+  state[3] = LowestOrNan{}(state[3], next[3]), state[4] = HighestOrNan{}(state[4], next[4]);
 }
 
 // The partials of one side of an item.
 template <class T, int R, bool ROWS>
 FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
-                            const T (&score)[R][kVector], unsigned bits, Shift<T> shift, T (&p)[R][kVector],
-                            const T& pivot) {
+                            const T (&score)[R][kVector], unsigned bits, Shift<T> shift, T (&p)[R][kVector]) {
   switch (term.reduction) {
     case Reduction::sum: return collect_weighted<T, R, ROWS>(to, strip, term, score, bits);
     case Reduction::count:
@@ -157,7 +176,7 @@ FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, co
           to, strip, term.slot, 0, [&](int r, int v) { return score[r][v] <= 0 ? T(0) : T(1); }, bits);
     case Reduction::logsumexp:
     case Reduction::softmax_mean: return collect_exponentials<T, R, ROWS>(to, strip, term, score, bits, shift, p);
-    case Reduction::moments: return collect_moments<T, R, ROWS>(to, strip, term, bits, pivot);
+    case Reduction::moments: return collect_moments<T, R, ROWS>(to, strip, term.slot, bits);
   }
 }
 
@@ -174,8 +193,7 @@ FP_DEVICE Shift<T> prepare_side(const TermCode<T>& term, const Strip<T, R>& stri
 
 // Where rows and columns share z they share its score and, where its range permits, one exponential.
 template <class T, int R>
-FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& strip, const Collector<T>& to,
-                            const T& pivot) {
+FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& strip, const Collector<T>& to) {
   T score[R][kVector], p[R][kVector];
   Shift<T> shift{};
   unsigned column_bits = 0;
@@ -184,37 +202,42 @@ FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& s
     const TermCode<T>& term = pass.terms[item.row];
     const unsigned bits = keep_bits<T, R, true>(pass, term, strip);
     shift = prepare_side<T, R, true>(term, strip, item.shared ? bits | column_bits : bits, score, p);
-    collect_side<T, R, true>(to, strip, term, score, bits, shift, p, pivot);
+    collect_side<T, R, true>(to, strip, term, score, bits, shift, p);
   }
   if (item.column >= 0) {
     const TermCode<T>& term = pass.terms[item.column];
     if (!item.shared) shift = prepare_side<T, R, false>(term, strip, column_bits, score, p);
-    collect_side<T, R, false>(to, strip, term, score, column_bits, shift, p, pivot);
+    collect_side<T, R, false>(to, strip, term, score, column_bits, shift, p);
   }
 }
 
 // A term's statistics of the tile's columns: `totals` (components, kTileColumns) gathers the strips, each column by one
 // thread, and is written after the last.
-template <class T, int N>
-FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T* totals, bool first, bool last,
-                             const T& pivot) {
+template <class T>
+FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T* totals, bool first, bool last) {
+  constexpr int most = 5;
   sync_block();
-  const int column = thread_index(), j = to.tile_column + column;
+  const int column = thread_index(), j = to.tile_column + column, components = partial_components(term.reduction);
   if (column < kTileColumns) {
-    T state[5] = {}, next[5] = {};  // the origin of a softmax mean, which `state_merge` knows, is 0 here
+    T state[most] = {}, next[most] = {};  // the origin of a softmax mean, which `state_merge` knows, is 0 here
     FP_UNROLL
-    for (int k = 0; k < N; ++k) state[k] = first ? to.of_warp(k, 0, column) : totals[k * kTileColumns + column];
+    for (int k = 0; k < most; ++k)
+      if (k < components) state[k] = first ? to.of_warp(k, 0, column) : totals[k * kTileColumns + column];
     for (int warp = first; warp < kWarps; ++warp) {
       FP_UNROLL
-      for (int k = 0; k < N; ++k) next[k] = to.of_warp(k, warp, column);
-      state_merge(term.reduction, state, next);
+      for (int k = 0; k < most; ++k)
+        if (k < components) next[k] = to.of_warp(k, warp, column);
+      if (term.reduction == Reduction::moments)
+        merge_moments(state, next);
+      else
+        state_merge(term.reduction, state, next);
     }
-    if (last && N == 5) centre_moments(state, pivot);
     FP_UNROLL
-    for (int k = 0; k < N; ++k) {
-      totals[k * kTileColumns + column] = state[k];
-      if (last && j < to.pass.end_n) to.column_partial(term.slot + k, j, state[k]);
-    }
+    for (int k = 0; k < most; ++k)
+      if (k < components) {
+        totals[k * kTileColumns + column] = state[k];
+        if (last && j < to.pass.end_n) to.column_partial(term.slot + k, j, state[k]);
+      }
   }
   sync_block();
 }
@@ -225,7 +248,6 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
              int column_slots, int components) {
   constexpr int R = kStripRows<T>;
   FP_DYNAMIC_SHARED(memory);
-  FP_SHARED T pivot;
   Tile<T, R, Source> tile;
   int tile_b, tile_n;
   tile_of_block(block_index(), pass.tiles_b, pass.tiles_n, tile_b, tile_n);
@@ -235,31 +257,14 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
   if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
     return to.neutral(row_slots, column_slots, row, tile.kRows);
   tile.load(pass, source, row, column, memory);
-  if (pass.moments) {
-    // Moments are taken about the mean of the tile's first strip, so that their sums of squares do not cancel.
-    if (warp_index() == 0) {
-      const Strip<T, R>& strip = tile.strip(pass, 0);
-      T sum = 0;
-      FP_EACH_PAIR(R) sum += strip.s[r][v];
-      sum = over_lanes(sum, Add{}) / T(kLanes * R * kVector);
-      pivot = is_nan(sum) ? T(0) : finite_or_zero(sum);
-    }
-    sync_block();
-  }
   T* totals = shared + components * kWarps * kTileColumns;
+  const int strips = strips_inside(pass, row, R, tile.kStrips);
   for (int n = 0; n < pass.item_count; ++n) {
     const Item item = pass.items[n];
-    for (int k = 0; k < tile.kStrips; ++k) {
-      collect_item(pass, item, tile.strip(pass, k), to, pivot);
+    for (int k = 0; k < strips; ++k) {
+      collect_item(pass, item, tile.strip(pass, source, k), to);
       if (item.column < 0) continue;
-      const TermCode<T>& term = pass.terms[item.column];
-      const bool first = k == 0, last = k == tile.kStrips - 1;
-      switch (partial_components(term.reduction)) {
-        case 1: merge_columns<T, 1>(to, term, totals, first, last, pivot); break;
-        case 2: merge_columns<T, 2>(to, term, totals, first, last, pivot); break;
-        case 3: merge_columns<T, 3>(to, term, totals, first, last, pivot); break;
-        default: merge_columns<T, 5>(to, term, totals, first, last, pivot);
-      }
+      merge_columns(to, pass.terms[item.column], totals, k == 0, k == strips - 1);
     }
   }
 }

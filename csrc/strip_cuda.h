@@ -33,14 +33,6 @@ FP_DEVICE constexpr unsigned all_bits() {
 }
 FP_DEVICE bool has_bit(unsigned bits, int r, int v) { return (bits >> (r * kVector + v)) & 1u; }
 
-template <class V>
-FP_DEVICE void load_vector(V* to, const V* from) {
-  constexpr int bytes = int(sizeof(V)) * kVector;
-  FP_UNROLL
-  for (int part = 0; part < bytes / 16; ++part) copy16(to + part * (16 / sizeof(V)), from + part * (16 / sizeof(V)));
-  if (bytes == 8) copy8(to, from);
-}
-
 // Values along one side: all rows of the strip (the same in every lane), or the columns of the lane.
 template <class T, int R>
 FP_DEVICE void along_rows(const T* data, int row, T (&out)[R]) {
@@ -49,7 +41,7 @@ FP_DEVICE void along_rows(const T* data, int row, T (&out)[R]) {
 }
 template <class T>
 FP_DEVICE void along_columns(const T* data, int column, T (&out)[kVector]) {
-  load_vector(out, data + column);
+  load4(out, data + column);
 }
 
 // Dot products → similarities.
@@ -153,12 +145,11 @@ FP_DEVICE bool tile_wanted(const Pass<T>& pass, int row, int rows, int column, i
 
 // Neighbouring blocks walk kGroup row tiles together, so that the operands of both sides stay in the L2 cache.
 constexpr int kGroup = 8;
-FP_DEVICE void tile_of_block(int64_t block, int tiles_b, int tiles_n, int& tile_b, int& tile_n) {
-  const int64_t width = int64_t(kGroup) * tiles_n;
-  const int first = int(block / width) * kGroup;
+FP_DEVICE void tile_of_block(int block, int tiles_b, int tiles_n, int& tile_b, int& tile_n) {
+  const int width = kGroup * tiles_n, first = block / width * kGroup, place = block % width;
   const int size = tiles_b - first < kGroup ? tiles_b - first : kGroup;
-  tile_b = first + int(block % width) % size;
-  tile_n = int(block % width) / size;
+  tile_b = first + place % size;
+  tile_n = place / size;
 }
 
 }  // namespace flashpair

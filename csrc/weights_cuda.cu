@@ -294,7 +294,7 @@ FP_DEVICE void store_weights(const Pass<T>& pass, const Strip<T, R>& strip, cons
       ds[r][v] = widen(stored[v]);
     }
     if (i < pass.end_b && from < output.stride)
-      load_vector(output.w + int64_t(i - pass.first_b) * output.stride + from, stored);
+      store4(output.w + int64_t(i - pass.first_b) * output.stride + from, stored);
   }
 }
 
@@ -305,7 +305,7 @@ FP_DEVICE void store_zeros(const Pass<T>& pass, const WeightsOutput<Out>& output
   FP_UNROLL
   for (int v = 0; v < kVector; ++v) zeros[v] = narrow(T(0), Out{});
   for (int i = row + warp_index(); i < row + rows && i < pass.end_b; i += kWarps)
-    if (from < output.stride) load_vector(output.w + int64_t(i - pass.first_b) * output.stride + from, zeros);
+    if (from < output.stride) store4(output.w + int64_t(i - pass.first_b) * output.stride + from, zeros);
 }
 
 template <class T, class Source, class Out>
@@ -329,8 +329,9 @@ weights_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const P
   const T factor = output.factor ? T(output.factor[0]) : T(1);
   const bool column_terms_sum = !pass.symmetric || pass.mirror_sums;
   ColumnSums<T> columns{to, shared + kColumnComponents * kWarps * kTileColumns, true};
-  for (int k = 0; k < tile.kStrips; ++k) {
-    const Strip<T, R>& strip = tile.strip(pass, k);
+  const int strips = strips_inside(pass, row, R, tile.kStrips);
+  for (int k = 0; k < strips; ++k) {
+    const Strip<T, R>& strip = tile.strip(pass, source, k);
     columns.first = k == 0;
     T ds[R][kVector];
     FP_EACH_PAIR(R) ds[r][v] = 0;

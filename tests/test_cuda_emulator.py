@@ -159,6 +159,29 @@ def test_more_terms_than_a_pass_takes(side):
 
 
 @alone
+def test_sums_of_more_parameters_than_a_block_gathers():
+    """In the fused form, whose tile leaves shared memory for the sums of a few columns only."""
+
+    def run(d):
+        options = {"scale": d.column_scale, "offset": d.column_offset, "weight": d.row_weight}
+        return pair_reduce(**d.pairs, terms=[Term(SUM, Score.SOFTPLUS, axis=Axis.COLUMNS, **options)] * 16)
+
+    with backend_cuda.form("fused"):
+        compare(run, make(9, 7, 4, precision=torch.bfloat16), "cuda", torch.bfloat16)
+
+
+@alone
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_labels_of_columns_may_begin_anywhere(rows):
+    """Ranks of both sides come from one array; those of the columns are read four at a time."""
+
+    def run(d):
+        return pair_reduce(**d.pairs, terms=[Term(LSE, mask=Mask.DIFFERENT), Term(SUM, mask=Mask.SAME)])
+
+    compare(run, make(rows, 256, 4, precision=torch.float32), "cuda", torch.float32)
+
+
+@alone
 @pytest.mark.parametrize("labels", ["few", "one", "distinct", "many"])
 @pytest.mark.parametrize("side", ["rectangle", "self"])
 def test_terms_of_equal_labels_only(side, labels):

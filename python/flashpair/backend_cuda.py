@@ -36,8 +36,11 @@ _REBUILD = "FLASHPAIR_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-
 #: As in csrc/engine_cuda.h and csrc/mma_cuda.h.
 FUSED_ROWS = 128
 _WARPS = 8
-#: Rows of a strip, of which each warp has one in the simple form, by kernel and bytes of a similarity.
+#: Rows of a strip by kernel and bytes of a similarity, and strips of a warp in the simple form.
 STRIP_ROWS = {"stats": {4: 4, 8: 2}, "weights": {4: 2, 8: 1}}
+STRIPS = 4
+#: Sums of parameters whose columns a block gathers in shared memory.
+MAX_SUMS = 32
 #: Programs that fill a GPU; decides into how many stripes a top-k pass cuts its columns.
 _ENOUGH_WARPS = 4096
 #: Features up to which the fused form is chosen, by compute capability (the next lower one serves). Not measured:
@@ -182,7 +185,7 @@ class _Source:
             x = _aligned(op.x)
             op.x, op.y = x, x if op.y is op.x else _aligned(op.y)
         self.op = op
-        self.tile_rows = FUSED_ROWS if fused else _WARPS * STRIP_ROWS[kernel][self.dtype.itemsize]
+        self.tile_rows = FUSED_ROWS if fused else _WARPS * STRIPS * STRIP_ROWS[kernel][self.dtype.itemsize]
         self.bytes = 0 if fused else self.dtype.itemsize  # a pair in the workspace
         self._space = op.x.new_empty(0, dtype=self.dtype)
 
@@ -279,10 +282,10 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
                 _fold(columns, plan.states[1], tiles_b, end_n - first_n, first_n, entries[1], stream)
 
 
-def _shape(request: Request, cost) -> tuple[int, int]:
+def _shape(request: Request, cost, tall: int = 1024) -> tuple[int, int]:
     B, N = request.shape
     return panel_shape(
-        B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, square=request.symmetric, tall=1024
+        B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, square=request.symmetric, tall=tall
     )
 
 
@@ -314,33 +317,50 @@ def _written(program: Program, count_columns: bool) -> tuple[list[int], list[int
     return tuple(sorted(w - {-1}) for w in written)
 
 
+def _weight_chunks(plan: Backward) -> Iterator[list[int]]:
+    """Terms of each pass: at most MAX_TERMS, whose sums of parameters fit the shared memory of a block."""
+    chunk, slots = [], 0
+    for t in range(len(plan.terms)):
+        if not plan.with_value and plan.cotangents[t] is None:
+            continue
+        wanted = sum(of == t for of, _ in plan.slots.of)
+        if chunk and (len(chunk) == MAX_TERMS or slots + wanted > MAX_SUMS):
+            yield chunk
+            chunk, slots = [], 0
+        chunk, slots = [*chunk, t], slots + wanted
+    if chunk:
+        yield chunk
+
+
 def _add_panels(request: Request, plan: Backward) -> None:
-    op, stream = plan.op, _stream(request.x)
-    source = _Source(op, _fused(op.x), "weights")
-    store = plan.dx is not None or plan.dy is not None
-    known = [t for t in range(len(plan.terms)) if plan.with_value or plan.cotangents[t] is not None]
-    for _, chunk in _chunks(known):
+    source = _Source(plan.op, _fused(plan.op.x), "weights")
+    for chunk in _weight_chunks(plan):
         terms = [plan.terms[t] for t in chunk]
-        items = evaluations(terms, request.symmetric, (Reduction.SUM, Reduction.LOGSUMEXP))
-        program = program_of(request, op, items)
+        program = program_of(
+            request, plan.op, evaluations(terms, request.symmetric, (Reduction.SUM, Reduction.LOGSUMEXP))
+        )
+        # Slots of the states that this pass adds to; the kernel numbers them from 0 on.
+        slots = sorted({slot for (t, _), slot in plan.slots.of.items() if t in chunk} | {plan.row_sum, plan.column_sum})
+        slots = [slot for slot in slots if slot >= 0]
         for t, term in zip(chunk, terms, strict=True):
-            slots = {name: slot for (of, name), slot in plan.slots.of.items() if of == t}
+            own = {name: slots.index(slot) for (of, name), slot in plan.slots.of.items() if of == t}
             mean, lse = plan.statistics[t]
-            program.add(term, slots, plan.cotangents[t], lse, mean)
-        _weigh(request, plan, source, program, store, stream)
+            program.add(term, own, plan.cotangents[t], lse, mean)
+        _weigh(request, plan, source, program, slots)
 
 
-def _weigh(request: Request, plan: Backward, source: _Source, program: Program, store: bool, stream: int) -> None:
-    op, slots = plan.op, plan.slots.used
+def _weigh(request: Request, plan: Backward, source: _Source, program: Program, slots: list[int]) -> None:
+    op, stream, count = plan.op, _stream(request.x), len(slots)
+    store = plan.dx is not None or plan.dy is not None
     narrow = op.x.dtype != source.dtype  # 16-bit weights lie beside the similarities, others take their place
     nothing = op.x.new_empty(0)
 
     def cost(rows: int, columns: int) -> int:
-        partials = slots[0] * cdiv(columns, TILE_COLUMNS) * rows + slots[1] * cdiv(rows, source.tile_rows) * columns
+        partials = count * (cdiv(columns, TILE_COLUMNS) * rows + cdiv(rows, source.tile_rows) * columns)
         pair = source.bytes + (op.x.element_size() if store and narrow else 0)
         return pair * rows * columns + source.dtype.itemsize * partials
 
-    shape = _shape(request, cost)
+    shape = _shape(request, cost, tall=4096)
     space = nothing
     for panel in _panel_pairs(request, shape):
         first_b, end_b, first_n, end_n = panel
@@ -355,21 +375,22 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
             w = space[: (end_b - first_b) * stride].view(end_b - first_b, stride)[:, : end_n - first_n]
         elif store:
             w = s
-        rows = empty_partials(slots[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
-        columns = empty_partials(slots[1], tiles_b, end_n - first_n, op.x.device, source.dtype)
+        rows = empty_partials(count, tiles_n, end_b - first_b, op.x.device, source.dtype)
+        columns = empty_partials(count, tiles_b, end_n - first_n, op.x.device, source.dtype)
         row_sum, column_sum = (plan.row_sum, -1 if on_diagonal else plan.column_sum) if store else (-1, -1)
         torch.ops.flashpair_cuda.weights(
             program.operands, s, program.vectors,
             program.codes(panel, source.tile_rows, mirror_sums=int(not on_diagonal)), program.numbers, stream,
-            rows, columns, w, nothing.float() if plan.scale is None else plan.scale, [*slots, row_sum, column_sum],
+            rows, columns, w, nothing.float() if plan.scale is None else plan.scale,
+            [count, count, *(slots.index(slot) if slot >= 0 else -1 for slot in (row_sum, column_sum))],
         )  # fmt: skip
         written = _written(program, not on_diagonal)
         for side, partials, tiles, length, first, extra in (
             (0, rows, tiles_n, end_b - first_b, first_b, row_sum),
             (1, columns, tiles_b, end_n - first_n, first_n, column_sum),
         ):
-            of_side = [*written[side], *([extra] if extra >= 0 else [])]
-            entries = [v for slot in of_side for v in (int(Reduction.SUM), slot, slot)]
+            of_side = [*written[side], *([slots.index(extra)] if extra >= 0 else [])]
+            entries = [v for partial in of_side for v in (int(Reduction.SUM), partial, slots[partial])]
             _fold(partials, plan.states[side], tiles, length, first, entries, stream)
         if store:
             add_panel(plan, w, first_b, first_n, request.symmetric and not on_diagonal)

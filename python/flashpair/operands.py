@@ -59,7 +59,8 @@ def group_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor
 def padded_labels(ids: Tensor) -> Tensor:
     """(rows,) → (padded rows,), repeating the last label so that padding widens no tile's range."""
     missing = padded_length(ids.shape[0]) - ids.shape[0]
-    return torch.cat([ids, ids[-1:].expand(missing)]) if missing else ids
+    # A copy in any case: the kernels read 16 bytes at a time, and the labels of the columns may begin anywhere.
+    return torch.cat([ids, ids[-1:].expand(missing)]) if missing else ids.clone()
 
 
 def inverse_norms(x: Tensor) -> Tensor:

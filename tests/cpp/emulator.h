@@ -22,7 +22,6 @@
 #define FP_GRID_CONSTANT
 #define FP_DYNAMIC_SHARED(name) char* name = flashpair::emulator::block().shared.data()
 #define FP_UNROLL
-#define FP_FENCE
 
 namespace flashpair {
 namespace emulator {
@@ -246,7 +245,7 @@ struct Call {
 }  // namespace emulator
 
 inline int thread_index() { return emulator::block().current; }
-inline int64_t block_index() { return emulator::block().index; }
+inline int block_index() { return int(emulator::block().index); }
 inline void sync_block() {
   emulator::Block& b = emulator::block();
   const int64_t generation = b.generation;
@@ -282,17 +281,19 @@ inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 inline int first_bit(unsigned bits) { return __builtin_ffs(int(bits)) - 1; }
 
 template <class V>
-void copy_aligned(V* to, const V* from, size_t bytes) {
-  // Local arrays may lie anywhere on the host; memory that threads share may not.
-  memcpy(static_cast<void*>(to), from, bytes);
+void check_aligned(const V* memory) {
+  const size_t alignment = sizeof(V) >= 4 ? 16 : 8;
+  if (reinterpret_cast<uintptr_t>(memory) % alignment) emulator::fail("four numbers at once are not aligned");
 }
 template <class V>
-void copy16(V* to, const V* from) {
-  copy_aligned(to, from, 16);
+void load4(V (&to)[4], const V* from) {
+  check_aligned(from);
+  memcpy(to, from, sizeof to);
 }
 template <class V>
-void copy8(V* to, const V* from) {
-  copy_aligned(to, from, 8);
+void store4(V* to, const V (&values)[4]) {
+  check_aligned(to);
+  memcpy(to, values, sizeof values);
 }
 
 // --- 16-bit numbers ---------------------------------------------------------------------------------------------------
