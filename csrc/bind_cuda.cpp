@@ -245,12 +245,14 @@ void fold(Tensor partials, Tensor state, int64_t tiles, int64_t length, int64_t 
 // Lengths of the flat pass, so that a build of other sources is noticed.
 Ints layout() { return {kHeader, kItem, kTerm, kOperands, kMaxTerms}; }
 
-// Whether the kernels run on the host.
-bool emulated() {
+// CUDA that the kernels were built with and that the driver serves, such as 13000; none where they run on the host.
+Ints versions() {
 #if defined(FP_EMULATED)
-  return true;
+  return {};
 #else
-  return false;
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  return {CUDART_VERSION, driver};
 #endif
 }
 
@@ -270,7 +272,7 @@ STABLE_TORCH_LIBRARY(flashpair_cuda, m) {
       "int k, bool largest, int stream) -> ()");
   m.def("fold(Tensor partials, Tensor(a!) state, int tiles, int length, int first, int[] entries, int stream) -> ()");
   m.def("layout() -> int[]");
-  m.def("emulated() -> bool");
+  m.def("versions() -> int[]");
 }
 
 // The device of the tensors is the caller's affair, so that the emulated kernels serve CPU tensors.
@@ -282,5 +284,5 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cuda, CompositeExplicitAutograd, m) {
   m.impl("merge_best", TORCH_BOX(&flashpair::merge_best));
   m.impl("fold", TORCH_BOX(&flashpair::fold));
   m.impl("layout", TORCH_BOX(&flashpair::layout));
-  m.impl("emulated", TORCH_BOX(&flashpair::emulated));
+  m.impl("versions", TORCH_BOX(&flashpair::versions));
 }

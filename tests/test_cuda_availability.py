@@ -39,6 +39,17 @@ def test_does_not_load(not_loaded, monkeypatch, tmp_path):
     assert "FLASHPAIR_BUILD_CUDA=1 pip install" in reason
 
 
+def test_driver_is_too_old(monkeypatch):
+    monkeypatch.setattr(backend_cuda, "_load", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = types.SimpleNamespace(versions=lambda: [13000, 12080])
+    monkeypatch.setattr(torch.ops, "flashpair_cuda", found, raising=False)
+    (reason,) = backend_cuda.unavailable()
+    assert reason.startswith("the CUDA extension was built with CUDA 13, the driver serves CUDA 12; update the driver")
+    found.versions = lambda: [13000, 13010]
+    assert backend_cuda.unavailable() == []
+
+
 def test_built_from_other_sources(not_loaded, monkeypatch, tmp_path):
     """An old build in place would read a pass wrongly."""
     monkeypatch.setattr(backend_cuda, "__file__", str(tmp_path / "backend_cuda.py"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import emulated
@@ -146,6 +147,34 @@ def test_many_panels(side, dtype):
 
     with backend_cuda.form("simple"):
         compare(run, make(*_shape(side, 600, 530), 6, precision=dtype), "cuda", dtype)
+
+
+@alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_workspace_is_a_bound(side, dtype, monkeypatch):
+    """Panels of S and W, partials and lists of the best: what the driver of the kernels holds at a time."""
+    live, peak, empty = [0], [0], torch.empty
+
+    def counted(*shape, **options):
+        out = empty(*shape, **options)
+        size = out.numel() * out.element_size()
+        live[0] += size
+        peak[0] = max(peak[0], live[0])
+        weakref.finalize(out, lambda: live.__setitem__(0, live[0] - size))
+        return out
+
+    d, budget = make(*_shape(side, 420, 700), 3).to(dtype), 1 << 20
+    terms = [
+        Term(LSE, scale=d.row_scale, other_offset=d.column_offset),
+        Term(SUM, Score.SQUARE, weight=d.column_weight),
+    ]
+    monkeypatch.setattr(torch, "empty", counted)
+    with use_backend("cuda"), backend_cuda.form("simple"):
+        outputs = pair_reduce(**d.pairs, terms=terms, max_workspace_bytes=budget)
+        sum(o.sum() for o in outputs).backward()
+        mine(**d.pairs, extremes=[Extreme(), Extreme(k=3)], max_workspace_bytes=budget)
+    assert budget / 4 < peak[0] <= budget
 
 
 @alone

@@ -67,9 +67,7 @@ def _load() -> str:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return (
-            f"the CUDA extension {found[0].name} does not load with torch {torch.__version__} ({error}); `{_REBUILD}`"
-        )
+        return f"the CUDA extension {name} does not load with torch {torch.__version__} ({error}); `{_REBUILD}`"
     layout = getattr(torch.ops.flashpair_cuda, "layout", None)
     if layout is None or layout() != LAYOUT:
         return f"the CUDA extension {name} was built from another version of flashpair; `{_REBUILD}`"
@@ -78,7 +76,7 @@ def _load() -> str:
 
 def emulated() -> bool:
     """Whether the kernels run on the host."""
-    return not _load() and torch.ops.flashpair_cuda.emulated()
+    return not _load() and not torch.ops.flashpair_cuda.versions()
 
 
 def architectures() -> list[str]:
@@ -91,8 +89,16 @@ def unavailable() -> list[str]:
     reason = _load()
     if reason:
         return [reason]
-    if not emulated() and not torch.cuda.is_available():
+    if emulated():
+        return []
+    if not torch.cuda.is_available():
         return ["no CUDA device is visible"]
+    built, driver = torch.ops.flashpair_cuda.versions()
+    if driver // 1000 < built // 1000:
+        return [
+            f"the CUDA extension was built with CUDA {built // 1000}, the driver serves CUDA {driver // 1000}; "
+            f"update the driver, or let CUDA_HOME name an older toolkit and run `{_REBUILD}`"
+        ]
     return []
 
 
