@@ -110,6 +110,15 @@ def test_embeddings_that_it_does_not_serve(embeddings, reason, monkeypatch):
     assert found.startswith(reason)
 
 
+def test_bfloat16_needs_its_products(monkeypatch):
+    monkeypatch.setattr(backend_cuda, "emulated", lambda: False)
+    monkeypatch.setattr(backend_cuda, "_capability", lambda index: 75)
+    monkeypatch.setattr(backend_cuda, "architectures", lambda: ["75"])
+    (reason,) = backend_cuda.why_not(_embeddings("cuda:0", torch.bfloat16))
+    assert reason.startswith("bfloat16 products need compute capability 8.0")
+    assert backend_cuda.why_not(_embeddings("cuda:0", torch.float16)) == []
+
+
 @pytest.mark.parametrize(
     ("unusable", "dtype", "chosen"),
     [

@@ -133,8 +133,11 @@ def why_not(x: Tensor) -> list[str]:
     elif x.device.type != "cuda":
         reasons.append(f"embeddings are on {x.device}; the kernels read cuda tensors")
     else:
-        reason = _not_built_for(_capability(x.device.index))
+        capability = _capability(x.device.index)
+        reason = _not_built_for(capability)
         reasons += [reason] if reason else []
+        if capability < 80 and x.dtype == torch.bfloat16:
+            reasons.append("bfloat16 products need compute capability 8.0; float16, float32 and float64 are served")
     if x.dtype not in DTYPES:
         reasons.append(f"embeddings are {x.dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
     if x.shape[0] >= 1 << 31:
