@@ -21,7 +21,7 @@ from . import backward, forward
 from .backward import Backward, add_panel
 from .extremes import shared_passes
 from .forward import NEUTRAL, Forward
-from .operands import Operands, on_device, operands
+from .operands import Operands, on_device, operands, unserved
 from .panels import cdiv, empty_partials, float32_products, panel_shape, panels, round_up
 from .program_cuda import LAYOUT, MAX_TERMS, TILE_COLUMNS, Item, Program, evaluations
 from .program_cuda import program as program_of
@@ -30,7 +30,6 @@ from .terms import Extreme, Reduction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
-_MAX_FEATURES = 1 << 20
 _REBUILD = "FLASHPAIR_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation flashpair"
 
 #: As in csrc/engine_cuda.h and csrc/mma_cuda.h.
@@ -138,13 +137,7 @@ def why_not(x: Tensor) -> list[str]:
         reasons += [reason] if reason else []
         if capability < 80 and x.dtype == torch.bfloat16:
             reasons.append("bfloat16 products need compute capability 8.0; float16, float32 and float64 are served")
-    if x.dtype not in DTYPES:
-        reasons.append(f"embeddings are {x.dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
-    if x.shape[0] >= 1 << 31:
-        reasons.append(f"embeddings have {x.shape[0]} rows; at most {(1 << 31) - 1} are allowed")
-    if x.shape[1] > _MAX_FEATURES:
-        reasons.append(f"embeddings have {x.shape[1]} features; at most {_MAX_FEATURES} are allowed")
-    return reasons
+    return reasons + unserved(x, DTYPES)
 
 
 @contextlib.contextmanager

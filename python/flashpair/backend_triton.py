@@ -8,10 +8,10 @@ import os
 import torch
 from torch import Tensor
 
+from .operands import unserved
 from .request import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_FEATURES = 1 << 20
 
 
 @functools.cache
@@ -43,14 +43,8 @@ def why_not(x: Tensor) -> list[str]:
     if x.device.type != "cuda" and not _interpreted():
         reasons.append(f"embeddings are on {x.device}; the kernels read cuda tensors (or set TRITON_INTERPRET=1)")
     if x.dtype == torch.float64:
-        reasons.append("float64 is served by cpu and reference")
-    elif x.dtype not in DTYPES:
-        reasons.append(f"embeddings are {x.dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
-    if x.shape[0] >= 1 << 31:
-        reasons.append(f"embeddings have {x.shape[0]} rows; at most {(1 << 31) - 1} are allowed")
-    if x.shape[1] > _MAX_FEATURES:
-        reasons.append(f"embeddings have {x.shape[1]} features; at most {_MAX_FEATURES} are allowed")
-    return reasons
+        return [*reasons, "float64 is served by cuda, cpu and reference"]
+    return reasons + unserved(x, DTYPES)
 
 
 def _launchers():

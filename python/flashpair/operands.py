@@ -17,11 +17,24 @@ from .terms import Extreme, Mask, Similarity
 
 #: Every tile's sides divide this.
 MAX_BLOCK = 256
+MAX_FEATURES = 1 << 20
 #: Smallest norm that `normalize` divides by.
 EPSILON = 1e-12
 #: Parameters of a term that run along its reduced side.
 ALONG_OTHERS = ("other_offset", "weight")
 _CHUNK_ELEMENTS = 1 << 22  # normalised at a time in float64
+
+
+def unserved(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Reasons why kernels for these dtypes, which count rows in 32 bits, do not read embeddings x (rows, D)."""
+    reasons = []
+    if x.dtype not in dtypes:
+        reasons.append(f"embeddings are {x.dtype}; allowed are {', '.join(str(d) for d in dtypes)}")
+    if x.shape[0] >= 1 << 31:
+        reasons.append(f"embeddings have {x.shape[0]} rows; at most {(1 << 31) - 1} are allowed")
+    if x.shape[1] > MAX_FEATURES:
+        reasons.append(f"embeddings have {x.shape[1]} features; at most {MAX_FEATURES} are allowed")
+    return reasons
 
 
 def on_device(launcher):
