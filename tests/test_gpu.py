@@ -144,6 +144,15 @@ def test_forms(program, side, dtype, form, gpu):
         compare(program.run, data, gpu, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=_name)
+@pytest.mark.parametrize("shape", [(1001, 1024, 40), (513, 1001, 24)], ids=str)
+@pytest.mark.parametrize("name", ["circle", "moments"])
+def test_columns_begin_and_end_anywhere(name, shape, dtype, gpu):
+    """Labels of columns that begin between multiples of 16 bytes; panels that end between them."""
+    data = make(*shape, "many", precision=dtype)
+    compare(only(name)[0].run, data, gpu, dtype, ill_conditioned=True)
+
+
 # --- large ------------------------------------------------------------------------------------------------------------
 
 ROWS, FEATURES, CHECKED = 1 << 18, 64, 5
