@@ -341,7 +341,7 @@ def test_the_reference_is_not_chosen_for_a_large_input(monkeypatch):
 
 def test_the_table_says_what_is_usable():
     table = flashpair.backends()
-    assert table["reference"] == "usable" and list(table)[:3] == ["triton", "cpu", "reference"]
+    assert table["reference"] == "usable" and list(table)[:4] == ["triton", "cuda", "cpu", "reference"]
     assert all(table.values())
 
 
