@@ -67,6 +67,9 @@ class Case:
     gpu_peers: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
     #: Products of B×B×D that value and gradients take where S is not kept; half of one for a triangle.
     products: float = 4.0
+    #: Largest batch of the correctness gate: where one pair a row counts, the two closest of more rows differ by less than
+    #: float32 resolves, and either is right.
+    gate_batch: int = 4096
 
     def implementations(self, device: str = "cpu") -> dict[str, Implementation]:
         ours = {"flashpair": Implementation(self.flashpair)} if device == "cpu" else on_gpu_backends(self.flashpair)
@@ -337,11 +340,11 @@ PEER = "metric-learning"
 RANDOM, HALFWAY, TRAINED = math.inf, 1.2, 0.5
 
 
-def metric_case(name, make, dense, loss, miner=None, peer_bytes=None, products=2.0) -> Case:
+def metric_case(name, make, dense, loss, miner=None, peer_bytes=None, products=2.0, **options) -> Case:
     """`peer_bytes` defaults to index tensors of every pair beside the matrices."""
     needs = {PEER: peer_bytes or (lambda b: 60.0 * b * b)}
     peers = {PEER: metric_learning(loss, miner)}
-    return Case(name, make, flash(loss, miner), dense, peers, needs, products=products)
+    return Case(name, make, flash(loss, miner), dense, peers, needs, products=products, **options)
 
 
 def mined_case(name: str, spread: float) -> Case:
@@ -366,7 +369,13 @@ CASES = (
     metric_case("circle", labelled(4, RANDOM), dense_circle, "CircleLoss"),
     metric_case("contrastive", labelled(4, RANDOM), dense_contrastive, "ContrastiveLoss"),
     metric_case(
-        "batch-hard", labelled(4, RANDOM), dense_batch_hard, "TripletMarginLoss", "BatchHardMiner", products=0.5
+        "batch-hard",
+        labelled(4, RANDOM),
+        dense_batch_hard,
+        "TripletMarginLoss",
+        "BatchHardMiner",
+        products=0.5,
+        gate_batch=512,
     ),
 )
 
