@@ -67,8 +67,8 @@ class Case:
     gpu_peers: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
     #: Products of B×B×D that value and gradients take where S is not kept; half of one for a triangle.
     products: float = 4.0
-    #: Largest batch of the correctness gate: where one pair a row counts, the two closest of more rows differ by less than
-    #: float32 resolves, and either is right.
+    #: Largest batch of the correctness gate: where one pair a row counts, the best two of some row of a larger batch
+    #: differ by less than float32 resolves, and either is right.
     gate_batch: int = 4096
 
     def implementations(self, device: str = "cpu") -> dict[str, Implementation]:
