@@ -59,7 +59,8 @@ def test_under_sanitizers(tmp_path):
     if not all(Path(runtime).is_absolute() for runtime in runtimes):
         pytest.skip("the compiler has no sanitizer runtimes")
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": " ".join(runtimes)}
-    _run(library, __file__, "-k", "cuda and sanitized", **options)
+    # Not captured: a report would be lost with the process.
+    _run(library, __file__, "--capture=no", "-k", "cuda and sanitized", **options)
 
 
 @pytest.fixture(autouse=True)
