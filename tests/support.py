@@ -155,9 +155,7 @@ def cotangent(index: int, value: Tensor) -> Tensor:
     return torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.device, value.dtype)
 
 
-def evaluate(
-    program: Program, data: Data, backend: str, cotangent_of: Callable[[int, Tensor], Tensor] = cotangent
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def evaluate(program: Program, data: Data, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients of a program on one backend, as float64 on the CPU.
 
     The loss is a fixed random combination of the outputs; entries that are infinite (empty owners) take no part.
@@ -167,7 +165,7 @@ def evaluate(
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     leaves = data.leaves()
     loss = sum(
-        (torch.where(o.isinf(), 0.0, o) * cotangent_of(k, o)).sum() for k, o in enumerate(outputs) if o.requires_grad
+        (torch.where(o.isinf(), 0.0, o) * cotangent(k, o)).sum() for k, o in enumerate(outputs) if o.requires_grad
     )
     grads: tuple = (None,) * len(leaves)
     if isinstance(loss, Tensor):
@@ -224,28 +222,19 @@ def assert_as_good(
 def rounded(data: Data, dtype: torch.dtype, seed: int = 0) -> Data:
     """`data` with every number changed by one rounding of `dtype`, up or down."""
     g = torch.Generator().manual_seed(seed)
-    return dataclasses.replace(data, **{n: _changed(v.detach(), dtype, g) for n, v in data.leaves().items()})
 
+    def change(value: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, value.shape, generator=g) * 2.0 - 1.0
+        return value.detach() * (1 + sign * torch.finfo(dtype).eps)
 
-def _changed(value: Tensor, dtype: torch.dtype, g: torch.Generator) -> Tensor:
-    sign = torch.randint(0, 2, value.shape, generator=g) * 2.0 - 1.0
-    return value * (1 + sign * torch.finfo(dtype).eps)
+    return dataclasses.replace(data, **{n: change(v) for n, v in data.leaves().items()})
 
 
 def _sensitivity(program: Program, data: Data, oracle: tuple, dtype: torch.dtype, most: bool) -> dict[str, float]:
-    """How much each result of the oracle changes when its inputs are rounded once: the largest of three trials.
-
-    The cotangents are inputs of the backward pass: where those of random sign cancel, their own rounding shows.
-    """
+    """How much each result of the oracle changes when its inputs are rounded once: the largest of three trials."""
     found: dict[str, float] = {}
     for seed in range(3):
-        g = torch.Generator().manual_seed(1000 + seed)
-        changed = evaluate(
-            program,
-            rounded(data, dtype, seed).to(torch.float64),
-            "reference",
-            lambda k, o, g=g: _changed(cotangent(k, o), dtype, g),
-        )
+        changed = evaluate(program, rounded(data, dtype, seed).to(torch.float64), "reference")
         for part, wanted in zip(changed, oracle, strict=True):
             for name, value in part.items():
                 change = torch.where(wanted[name].isfinite(), value - wanted[name], 0.0).reshape(-1)
