@@ -67,9 +67,8 @@ class Case:
     gpu_peers: dict[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)
     #: Products of B×B×D that value and gradients take where S is not kept; half of one for a triangle.
     products: float = 4.0
-    #: Largest batch of the correctness gate: where one pair a row counts, the best two of some row of a larger batch
-    #: differ by less than float32 resolves, and either is right.
-    gate_batch: int = 4096
+    #: Inputs of the correctness gate; default: those that are timed.
+    gate: Callable[[int, int], Inputs] | None = None
 
     def implementations(self, device: str = "cpu") -> dict[str, Implementation]:
         ours = {"flashpair": Implementation(self.flashpair)} if device == "cpu" else on_gpu_backends(self.flashpair)
@@ -100,11 +99,11 @@ def towers(scale: float, bias: float | None = None) -> Callable[[int, int], Inpu
     return make
 
 
-def labelled(views: int, spread: float) -> Callable[[int, int], Inputs]:
+def labelled(views: int, spread: float) -> Callable[..., Inputs]:
     """`views` embeddings per class in random order; spread ∞ is random, 0.5 gives positive cosines near 0.8."""
 
-    def make(batch: int, width: int) -> Inputs:
-        generator = torch.Generator().manual_seed(batch + width)
+    def make(batch: int, width: int, seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(batch + width + seed)
         labels = (torch.arange(batch) // views)[torch.randperm(batch, generator=generator)]
         noise = F.normalize(torch.randn(batch, width, generator=generator))
         centres = F.normalize(torch.randn(-(-batch // views), width, generator=generator))
@@ -112,6 +111,19 @@ def labelled(views: int, spread: float) -> Callable[[int, int], Inputs]:
         return Inputs(x, None, labels).to(torch.float32)
 
     return make
+
+
+def decided(batch: int, width: int) -> Inputs:
+    """Random classes of four in which float32 can tell which pair of every row is the hardest: ten roundings apart."""
+    for seed in range(100):
+        inputs = labelled(4, RANDOM)(batch, width, seed)
+        x = F.normalize(inputs.x.detach().double())
+        positive, negative = masks(inputs.labels)
+        s = x @ x.T
+        gaps = [-v.topk(2).values.diff() for v in (s.masked_fill(~negative, -2), (-s).masked_fill(~positive, -2))]
+        if min(gap.min().item() for gap in gaps) > 10 * torch.finfo(torch.float32).eps:
+            return inputs
+    raise RuntimeError(f"no seed separates the hardest pairs of {batch} rows")
 
 
 # --- dense PyTorch ----------------------------------------------------------------------------------------------------
@@ -375,7 +387,7 @@ CASES = (
         "TripletMarginLoss",
         "BatchHardMiner",
         products=0.5,
-        gate_batch=512,
+        gate=decided,
     ),
 )
 

@@ -234,8 +234,8 @@ class Gate:
         from cases import Implementation
 
         dtype = getattr(torch, job.dtype)
-        batch = min(job.batch, case.gate_batch, GATE_BATCH[self.options.device])
-        inputs = case.make(batch, job.width).to(dtype, self.options.device)
+        make = case.gate or case.make
+        inputs = make(min(job.batch, GATE_BATCH[self.options.device]), job.width).to(dtype, self.options.device)
         scope = (case.name, len(inputs.x), job.width, job.dtype)
         known = self.known.setdefault(scope, {})
         if set(implementations) <= set(known):
