@@ -22,7 +22,19 @@ from programs import LSE, PROGRAMS, SUM, on_sides, only
 from support import compare, evaluate, make
 
 import flashpair
-from flashpair import Axis, Extreme, Mask, Reduction, Score, Term, backend_cuda, mine, pair_reduce, use_backend
+from flashpair import (
+    Axis,
+    Extreme,
+    Mask,
+    Reduction,
+    Score,
+    Term,
+    backend_cuda,
+    mine,
+    pair_reduce,
+    pair_sum,
+    use_backend,
+)
 
 EMULATED = "FLASHPAIR_CUDA_LIBRARY" in os.environ
 alone = pytest.mark.skipif(not EMULATED, reason="runs in a process of its own, which sets FLASHPAIR_CUDA_LIBRARY")
@@ -165,7 +177,7 @@ def test_workspace_is_a_bound(side, dtype, monkeypatch):
         weakref.finalize(out, lambda: live.__setitem__(0, live[0] - size))
         return out
 
-    d, budget = make(*_shape(side, 420, 700), 3).to(dtype), 1 << 20
+    d, budget = make(*_shape(side, 510, 700), 3).to(dtype), 1 << 20
     terms = [
         Term(LSE, scale=d.row_scale, other_offset=d.column_offset),
         Term(SUM, Score.SQUARE, weight=d.column_weight),
@@ -193,8 +205,8 @@ def test_sums_of_more_parameters_than_a_block_gathers():
     """In the fused form, whose tile leaves shared memory for the sums of a few columns only."""
 
     def run(d):
-        options = {"scale": d.column_scale, "offset": d.column_offset, "weight": d.row_weight}
-        return pair_reduce(**d.pairs, terms=[Term(SUM, Score.SOFTPLUS, axis=Axis.COLUMNS, **options)] * 16)
+        options = {"scale": d.column_scale, "offset": d.column_offset}
+        return (pair_sum(**d.pairs, terms=[Term(SUM, Score.SOFTPLUS, axis=Axis.COLUMNS, **options)] * 16),)
 
     with backend_cuda.form("fused"):
         compare(run, make(9, 7, 4, precision=torch.bfloat16), "cuda", torch.bfloat16)
