@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..algebra import log_add_exp
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Mask, Reduction, Term
 from .arguments import check_matched, constant, inverse_temperature, poisoned
-from .problem import log_add_exp
 from .statistics import PairStatistics, merge, moments, single
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..algebra import log_add_exp
 from ..miners.selection import MinedPairs, MinedTriplets, check_indices
 from ..primitives import pair_reduce
 from ..request import statistics_dtype
@@ -21,12 +22,6 @@ from .geometry import Geometry, geometry_of
 from .statistics import PairStatistics, moments
 
 _SIGNED = (Mask.SAME, Mask.DIFFERENT)
-
-
-def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
-    """`log(exp(a) + exp(b))` with zero gradients, not NaN, where both are -inf."""
-    empty = (a == -torch.inf) & (b == -torch.inf)
-    return torch.where(empty, -torch.inf, torch.logaddexp(torch.where(empty, 0.0, a), b))
 
 
 def label_counts(

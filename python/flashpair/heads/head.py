@@ -1,0 +1,200 @@
+"""A layer of class weights with its loss: the base of every head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..primitives import mine
+from ..terms import Extreme, Precision
+from .cross_entropy import CrossEntropy, logits_loss
+from .formula import Formula
+from .logits import ClassLogits, check_reduction, class_logits, reduce_rows
+from .margins import Margin
+
+
+def check_size(name: str, value: int) -> None:
+    """A positive integer.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+class ClassHead(nn.Module):
+    """Class weights and a loss over their logits, which are never stored; `nn.Linear` and its loss in one.
+
+        z_ij = scale <x_i, w_j> + b_j        loss = reduce_i formula(z_i, y_i)
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        formula: per-row loss. Default: `CrossEntropy()`.
+        margin: a `Margin`; cosines times its scale then. Excludes bias, normalize, scale and softcap.
+        bias: a learned bias per class. Default False.
+        scale: inverse temperature, number or tensor; `nn.Parameter` to learn it. Default 1.
+        normalize: cosines. Default False; always with a margin.
+        softcap: c of c tanh(z / c). Default: none.
+        class_weight: (C,) weights of the classes.
+        ignore_index: label of rows that count for nothing. Default -100.
+        reduction: "mean", "sum" or "none".
+        gradient_filter: see `class_statistics`. Default 0, exact.
+        init_std: standard deviation of the initial weights. Default 0.01.
+        precision, max_workspace_bytes: see `pair_reduce`.
+        device, dtype: of the weights.
+
+    Raises:
+        TypeError, ValueError: on a bad argument, naming it.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.heads import ClassHead
+        >>> head = ClassHead(num_classes=1000, embedding_size=8)
+        >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 999]))
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([1000, 8])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        formula: Formula | None = None,
+        margin: Margin | None = None,
+        bias: bool = False,
+        scale: float | Tensor = 1.0,
+        normalize: bool = False,
+        softcap: float | None = None,
+        class_weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        gradient_filter: float = 0.0,
+        init_std: float = 0.01,
+        precision: Precision = Precision.IEEE,
+        max_workspace_bytes: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_size("num_classes", num_classes)
+        check_size("embedding_size", embedding_size)
+        check_reduction(reduction)
+        checks.number("init_std", init_std, low=0.0)
+        checks.number("gradient_filter", gradient_filter, low=0.0, high=1.0)
+        if formula is not None and not isinstance(formula, Formula):
+            raise TypeError(f"formula must be a flashpair.heads.Formula; got {type(formula).__name__}")
+        if margin is not None:
+            if not isinstance(margin, Margin):
+                raise TypeError(f"margin must be a flashpair.heads.Margin; got {type(margin).__name__}")
+            if bias or softcap is not None or scale != 1.0:
+                raise ValueError("margin excludes bias, softcap and scale: its logits are its scale times cosines")
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.formula = CrossEntropy() if formula is None else formula
+        self.margin = margin
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
+        self.scale, self.normalize, self.softcap = scale, normalize or margin is not None, softcap
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index, self.reduction, self.gradient_filter = ignore_index, reduction, gradient_filter
+        self.init_std, self.precision, self.max_workspace_bytes = init_std, precision, max_workspace_bytes
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, init_std²), bias 0."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, reduction={self.reduction!r}"
+
+    def options(self) -> dict:
+        """What the logits are computed with, beside embeddings, weights and labels."""
+        return {
+            "extras": self.formula.extras,
+            "class_weight": self.class_weight,
+            "ignore_index": self.ignore_index,
+            "gradient_filter": self.gradient_filter,
+            "precision": self.precision,
+            "max_workspace_bytes": self.max_workspace_bytes,
+        }
+
+    def logits(self, embeddings: Tensor, labels: Tensor) -> ClassLogits:
+        """What a streamed pass knows of the logits: own logit, logsumexp, and the extras of the formula.
+
+        Embeddings of a narrower dtype than the weights are read in the weights' (autocast, for instance).
+        """
+        x = self.as_embeddings(embeddings)
+        if self.margin is not None:
+            return self.margin.logits(x, self.weight, labels, **self.options())
+        return class_logits(
+            x, self.weight, labels,
+            bias=self.bias, scale=self.scale, normalize=self.normalize, softcap=self.softcap, **self.options(),
+        )  # fmt: skip
+
+    def as_embeddings(self, embeddings: Tensor) -> Tensor:
+        """The embeddings in the dtype of the weights.
+
+        Raises:
+            TypeError, ValueError: also where that would lose digits.
+        """
+        checks.embeddings("embeddings", embeddings)
+        if torch.promote_types(embeddings.dtype, self.weight.dtype) != self.weight.dtype:
+            raise TypeError(
+                f"embeddings must not be wider than the weights, {self.weight.dtype}; got {embeddings.dtype}"
+            )
+        return embeddings.to(self.weight.dtype)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: (B, D) of the weights' dtype or narrower.
+            labels: (B,) int64 in [0, C), or `ignore_index`.
+            sample_weight: (B,) factors of the rows' losses.
+
+        Returns:
+            0-d loss, or (B,) with reduction "none", in float32 (float64 for float64).
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument, before any work.
+        """
+        logits = self.logits(embeddings, labels)
+        loss = logits_loss(logits, self.formula, self.reduction, sample_weight)
+        if self.margin is None:
+            return loss
+        norms = torch.linalg.vector_norm(self.as_embeddings(embeddings), dim=1)
+        added = self.margin.regularizer(norms)
+        return loss if added is None else loss + reduce_rows(added, logits.valid, self.reduction)
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """The k classes of highest logit, margins left aside.
+
+        Args:
+            embeddings: (B, D).
+            k: 1 to 64.
+
+        Returns:
+            logits (B, k) and classes (B, k), the highest first; ties go to the lowest class.
+        """
+        x = self.as_embeddings(embeddings)
+        scale = self.scale if self.margin is None else self.margin.scale
+        weight = self.weight
+        if self.bias is not None:
+            # <x, w> + b / scale orders as the logits do.
+            weight = nn.functional.normalize(weight, dim=1) if self.normalize else weight
+            x = nn.functional.normalize(x, dim=1) if self.normalize else x
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+            weight = torch.cat([weight, (self.bias / scale)[:, None].to(weight.dtype)], dim=1)
+        normalize = self.normalize and self.bias is None
+        (found,) = mine(x, weight, [Extreme(k=k)], normalize=normalize, precision=self.precision)
+        z = scale * found.values
+        return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)), found.indices

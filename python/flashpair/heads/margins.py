@@ -1,0 +1,84 @@
+"""Margins: what face-recognition heads do to the cosine of a row with its own class before the softmax."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .logits import ClassLogits, class_logits
+
+GRADIENTS = ("exact", "straight_through")
+
+
+def add_angle(cosine: Tensor, angle: float | Tensor, margin_grad: str = "exact", fallback: bool = True) -> Tensor:
+    """cos(θ + m) of cosines cos θ, through cos θ cos m - sin θ sin m, finite gradients everywhere.
+
+    Where θ + m > π the cosine would rise again; with `fallback` it is cos θ - m sin m there, else it is left as it is.
+    At |cos θ| = 1 sin θ has no slope; its square is floored at the rounding of 1, so that gradients stay finite.
+
+    Args:
+        cosine: (B,)
+        angle: m in radians, number or (B,).
+        margin_grad: "exact"; or "straight_through": the margin moves the value and the gradient passes as if it were a
+            constant, ∂cos(θ + m)/∂cos θ = 1, as in code that computes it without gradient.
+        fallback: see above.
+
+    Raises:
+        ValueError: on an unknown `margin_grad`.
+
+    Source: Deng et al., "ArcFace", CVPR 2019, section 3.1 and its public code.
+
+    Example:
+        >>> import math, torch
+        >>> from flashpair.heads.margins import add_angle
+        >>> round(float(add_angle(torch.tensor(0.5), math.pi / 6)), 6)
+        0.0
+    """
+    check_margin_grad(margin_grad)
+    c = cosine.detach() if margin_grad == "straight_through" else cosine
+    m = torch.as_tensor(angle, dtype=c.dtype, device=c.device)
+    sine = (1 - c * c).clamp_min(torch.finfo(c.dtype).eps).sqrt()
+    moved = c * torch.cos(m) - sine * torch.sin(m)
+    if fallback:
+        moved = torch.where(c > torch.cos(math.pi - m), moved, c - m * torch.sin(m))
+    return cosine + (moved - c).detach() if margin_grad == "straight_through" else moved
+
+
+def check_margin_grad(value: str) -> None:
+    """One of `GRADIENTS`."""
+    if value not in GRADIENTS:
+        raise ValueError(f"margin_grad must be one of {', '.join(map(repr, GRADIENTS))}; got {value!r}")
+
+
+class Margin(nn.Module):
+    """Base: changes the cosines (B,) of rows with their own classes; the logits are `scale` times the cosines.
+
+    Args:
+        scale: s > 0, number or 0-d tensor.
+
+    `forward(cosine, norms, labels)` gets (B,) cosines, the norms (B,) of the embeddings and the labels (B,).
+    """
+
+    def __init__(self, scale: float | Tensor = 64.0) -> None:
+        super().__init__()
+        checks.temperature("scale", scale)
+        self.scale = scale
+
+    def forward(self, cosine: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
+        """(B,) cosines with the margin."""
+        return cosine
+
+    def regularizer(self, norms: Tensor) -> Tensor | None:
+        """(B,) added to the losses, or None."""
+        return None
+
+    def logits(self, x: Tensor, weight: Tensor, labels: Tensor, **options) -> ClassLogits:
+        """The logits of a head with this margin; options as in `class_logits`."""
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return class_logits(
+            x, weight, labels, scale=self.scale, normalize=True,
+            margin=lambda cosine: self(cosine, norms, labels), **options,
+        )  # fmt: skip

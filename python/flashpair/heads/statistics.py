@@ -1,0 +1,388 @@
+"""What a class head needs of its (B, C) similarities: the one of each row with its own class, and reductions over the
+other classes. One operator with one dense gradient of the class weights.
+
+    target_i = <x_i, w_{y_i}>          out_i = reduce_{j != y_i} phi(a_i <x_i, w_j> + p_i + q_j)
+
+The own class is apart from the others because losses need their difference with all its digits, and margins change it
+alone. Its gradient is added into the rows of dW that the pass over the others has just written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, ops, reference
+from ..algebra import merge
+from ..ops import Needs
+from ..pairs import _EPS, _accumulate
+from ..primitives import _needs_grad
+from ..request import Request, count_slots, decode, decode_terms, encode, statistics_dtype
+from ..terms import Axis, Precision, Reduction, Score, Similarity, Term
+from ..workspace import workspace_bytes
+
+#: Parameters of a row's term that run along the classes.
+_ALONG_CLASSES = ("other_offset", "weight")
+
+
+def class_blocks(weight: Tensor, backend: str, workspace: int) -> list[slice]:
+    """The classes in blocks: GPU backends normalise a copy of their columns, which must fit the workspace."""
+    classes, features = weight.shape
+    if backend not in ("triton", "cuda"):
+        return [slice(0, classes)]
+    step = max(workspace // (4 * features * 4) // 256 * 256, 256)
+    return [slice(first, min(first + step, classes)) for first in range(0, classes, step)] or [slice(0, 0)]
+
+
+def _along_classes(spec: list[int], consts: list[float], params: list[Tensor]) -> set[int]:
+    """Positions of the parameters that hold one value per class."""
+    return {term.index[name] for term in decode_terms(spec, consts, params) for name in _ALONG_CLASSES} - {-1}
+
+
+class Pass:
+    """One head's pass, block by block of classes."""
+
+    def __init__(self, x, weight, labels, params, spec, consts, backend: str, workspace: int) -> None:
+        self.x, self.weight, self.labels = x, weight, labels
+        self.params, self.spec, self.consts = list(params), spec, consts
+        self.backend, self.workspace = ops._module(backend), workspace
+        self.blocks = class_blocks(weight, backend, workspace)
+        self.along = _along_classes(spec, consts, self.params)
+
+    def request(self, block: slice, block_weight: Tensor | None = None) -> Request:
+        """The pass over one block of classes; `block_weight` where the block's weights are at hand."""
+        exclude, params = self.labels, self.params
+        columns = self.weight[block] if block_weight is None else block_weight
+        if columns.shape[0] != self.weight.shape[0]:
+            inside = (exclude >= block.start) & (exclude < block.stop)
+            exclude = torch.where(inside, exclude - block.start, -1)
+            params = [p[block] if i in self.along else p for i, p in enumerate(params)]
+        return decode(self.x, columns, None, None, None, exclude, params, self.spec, self.consts, self.workspace)
+
+    def statistics(self) -> Tensor:
+        """(R, B), merged over the blocks."""
+        found: Tensor | None = None
+        for block in self.blocks:
+            rows, _ = self.backend.stats(self.request(block))
+            found = rows if found is None else self._merged(found, rows)
+        return found
+
+    def _merged(self, a: Tensor, b: Tensor) -> Tensor:
+        parts = []
+        for term in self.request(self.blocks[0]).terms:
+            own = slice(term.slot, term.slot + term.reduction.slots)
+            parts.append(merge(term.reduction, a[own], b[own]))
+        return torch.cat(parts)
+
+    def gradients(
+        self, rows: Tensor, grad_rows: Tensor, needs: Needs
+    ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor | None]]]:
+        """(block, dx, dW of the block, gradients of the parameters) of each block."""
+        for block in self.blocks:
+            request = self.request(block)
+            empty = rows.new_empty(0, request.shape[1])
+            dx, dw, dparams = self.backend.weights(request, rows, empty, grad_rows.contiguous(), empty, needs)
+            yield block, dx, dw, dparams
+
+
+# --- the own class ----------------------------------------------------------------------------------------------------
+
+
+def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows in the statistics dtype, normalised, and what they were divided by (rows, 1)."""
+    rows = rows.to(statistics_dtype(rows))
+    if not normalize:
+        return rows, None
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(_EPS)
+    return rows / norms, norms
+
+
+def _through(gradient: Tensor, unit: Tensor, norms: Tensor | None) -> Tensor:
+    """Gradient of rows from that of rows / norm; the floor of the norm has no slope."""
+    if norms is None:
+        return gradient
+    along = torch.where(norms <= _EPS, 0.0, (unit * gradient).sum(1, keepdim=True))
+    return (gradient - unit * along) / norms
+
+
+def listed_similarity(x: Tensor, weight: Tensor, index: Tensor, normalize: bool) -> Tensor:
+    """(B, K) similarities of each row with the classes `index` (B, K); 0 where that is -1."""
+    rows, _ = _unit(x, normalize)
+    found = []
+    for column in index.unbind(1):
+        own, _ = _unit(weight[column.clamp_min(0)], normalize)
+        found.append(torch.where(column < 0, 0.0, (rows * own).sum(1)))
+    return torch.stack(found, dim=1) if found else rows.new_empty(index.shape)
+
+
+def listed_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, normalize: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(dx (B, D), classes (B,), their rows of dW (B, D)) of each column of `index`, in the statistics dtype."""
+    rows, row_norms = _unit(x, normalize)
+    for g, column in zip(grad.unbind(1), index.unbind(1), strict=True):
+        own, own_norms = _unit(weight[column.clamp_min(0)], normalize)
+        g = torch.where(column < 0, 0.0, g)[:, None]
+        yield _through(g * own, rows, row_norms), column.clamp_min(0), _through(g * rows, own, own_norms)
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("flashpair::class_stats", mutates_args=())
+def class_stats(
+    x: Tensor,  # (B, D)
+    weight: Tensor,  # (C, D)
+    labels: Tensor,  # (B,) the class that a row's reductions leave out, -1 for none
+    index: Tensor,  # (B, K) the classes whose similarities are wanted by themselves
+    params: list[Tensor],
+    spec: list[int],
+    consts: list[float],
+    backend: str,
+    max_workspace_bytes: int,
+    gradient_filter: float,
+) -> tuple[Tensor, Tensor]:  # similarities (B, K), rows (R, B)
+    with ops._wide(x):
+        rows = Pass(x, weight, labels, params, spec, consts, backend, max_workspace_bytes).statistics()
+        return listed_similarity(x, weight, index, bool(spec[1])), rows
+
+
+@class_stats.register_fake
+def _(x, weight, labels, index, params, spec, consts, backend, max_workspace_bytes, gradient_filter):
+    dtype = statistics_dtype(x)
+    return x.new_empty(index.shape, dtype=dtype), x.new_empty((count_slots(spec)[0], x.shape[0]), dtype=dtype)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, labels, index, params, *static = inputs
+    ctx.save_for_backward(x, weight, labels, index, output[1], *params)
+    ctx.static = static
+
+
+def _backward(ctx, grad_listed, grad_rows):
+    x, weight, labels, index, rows, *params = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_params = [bool(n) for n in ops._nested(ctx.needs_input_grad[4], len(params))]
+    dx, dw, *dparams = class_weights(
+        grad_listed, grad_rows, rows, x, weight, labels, index, params, *ctx.static, need_x, need_weight, need_params
+    )
+    dparams = [g if need else None for g, need in zip(dparams, need_params, strict=True)]
+    return (dx if need_x else None, dw if need_weight else None, None, None, dparams if params else [], *[None] * 5)
+
+
+class_stats.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("flashpair::class_weights", mutates_args=())
+def class_weights(
+    grad_listed: Tensor,  # (B, K)
+    grad_rows: Tensor,  # (R, B)
+    rows: Tensor,  # (R, B)
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    spec: list[int],
+    consts: list[float],
+    backend: str,
+    max_workspace_bytes: int,
+    gradient_filter: float,
+    need_x: bool,
+    need_weight: bool,
+    need_params: list[bool],
+) -> list[Tensor]:  # dx, dW, *dparams; (0,) where not needed
+    params, spec, consts = _filtered(rows, list(params), spec, consts, gradient_filter)
+    needs = Needs(need_x, need_weight, (*need_params, *[False] * (len(params) - len(need_params))))
+    with ops._wide(x):
+        run = Pass(x, weight, labels, params, spec, consts, backend, max_workspace_bytes)
+        dx, dw, dparams = _joined(run, run.gradients(rows, grad_rows, needs), needs)
+        if need_x or need_weight:
+            for to_x, classes, to_own in listed_gradients(grad_listed, x, weight, index, bool(spec[1])):
+                if need_x:
+                    dx += to_x
+                if need_weight:
+                    _accumulate(dw, classes, to_own.to(dw.dtype))
+    absent = x.new_empty(0)
+    return [
+        dx.to(x.dtype) if need_x else absent,
+        dw if need_weight else absent,
+        *(
+            g.to(p.dtype).reshape(p.shape) if need else x.new_empty(0)
+            for g, p, need in zip(dparams, params, need_params, strict=False)
+        ),
+    ]
+
+
+@class_weights.register_fake
+def _(
+    grad_listed, grad_rows, rows, x, weight, labels, index, params, spec, consts, backend, max_workspace_bytes,
+    gradient_filter, need_x, need_weight, need_params,
+):  # fmt: skip
+    return ops._gradients_fake(x, weight, params, need_x, need_weight, need_params)
+
+
+def _class_weights_backward(ctx, grads):
+    raise RuntimeError("a class head cannot be differentiated twice; use_backend('reference') can")
+
+
+class_weights.register_autograd(_class_weights_backward)
+
+
+def _joined(run: Pass, parts, needs: Needs) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Gradients of all blocks: dx (B, D) in the statistics dtype, dW (C, D), and those of the parameters."""
+    dtype = statistics_dtype(run.x)
+    dx: Tensor | None = None
+    dparams: list[Tensor | None] = [None] * len(run.params)
+    dw = None
+    for block, block_dx, block_dw, block_params in parts:
+        if needs.x:
+            dx = block_dx.to(dtype) if dx is None else dx.add_(block_dx)
+        if needs.y and len(run.blocks) == 1:
+            dw = block_dw
+        elif needs.y:
+            dw = torch.empty_like(run.weight) if dw is None else dw
+            dw[block] = block_dw
+        for i, gradient in enumerate(block_params):
+            if not needs.params[i]:
+                continue
+            if i in run.along and len(run.blocks) > 1:
+                dparams[i] = run.x.new_zeros(run.params[i].shape, dtype=dtype) if dparams[i] is None else dparams[i]
+                dparams[i][block] = gradient
+            else:
+                dparams[i] = gradient if dparams[i] is None else dparams[i] + gradient
+    return dx, dw, dparams
+
+
+def _filtered(rows: Tensor, params: list[Tensor], spec: list[int], consts: list[float], least: float):
+    """The terms of the backward pass without the classes whose softmax probability is at most `least`.
+
+    p_ij <= least exactly where s_ij <= (out_i + log(least) - p_i) / a_i, a threshold per row; needs a > 0 and no q_j.
+    """
+    if least <= 0:
+        return params, spec, consts
+    spec, consts, params = list(spec), list(consts), list(params)
+    first = 5  # of the terms in the flat form
+    for t, term in enumerate(decode_terms(spec, consts, params)):
+        if term.reduction != Reduction.LOGSUMEXP:
+            continue
+        slot = sum(r.slots for r in (Reduction(spec[first + 12 * k]) for k in range(t)))
+        bound = (rows[slot] + torch.tensor(least, dtype=rows.dtype).log() - term.offset) / term.scale
+        spec[first + 12 * t + 10] = len(params)
+        params.append(bound.to(rows.dtype))
+    return params, spec, consts
+
+
+# --- the function ----------------------------------------------------------------------------------------------------
+
+
+def class_statistics(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    terms: Sequence[Term],
+    *,
+    index: Tensor | None = None,
+    normalize: bool = False,
+    gradient_filter: float = 0.0,
+    precision: Precision = Precision.IEEE,
+    max_workspace_bytes: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Similarity of each row with its own class, and reductions over all other classes, without the B×C matrix.
+
+    Args:
+        x: (B, D) float32, float64, bfloat16 or float16.
+        weight: (C, D) of the same dtype, a row per class.
+        labels: (B,) int64 in [0, C), or -1 for a row without a class, which meets all of them.
+        terms: reductions over the other classes, owned by rows; see `flashpair.Term`.
+        index: (B, K) int64, classes whose similarities are wanted instead of the own one's; -1 for none.
+        normalize: divide the rows of x and weight by max(norm, 1e-12) first, gradient included.
+        gradient_filter: drop from the backward pass of logsumexp terms the classes whose softmax probability is at
+            most this. A row's gradient over the logits is then off by at most (C - 1) times it in the sum of absolute
+            values. Default 0, exact.
+        precision: arithmetic of float32 products on a GPU.
+        max_workspace_bytes: bound on the scratch memory; default `flashpair.set_max_workspace_bytes`.
+
+    Returns:
+        similarity with the own class (B,), or with `index` (B, K); then one (B,) per term; in float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        TypeError, ValueError: on bad input, naming the argument, before any work.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import Reduction, Term
+        >>> from flashpair.heads import class_statistics
+        >>> x, weight = torch.eye(2), torch.eye(2)
+        >>> target, others = class_statistics(x, weight, torch.tensor([0, 0]), [Term(Reduction.LOGSUMEXP)])
+        >>> target.tolist(), [round(v, 4) for v in others.tolist()]
+        ([1.0, 0.0], [0.0, 1.0])
+    """
+    checks.embedding_pair(x, weight, ("x", "weight"))
+    checks.closed("precision", precision, Precision)
+    checks.terms(terms, x.shape[0], weight.shape[0], x.device, False, False)
+    checks.number("gradient_filter", gradient_filter, low=0.0, high=1.0)
+    for t, term in enumerate(terms):
+        if term.axis != Axis.ROWS or term.reduction == Reduction.MOMENTS:
+            raise ValueError(f"terms[{t}] must be owned by rows and not be MOMENTS; got {term.axis.name}")
+        if gradient_filter and (term.score != Score.IDENTITY or term.other_offset is not None):
+            raise ValueError(f"gradient_filter needs identity scores without other_offset; got terms[{t}]")
+    check_classes(labels, x, weight.shape[0], missing=-1)
+    listed = labels[:, None] if index is None else index
+    if index is not None:
+        check_listed(index, x, weight.shape[0])
+    workspace = workspace_bytes(max_workspace_bytes)
+    with torch.autocast(x.device.type, enabled=False):
+        backend = dispatch.choose(x, x.shape[0] * weight.shape[0])
+        keep = _needs_grad(x, weight, *(v for t in terms for v in vars(t).values()))
+        params, spec, consts = encode(list(terms), Similarity.DOT, normalize, False, keep, precision)
+        if backend == "reference":
+            request = decode(x, weight, None, None, None, labels, params, spec, consts, workspace)
+            results = reference.pair_reduce(request)
+            similarities = listed_similarity(x, weight, listed, normalize)
+            return similarities[:, 0] if index is None else similarities, *(r[0] for r in results)
+        similarities, rows = class_stats(
+            x, weight, labels, listed, params, spec, consts, backend, workspace, float(gradient_filter)
+        )
+    return similarities[:, 0] if index is None else similarities, *(r[0] for r in ops.statistics_of(terms, rows, rows))
+
+
+def check_classes(labels: Tensor, x: Tensor, classes: int, missing: int | None = None) -> None:
+    """(B,) int64 in [0, classes), or `missing`; on a GPU the range is asserted there, so that nothing waits for it.
+
+    Raises:
+        TypeError, ValueError: naming the labels.
+    """
+    checks.labels("labels", labels, x.shape[0])
+    checks.same_device("x", x, labels=labels)
+    _in_range("labels", labels, classes, missing)
+
+
+def check_listed(index: Tensor, x: Tensor, classes: int) -> None:
+    """(B, K) int64 in [0, classes) or -1.
+
+    Raises:
+        TypeError, ValueError: naming the index.
+    """
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"index must be an int64 tensor; got {getattr(index, 'dtype', type(index).__name__)}")
+    if index.dim() != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(f"index must have shape ({x.shape[0]}, K); got {tuple(index.shape)}")
+    checks.same_device("x", x, index=index)
+    _in_range("index", index, classes, -1)
+
+
+def _in_range(name: str, values: Tensor, classes: int, missing: int | None) -> None:
+    if values.numel() == 0 or torch.compiler.is_compiling():
+        return
+    allowed = (values >= 0) & (values < classes)
+    if missing is not None:
+        allowed = allowed | (values == missing)
+    if values.device.type != "cpu":
+        torch._assert_async(allowed.all())
+    elif not bool(allowed.all()):
+        also = "" if missing is None else f", or {missing} for none"
+        raise ValueError(f"{name} must be classes, in [0, {classes}){also}; got {int(values[~allowed][0])}")
