@@ -1,8 +1,8 @@
 """Reductions over classes whose per-class formula is not one function of one similarity: sub-centres, grouped proxies,
 losses over two logit streams.
 
-Dense code on one block of classes at a time, computed again in the backward pass: the memory of the fused passes, at the
-speed of dense code.
+Dense code on one block of classes at a time, computed again in the backward pass: the memory of the fused passes at
+the speed of dense code.
 """
 
 from __future__ import annotations
