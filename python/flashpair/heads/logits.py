@@ -13,7 +13,7 @@ from .. import checks
 from ..algebra import log_add_exp
 from ..losses.arguments import constant
 from ..terms import Precision, Reduction, Score, Term
-from .statistics import check_classes, class_statistics
+from .statistics import WeightUpdate, check_classes, class_statistics
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -110,6 +110,7 @@ def class_logits(
     class_weight: Tensor | None = None,
     ignore_index: int | None = None,
     gradient_filter: float = 0.0,
+    update: WeightUpdate | None = None,
     precision: Precision = Precision.IEEE,
     max_workspace_bytes: int | None = None,
 ) -> ClassLogits:
@@ -127,17 +128,18 @@ def class_logits(
         extras: see `EXTRAS`.
         class_weight: (C,) weights v of the classes, or None.
         ignore_index: label of rows that count for nothing.
-        gradient_filter, precision, max_workspace_bytes: see `class_statistics`.
+        gradient_filter, update, precision, max_workspace_bytes: see `class_statistics`.
 
     Raises:
         TypeError, ValueError: on bad input, naming the argument.
     """
     checks.embedding_pair(x, weight, ("x", "weight"))
-    check_classes(labels, x, weight.shape[0], missing=ignore_index)
-    if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.shape[0],)):
+    classes = weight.shape[0] if update is None or update.selected is None else update.selected.shape[0]
+    check_classes(labels, x, classes, missing=ignore_index)
+    if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (classes,)):
         got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), one per class; got {got}")
-    check_class_weight(class_weight, weight)
+        raise ValueError(f"bias must have shape ({classes},), one per class; got {got}")
+    check_class_weight(class_weight, classes)
     if softcap is not None:
         checks.number("softcap", softcap, low=0.0, open_low=True)
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
@@ -151,7 +153,7 @@ def class_logits(
         terms.append(_extra(name, z, cap, bias, softcap, class_weight))
     similarity, rivals, *found = class_statistics(
         x, weight, own, terms,
-        normalize=normalize, gradient_filter=gradient_filter, precision=precision,
+        normalize=normalize, gradient_filter=gradient_filter, update=update, precision=precision,
         max_workspace_bytes=max_workspace_bytes,
     )  # fmt: skip
     target = scale * (similarity if margin is None else margin(similarity))
@@ -162,10 +164,10 @@ def class_logits(
     named = dict(zip(extras, found, strict=True))
     if "mean" in named:
         named["mean"] = scale * named["mean"]
-    return ClassLogits(target - shift, rivals, shift, similarity, valid, own, weight.shape[0], class_weight, named)
+    return ClassLogits(target - shift, rivals, shift, similarity, valid, own, classes, class_weight, named)
 
 
-def check_class_weight(value: Tensor | None, weight: Tensor) -> None:
+def check_class_weight(value: Tensor | None, classes: int) -> None:
     """(C,) floating point, or None.
 
     Raises:
@@ -175,8 +177,8 @@ def check_class_weight(value: Tensor | None, weight: Tensor) -> None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"class_weight must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
-    if tuple(value.shape) != (weight.shape[0],):
-        raise ValueError(f"class_weight must have shape ({weight.shape[0]},), one per class; got {tuple(value.shape)}")
+    if tuple(value.shape) != (classes,):
+        raise ValueError(f"class_weight must have shape ({classes},), one per class; got {tuple(value.shape)}")
 
 
 def _extra(name: str, z: dict, cap: dict, bias: Tensor | None, softcap: float | None, class_weight) -> Term:

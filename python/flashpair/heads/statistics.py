@@ -9,7 +9,9 @@ alone. Its gradient is added into the rows of dW that the pass over the others h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from ..algebra import merge
 from ..ops import Needs
 from ..pairs import _EPS, _accumulate
 from ..primitives import _needs_grad
-from ..request import Request, count_slots, decode, decode_terms, encode, statistics_dtype
+from ..request import _HEADER, _PER_TERM, Request, count_slots, decode, decode_terms, encode, statistics_dtype
 from ..terms import Axis, Precision, Reduction, Score, Similarity, Term
 from ..workspace import workspace_bytes
 
@@ -27,13 +29,15 @@ from ..workspace import workspace_bytes
 _ALONG_CLASSES = ("other_offset", "weight")
 
 
-def class_blocks(weight: Tensor, backend: str, workspace: int) -> list[slice]:
+def class_blocks(classes: int, features: int, backend: str, workspace: int) -> list[slice]:
     """The classes in blocks: GPU backends normalise a copy of their columns, which must fit the workspace."""
-    classes, features = weight.shape
-    if backend not in ("triton", "cuda"):
-        return [slice(0, classes)]
-    step = max(workspace // (4 * features * 4) // 256 * 256, 256)
-    return [slice(first, min(first + step, classes)) for first in range(0, classes, step)] or [slice(0, 0)]
+    return blocks_of(classes, features, workspace) if backend in ("triton", "cuda") else [slice(0, classes)]
+
+
+def blocks_of(classes: int, features: int, workspace: int) -> list[slice]:
+    """Blocks of which a few float32 copies fit the workspace."""
+    step = max(workspace // (4 * features * 8) // 256 * 256, 256)
+    return [slice(first, min(first + step, classes)) for first in range(0, max(classes, 1), step)]
 
 
 def _along_classes(spec: list[int], consts: list[float], params: list[Tensor]) -> set[int]:
@@ -42,20 +46,24 @@ def _along_classes(spec: list[int], consts: list[float], params: list[Tensor]) -
 
 
 class Pass:
-    """One head's pass, block by block of classes."""
+    """One head's pass, block by block of classes, all of them or those `selected` (S,)."""
 
-    def __init__(self, x, weight, labels, params, spec, consts, backend: str, workspace: int) -> None:
-        self.x, self.weight, self.labels = x, weight, labels
+    def __init__(
+        self, x, weight, labels, params, spec, consts, backend: str, workspace: int,
+        blocks: list[slice] | None = None, selected: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.x, self.weight, self.labels, self.selected = x, weight, labels, selected
         self.params, self.spec, self.consts = list(params), spec, consts
         self.backend, self.workspace = ops._module(backend), workspace
-        self.blocks = class_blocks(weight, backend, workspace)
+        self.classes = weight.shape[0] if selected is None else selected.shape[0]
+        self.blocks = class_blocks(self.classes, weight.shape[1], backend, workspace) if blocks is None else blocks
         self.along = _along_classes(spec, consts, self.params)
 
-    def request(self, block: slice, block_weight: Tensor | None = None) -> Request:
-        """The pass over one block of classes; `block_weight` where the block's weights are at hand."""
+    def request(self, block: slice) -> Request:
+        """The pass over one block of classes."""
         exclude, params = self.labels, self.params
-        columns = self.weight[block] if block_weight is None else block_weight
-        if columns.shape[0] != self.weight.shape[0]:
+        columns = self.weight[block] if self.selected is None else self.weight[self.selected[block]]
+        if columns.shape[0] != self.classes:
             inside = (exclude >= block.start) & (exclude < block.stop)
             exclude = torch.where(inside, exclude - block.start, -1)
             params = [p[block] if i in self.along else p for i, p in enumerate(params)]
@@ -71,20 +79,37 @@ class Pass:
 
     def _merged(self, a: Tensor, b: Tensor) -> Tensor:
         parts = []
-        for term in self.request(self.blocks[0]).terms:
+        for term in self.request(slice(0, 0)).terms:
             own = slice(term.slot, term.slot + term.reduction.slots)
             parts.append(merge(term.reduction, a[own], b[own]))
         return torch.cat(parts)
 
     def gradients(
-        self, rows: Tensor, grad_rows: Tensor, needs: Needs
-    ) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor | None]]]:
-        """(block, dx, dW of the block, gradients of the parameters) of each block."""
+        self, rows: Tensor, grad_rows: Tensor, needs: Needs, take: Callable[[slice, Tensor], None]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dx (B, D) in the statistics dtype and the gradients of the parameters; each block of dW goes to `take`."""
+        dtype = statistics_dtype(self.x)
+        dx: Tensor | None = None
+        dparams: list[Tensor | None] = [None] * len(self.params)
         for block in self.blocks:
             request = self.request(block)
             empty = rows.new_empty(0, request.shape[1])
-            dx, dw, dparams = self.backend.weights(request, rows, empty, grad_rows.contiguous(), empty, needs)
-            yield block, dx, dw, dparams
+            block_dx, block_dw, found = self.backend.weights(request, rows, empty, grad_rows.contiguous(), empty, needs)
+            if needs.x:
+                dx = block_dx.to(dtype) if dx is None else dx.add_(block_dx)
+            for i, gradient in enumerate(found):
+                if not needs.params[i]:
+                    continue
+                if i in self.along and len(self.blocks) > 1:
+                    if dparams[i] is None:
+                        dparams[i] = self.x.new_zeros(self.params[i].shape, dtype=dtype)
+                    dparams[i][block] = gradient
+                else:
+                    dparams[i] = gradient if dparams[i] is None else dparams[i] + gradient
+            del request
+            if needs.y:
+                take(block, block_dw)
+        return dx, dparams
 
 
 # --- the own class ----------------------------------------------------------------------------------------------------
@@ -198,7 +223,12 @@ def class_weights(
     needs = Needs(need_x, need_weight, (*need_params, *[False] * (len(params) - len(need_params))))
     with ops._wide(x):
         run = Pass(x, weight, labels, params, spec, consts, backend, max_workspace_bytes)
-        dx, dw, dparams = _joined(run, run.gradients(rows, grad_rows, needs), needs)
+        blocks: list[Tensor] = []
+        dw = torch.empty_like(weight) if need_weight and len(run.blocks) > 1 else None
+        dx, dparams = run.gradients(
+            rows, grad_rows, needs, lambda block, part: blocks.append(part) if dw is None else dw[block].copy_(part)
+        )
+        dw = blocks[0] if blocks else dw
         if need_x or need_weight:
             for to_x, classes, to_own in listed_gradients(grad_listed, x, weight, index, bool(spec[1])):
                 if need_x:
@@ -231,31 +261,6 @@ def _class_weights_backward(ctx, grads):
 class_weights.register_autograd(_class_weights_backward)
 
 
-def _joined(run: Pass, parts, needs: Needs) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Gradients of all blocks: dx (B, D) in the statistics dtype, dW (C, D), and those of the parameters."""
-    dtype = statistics_dtype(run.x)
-    dx: Tensor | None = None
-    dparams: list[Tensor | None] = [None] * len(run.params)
-    dw = None
-    for block, block_dx, block_dw, block_params in parts:
-        if needs.x:
-            dx = block_dx.to(dtype) if dx is None else dx.add_(block_dx)
-        if needs.y and len(run.blocks) == 1:
-            dw = block_dw
-        elif needs.y:
-            dw = torch.empty_like(run.weight) if dw is None else dw
-            dw[block] = block_dw
-        for i, gradient in enumerate(block_params):
-            if not needs.params[i]:
-                continue
-            if i in run.along and len(run.blocks) > 1:
-                dparams[i] = run.x.new_zeros(run.params[i].shape, dtype=dtype) if dparams[i] is None else dparams[i]
-                dparams[i][block] = gradient
-            else:
-                dparams[i] = gradient if dparams[i] is None else dparams[i] + gradient
-    return dx, dw, dparams
-
-
 def _filtered(rows: Tensor, params: list[Tensor], spec: list[int], consts: list[float], least: float):
     """The terms of the backward pass without the classes whose softmax probability is at most `least`.
 
@@ -264,15 +269,86 @@ def _filtered(rows: Tensor, params: list[Tensor], spec: list[int], consts: list[
     if least <= 0:
         return params, spec, consts
     spec, consts, params = list(spec), list(consts), list(params)
-    first = 5  # of the terms in the flat form
     for t, term in enumerate(decode_terms(spec, consts, params)):
         if term.reduction != Reduction.LOGSUMEXP:
             continue
-        slot = sum(r.slots for r in (Reduction(spec[first + 12 * k]) for k in range(t)))
-        bound = (rows[slot] + torch.tensor(least, dtype=rows.dtype).log() - term.offset) / term.scale
-        spec[first + 12 * t + 10] = len(params)
-        params.append(bound.to(rows.dtype))
+        slot = sum(Reduction(spec[_HEADER + _PER_TERM * k]).slots for k in range(t))
+        bound = ((rows[slot] + math.log(least) - term.offset) / term.scale).to(rows.dtype)
+        if term.above is not None:
+            bound = torch.maximum(bound, torch.as_tensor(term.above, dtype=bound.dtype, device=bound.device))
+        spec[_HEADER + _PER_TERM * t + _PER_TERM - 2] = len(params)
+        params.append(bound)
     return params, spec, consts
+
+
+# --- with the optimiser's step in the backward pass ------------------------------------------------------------------
+
+
+class WeightUpdate(Protocol):
+    """What takes the gradient of the class weights block by block, so that it is never whole."""
+
+    selected: Tensor | None  # (S,) int64, the classes that take part, ascending; None: all
+
+    def step(self, classes: slice | Tensor, gradient: Tensor, finite: Tensor) -> None:
+        """Update the rows `classes` of the weights, or nothing where `finite` () is False."""
+
+
+class _Updating(torch.autograd.Function):
+    """`class_stats` whose backward pass updates the weights instead of returning their gradient.
+
+    All gradients are of the weights before the step: those of the embeddings and of the own classes are computed, and
+    everything that enters is known to be finite, before a block's weights change; a block's weights change after its
+    part of dx is taken.
+    """
+
+    @staticmethod
+    def forward(ctx, update, x, weight, labels, index, spec, consts, backend, workspace, *params):
+        run = _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace)
+        with ops._wide(x):
+            rows = run.statistics()
+            listed = listed_similarity(x, weight, _full(update, index), bool(spec[1]))
+        ctx.save_for_backward(x, weight, labels, index, rows, *params)
+        ctx.static = update, spec, consts, backend, workspace
+        return listed, rows
+
+    @staticmethod
+    def backward(ctx, grad_listed, grad_rows):
+        x, weight, labels, index, rows, *params = ctx.saved_tensors
+        update, spec, consts, backend, workspace = ctx.static
+        need_params = tuple(ctx.needs_input_grad[9:])
+        run = _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace)
+        with torch.no_grad(), ops._wide(x):
+            own = list(listed_gradients(grad_listed, x, weight, _full(update, index), bool(spec[1])))
+            finite = torch.stack([torch.isfinite(t).all() for t in (x, rows, grad_rows, grad_listed)]).all()
+
+            def take(block: slice, gradient: Tensor) -> None:
+                for (_, _, rows_of_dw), column in zip(own, index.unbind(1), strict=True):
+                    inside = (column >= block.start) & (column < block.stop)
+                    where = torch.where(inside, column - block.start, 0)
+                    _accumulate(gradient, where, torch.where(inside[:, None], rows_of_dw, 0.0).to(gradient.dtype))
+                update.step(block if update.selected is None else update.selected[block], gradient, finite)
+
+            dx, dparams = run.gradients(rows, grad_rows, Needs(True, True, need_params), take)
+            for to_x, _, _ in own:
+                dx += to_x
+        found = [
+            g.to(p.dtype).reshape(p.shape) if need else None
+            for g, p, need in zip(dparams, params, need_params, strict=True)
+        ]
+        return None, dx.to(x.dtype), None, None, None, None, None, None, None, *found
+
+
+def _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace) -> Pass:
+    classes = weight.shape[0] if update.selected is None else update.selected.shape[0]
+    blocks = blocks_of(classes, weight.shape[1], workspace)
+    return Pass(x, weight, labels, params, spec, consts, backend, workspace, blocks, update.selected)
+
+
+def _full(update: WeightUpdate, index: Tensor) -> Tensor:
+    """Positions among the selected classes → classes."""
+    if update.selected is None:
+        return index
+    return torch.where(index < 0, -1, update.selected[index.clamp_min(0)])
 
 
 # --- the function ----------------------------------------------------------------------------------------------------
@@ -287,6 +363,7 @@ def class_statistics(
     index: Tensor | None = None,
     normalize: bool = False,
     gradient_filter: float = 0.0,
+    update: WeightUpdate | None = None,
     precision: Precision = Precision.IEEE,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -302,6 +379,8 @@ def class_statistics(
         gradient_filter: drop from the backward pass of logsumexp terms the classes whose softmax probability is at
             most this. A row's gradient over the logits is then off by at most (C - 1) times it in the sum of absolute
             values. Default 0, exact.
+        update: takes the gradient of `weight` in the backward pass, block by block, instead of `weight.grad`; labels,
+            `index` and values per class then count among its selected classes.
         precision: arithmetic of float32 products on a GPU.
         max_workspace_bytes: bound on the scratch memory; default `flashpair.set_max_workspace_bytes`.
 
@@ -323,22 +402,31 @@ def class_statistics(
     """
     checks.embedding_pair(x, weight, ("x", "weight"))
     checks.closed("precision", precision, Precision)
-    checks.terms(terms, x.shape[0], weight.shape[0], x.device, False, False)
+    classes = weight.shape[0] if update is None or update.selected is None else update.selected.shape[0]
+    checks.terms(terms, x.shape[0], classes, x.device, False, False)
     checks.number("gradient_filter", gradient_filter, low=0.0, high=1.0)
     for t, term in enumerate(terms):
         if term.axis != Axis.ROWS or term.reduction == Reduction.MOMENTS:
             raise ValueError(f"terms[{t}] must be owned by rows and not be MOMENTS; got {term.axis.name}")
         if gradient_filter and (term.score != Score.IDENTITY or term.other_offset is not None):
             raise ValueError(f"gradient_filter needs identity scores without other_offset; got terms[{t}]")
-    check_classes(labels, x, weight.shape[0], missing=-1)
+    check_classes(labels, x, classes, missing=-1)
     listed = labels[:, None] if index is None else index
     if index is not None:
-        check_listed(index, x, weight.shape[0])
+        check_listed(index, x, classes)
     workspace = workspace_bytes(max_workspace_bytes)
     with torch.autocast(x.device.type, enabled=False):
-        backend = dispatch.choose(x, x.shape[0] * weight.shape[0])
-        keep = _needs_grad(x, weight, *(v for t in terms for v in vars(t).values()))
+        backend = dispatch.choose(x, x.shape[0] * classes)
+        keep = update is None and _needs_grad(x, weight, *(v for t in terms for v in vars(t).values()))
         params, spec, consts = encode(list(terms), Similarity.DOT, normalize, False, keep, precision)
+        if update is not None:
+            if backend == "reference" or gradient_filter:
+                raise ValueError("a step in the backward pass needs a fused backend and gradient_filter=0")
+            similarities, rows = _Updating.apply(
+                update, x, weight, labels, listed, spec, consts, backend, workspace, *params
+            )
+            results = ops.statistics_of(terms, rows, rows)
+            return similarities[:, 0] if index is None else similarities, *(r[0] for r in results)
         if backend == "reference":
             request = decode(x, weight, None, None, None, labels, params, spec, consts, workspace)
             results = reference.pair_reduce(request)
