@@ -12,6 +12,8 @@ from .cross_entropy import CrossEntropy, logits_loss
 from .formula import Formula
 from .logits import ClassLogits, check_reduction, class_logits, reduce_rows
 from .margins import Margin
+from .optim import FusedOptimizer, HeadUpdate
+from .statistics import check_classes
 
 
 def check_size(name: str, value: int) -> None:
@@ -103,6 +105,7 @@ class ClassHead(nn.Module):
         self.scale, self.normalize, self.softcap = scale, normalize or margin is not None, softcap
         self.register_buffer("class_weight", class_weight)
         self.ignore_index, self.reduction, self.gradient_filter = ignore_index, reduction, gradient_filter
+        self.fused: FusedOptimizer | None = None
         self.init_std, self.precision, self.max_workspace_bytes = init_std, precision, max_workspace_bytes
         self.reset_parameters()
 
@@ -126,18 +129,48 @@ class ClassHead(nn.Module):
             "max_workspace_bytes": self.max_workspace_bytes,
         }
 
+    def fuse(self, optimizer: FusedOptimizer | None) -> None:
+        """Let the backward pass update the weights, block by block: their gradient is never stored.
+
+        Args:
+            optimizer: `FusedSGD` or `FusedAdamW` that holds `self.weight`; None: back to a gradient.
+
+        Raises:
+            TypeError, ValueError: on another optimiser, or one that does not hold the weights.
+        """
+        if optimizer is not None:
+            if not isinstance(optimizer, FusedOptimizer):
+                raise TypeError(f"optimizer must be a flashpair.heads.FusedOptimizer; got {type(optimizer).__name__}")
+            optimizer.group_of(self.weight)
+        self.fused = optimizer
+
     def logits(self, embeddings: Tensor, labels: Tensor) -> ClassLogits:
         """What a streamed pass knows of the logits: own logit, logsumexp, and the extras of the formula.
 
         Embeddings of a narrower dtype than the weights are read in the weights' (autocast, for instance).
         """
-        x = self.as_embeddings(embeddings)
+        x, options = self.as_embeddings(embeddings), self.options()
+        if self.updates:
+            options["update"] = HeadUpdate(self.fused, self.weight)
         if self.margin is not None:
-            return self.margin.logits(x, self.weight, labels, **self.options())
+            return self.margin.logits(x, self.weight, labels, **options)
         return class_logits(
             x, self.weight, labels,
-            bias=self.bias, scale=self.scale, normalize=self.normalize, softcap=self.softcap, **self.options(),
+            bias=self.bias, scale=self.scale, normalize=self.normalize, softcap=self.softcap, **options,
         )  # fmt: skip
+
+    @property
+    def updates(self) -> bool:
+        """Whether a backward pass of what is computed now updates the weights."""
+        return self.fused is not None and torch.is_grad_enabled() and self.weight.requires_grad
+
+    def check_labels(self, labels: Tensor, x: Tensor) -> None:
+        """(B,) classes or `ignore_index`.
+
+        Raises:
+            TypeError, ValueError: naming the labels.
+        """
+        check_classes(labels, x, self.num_classes, missing=self.ignore_index)
 
     def as_embeddings(self, embeddings: Tensor) -> Tensor:
         """The embeddings in the dtype of the weights.
