@@ -69,6 +69,9 @@ class Case:
     products: float = 4.0
     #: Inputs of the correctness gate; default: those that are timed.
     gate: Callable[[int, int], Inputs] | None = None
+    #: Columns of S where they are not the batch, and the (B, D) that are measured then, whatever is asked for.
+    columns: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def implementations(self, device: str = "cpu") -> dict[str, Implementation]:
         ours = {"flashpair": Implementation(self.flashpair)} if device == "cpu" else on_gpu_backends(self.flashpair)
@@ -81,7 +84,7 @@ class Case:
         """A floor for what an implementation allocates; 0 for flashpair and peers that do not store S."""
         if implementation.startswith("flashpair") or implementation in self.gpu_peers:
             return 0.0
-        return self.peer_bytes.get(implementation, lambda b: 6 * 4.0 * b * b)(batch)
+        return self.peer_bytes.get(implementation, lambda b: 6 * 4.0 * b * (self.columns or b))(batch)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -111,6 +114,19 @@ def labelled(views: int, spread: float) -> Callable[..., Inputs]:
         return Inputs(x, None, labels).to(torch.float32)
 
     return make
+
+
+IDENTITIES = 200_000
+
+
+def identities(batch: int, width: int) -> Inputs:
+    """Embeddings near the weights of their classes, of which there are many; few for a smoke check."""
+    classes = IDENTITIES if batch >= 128 else 2 * batch
+    generator = torch.Generator().manual_seed(batch + width)
+    weight = torch.randn(classes, width, generator=generator)
+    labels = torch.randint(0, classes, (batch,), generator=generator)
+    x = weight[labels] + 2 * torch.randn(batch, width, generator=generator)
+    return Inputs(x, weight, labels).to(torch.float32)
 
 
 def decided(batch: int, width: int) -> Inputs:
@@ -199,6 +215,18 @@ def dense_circle(i: Inputs, m: float = 0.4, gamma: float = 80.0) -> Tensor:
     return average_nonzero(F.softplus(pull + push))
 
 
+def dense_arc_face(i: Inputs, margin: float = 0.5, scale: float = 64.0) -> Tensor:
+    """As public code does it, on the cosine of each row with its own class alone."""
+    logits = cosine(i.x, i.y)
+    own = logits[torch.arange(len(logits)), i.labels].clamp(-1 + 1e-6, 1 - 1e-6)
+    moved = torch.where(own > math.cos(math.pi - margin), (own.acos() + margin).cos(), own - margin * math.sin(margin))
+    return F.cross_entropy(scale * logits.index_put((torch.arange(len(logits)), i.labels), moved), i.labels)
+
+
+def dense_linear(i: Inputs) -> Tensor:
+    return F.cross_entropy(F.linear(i.x, i.y) / 16, i.labels)
+
+
 def distances(x: Tensor, y: Tensor | None = None) -> Tensor:
     """(B, B) Euclidean distances of normalised rows; the diagonal is 0 with gradient 0."""
     s = cosine(x, y)
@@ -239,6 +267,18 @@ def flash_info_nce(i: Inputs) -> Tensor:
     from flashpair.losses import InfoNCELoss
 
     return InfoNCELoss(temperature=0.1 / i.scale)(i.x, i.y)
+
+
+def flash_arc_face(i: Inputs) -> Tensor:
+    from flashpair.heads import CombinedMargin, class_loss
+
+    return class_loss(i.x, i.y, i.labels, margin=CombinedMargin(scale=64.0, m2=0.5))
+
+
+def flash_linear(i: Inputs) -> Tensor:
+    import flashpair
+
+    return flashpair.linear_cross_entropy(i.x / 16, i.y, i.labels)
 
 
 def from_names(losses, miners, loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
@@ -305,6 +345,21 @@ def installed(module: str):
 def metric_learning(loss: str, miner: str | None = None) -> Callable[[Inputs], Tensor]:
     part = lambda name: installed(f"pytorch_metric_learning.{name}")  # noqa: E731
     return from_names(lambda: part("losses"), lambda: part("miners"), loss, miner)
+
+
+def metric_learning_arc_face(i: Inputs) -> Tensor:
+    """Its weights are (D, C) and its own; its margin is in degrees."""
+    loss = installed("pytorch_metric_learning.losses").ArcFaceLoss
+    with torch.device("meta"):  # weights that nobody uses
+        head = loss(len(i.y), i.x.shape[1], margin=math.degrees(0.5), scale=64)
+    return torch.func.functional_call(head, {"W": i.y.T}, (i.x, i.labels))
+
+
+def torch_linear(i: Inputs) -> Tensor:
+    """torch's own, in chunks of the batch."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise CannotRun(f"torch {torch.__version__} has no linear_cross_entropy")
+    return F.linear_cross_entropy(i.x / 16, i.y, i.labels, options=torch.nn.LinearCrossEntropyOptions())
 
 
 @cache
@@ -388,6 +443,24 @@ CASES = (
         "BatchHardMiner",
         products=0.5,
         gate=decided,
+    ),
+    Case(
+        "arcface",
+        identities,
+        flash_arc_face,
+        dense_arc_face,
+        {PEER: metric_learning_arc_face},
+        columns=IDENTITIES,
+        sizes=((256, 256),),
+    ),
+    Case(
+        "linear-cross-entropy",
+        identities,
+        flash_linear,
+        dense_linear,
+        {"torch chunked": torch_linear},
+        columns=IDENTITIES,
+        sizes=((256, 256),),
     ),
 )
 

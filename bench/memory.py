@@ -23,6 +23,7 @@ from run import merge, step
 
 QUEUED = "cross-batch-memory"
 WARM_UP = 256  # rows of the step that loads libraries and starts threads
+FEW = 96  # for which a case with columns of its own makes few of them
 
 
 def arguments() -> argparse.Namespace:
@@ -38,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="512 rows, results to out/ only")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/memory.json)")
     parser.add_argument(
-        "--child", nargs=4, metavar=("CASE", "BATCH", "IMPLEMENTATION", "WORKSPACE"), help=argparse.SUPPRESS
+        "--child", nargs=5, metavar=("CASE", "BATCH", "WIDTH", "IMPLEMENTATION", "WORKSPACE"), help=argparse.SUPPRESS
     )
     options = parser.parse_args()
     if options.quick:
@@ -84,7 +85,7 @@ def measure(name: str, batch: int, width: int, implementation: str, workspace: s
     needs = case.needs_bytes(implementation, batch)
     if needs > 0.5 * available_bytes():
         return {"not_run": f"needs about {needs / 2**30:.0f} GiB"}
-    step(function, case.make(WARM_UP, width))
+    step(function, case.make(WARM_UP if case.columns is None else FEW, width))
     inputs = case.make(batch, width)
     memory = machine.PeakMemory()
     memory.start()
@@ -96,6 +97,7 @@ def measure(name: str, batch: int, width: int, implementation: str, workspace: s
     return {
         "mebibytes": round(memory.growth() / 2**20, 1),
         # Both sides of S; a queue has the length of the batch.
+        "columns": case.columns or batch,
         "inputs_mebibytes": round(sum(t.nbytes for t in inputs.leaves) * (1 + (name == QUEUED)) / 2**20, 1),
         "seconds": round(seconds, 2),
     }
@@ -117,25 +119,25 @@ def limit(row: dict) -> float | None:
 def main() -> int:
     options = arguments()
     if options.child:
-        name, batch, implementation, workspace = options.child
-        found = measure(name, int(batch), options.width, implementation, workspace, options.threads)
+        name, batch, width, implementation, workspace = options.child
+        found = measure(name, int(batch), int(width), implementation, workspace, options.threads)
         print(json.dumps({**found, **machine.describe()}))
         return 0
     from tqdm import tqdm
 
-    names = [c.name for c in all_cases() if not options.patterns or any(p in c.name for p in options.patterns)]
-    if not names:
+    cases = [c for c in all_cases() if not options.patterns or any(p in c.name for p in options.patterns)]
+    if not cases:
         raise SystemExit(f"no loss matches {options.patterns}; there are {', '.join(c.name for c in all_cases())}")
     jobs = [
-        (name, batch, implementation, workspace)
-        for batch in options.batch
-        for name in names
+        (case.name, batch, width, implementation, workspace)
+        for case in cases
+        for batch, width in ((not options.quick and case.sizes) or [(b, options.width) for b in options.batch])
         for implementation in options.implementations
         for workspace in (options.workspace if implementation == "flashpair" else ["default"])
     ]
     rows, status = [], 0
     for job in tqdm(jobs, desc="memory", disable=None):
-        command = [sys.executable, __file__, "--child", *map(str, job), "--width", str(options.width)]
+        command = [sys.executable, __file__, "--child", *map(str, job)]
         environment = machine.environment("default", options.threads)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
@@ -143,15 +145,14 @@ def main() -> int:
         else:
             message = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
             found = {"not_run": message[:200], **machine.describe()}
-        fields = dict(zip(("case", "batch", "implementation", "workspace"), job, strict=True))
-        row = {**fields, "width": options.width, **found}
+        row = {**dict(zip(("case", "batch", "width", "implementation", "workspace"), job, strict=True)), **found}
         rows.append(row)
         allowed = limit(row)
         over = allowed is not None and row["mebibytes"] > allowed
         status |= over or ("not_run" in row and row["implementation"] == "flashpair")
         text = row.get("not_run") or f"{row['mebibytes']:8.1f} MiB  {row['seconds']:6.2f} s"
         promised = "" if allowed is None else f"  allowed {allowed:.0f}{', exceeded' if over else ''}"
-        tqdm.write(f"{job[0]:<20} {job[1]:>6} {job[2]:<16} {job[3]:<9} {text}{promised}")
+        tqdm.write(f"{job[0]:<20} {job[1]:>6} {job[3]:<16} {job[4]:<9} {text}{promised}")
     merge(options.out, rows, ("case", "batch", "width", "implementation", "workspace", "threads", "device"))
     print(f"wrote {options.out}")
     return int(status)

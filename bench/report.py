@@ -93,7 +93,7 @@ def memory_section(rows: list[dict], sources: str) -> list[str]:
             r["workspace"] if r["implementation"] == "flashpair" else "-",
             r["not_run"] if "not_run" in r else f"{r['mebibytes']:.0f}",
             f"{r['inputs_mebibytes']:.0f}" if "inputs_mebibytes" in r else "-",
-            f"{4 * r['batch'] ** 2 / 2**20:.0f}",
+            f"{4 * r['batch'] * r.get('columns', r['batch']) / 2**20:.0f}",
             freshness(r, sources),
         ]
         for r in rows

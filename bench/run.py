@@ -336,6 +336,7 @@ def compete(case, job, options, gate: Gate, show: Callable[..., None]) -> dict:
     ours = samples.get(baseline, [])
     row = {
         **identity(job, options),
+        "columns": case.columns or job.batch,
         "milliseconds": {name: spread([1e3 * t for t in times]) for name, times in samples.items()},
         "baseline": baseline,
         # Of pairs from one round: what disturbed one contestant disturbed the other.
@@ -394,7 +395,9 @@ def selected_jobs(options) -> list:
     if options.preset:
         jobs = PRESETS[options.preset]()
     else:
-        jobs = [Job(c.name, b, d, options.dtype) for b in options.batch for d in options.width for c in CASES]
+        asked = [(b, d) for b in options.batch for d in options.width]
+        sizes = lambda case: asked if options.quick else case.sizes or asked  # noqa: E731
+        jobs = [Job(c.name, b, d, options.dtype) for c in CASES for b, d in sizes(c)]
     chosen = [job for job in jobs if not options.patterns or any(p in job.case for p in options.patterns)]
     if not chosen:
         names = ", ".join(dict.fromkeys(job.case for job in jobs))

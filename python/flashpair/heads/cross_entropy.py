@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from .. import checks
 from ..terms import Precision
 from .formula import Formula
 from .logits import ClassLogits, check_reduction, class_logits, reduce_rows
+from .margins import Margin, check_margin, norms_of
 
 CONVENTIONS = ("torch", "megatron")
 
@@ -75,7 +74,7 @@ def class_loss(
     scale: float | Tensor = 1.0,
     normalize: bool = False,
     softcap: float | None = None,
-    margin: Callable[[Tensor], Tensor] | None = None,
+    margin: Margin | None = None,
     class_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
     ignore_index: int | None = -100,
@@ -97,7 +96,8 @@ def class_loss(
         scale: number, 0-d tensor or (B,) tensor; the inverse of the temperature; differentiable. Default 1.
         normalize: cosines instead of dot products, gradient through the norms. Default False.
         softcap: c > 0 of c tanh(z / c). Default: none.
-        margin: changes the similarities (B,) of the rows with their own classes; see `flashpair.heads.margins`.
+        margin: a `Margin`: cosines times its scale, its own class's with the margin. Excludes bias, scale, normalize
+            and softcap.
         class_weight: (C,) weights; the mean then divides by the weights of the rows' classes, as torch's does.
         sample_weight: (B,) factors of the rows' losses; the mean still divides by the number of rows.
         ignore_index: label of rows that count for nothing; None: there are none. Default -100.
@@ -121,13 +121,20 @@ def class_loss(
     """
     formula = CrossEntropy() if formula is None else formula
     check_reduction(reduction)
-    logits = class_logits(
-        x, weight, labels,
-        bias=bias, scale=scale, normalize=normalize, softcap=softcap, margin=margin, extras=formula.extras,
-        class_weight=class_weight, ignore_index=ignore_index, gradient_filter=gradient_filter, precision=precision,
-        max_workspace_bytes=max_workspace_bytes,
-    )  # fmt: skip
-    return logits_loss(logits, formula, reduction, sample_weight)
+    options = {
+        "extras": formula.extras, "class_weight": class_weight, "ignore_index": ignore_index,
+        "gradient_filter": gradient_filter, "precision": precision, "max_workspace_bytes": max_workspace_bytes,
+    }  # fmt: skip
+    if margin is None:
+        logits = class_logits(
+            x, weight, labels, bias=bias, scale=scale, normalize=normalize, softcap=softcap, **options
+        )
+        return logits_loss(logits, formula, reduction, sample_weight)
+    check_margin(margin, bias, scale, softcap)
+    logits = margin.logits(x, weight, labels, **options)
+    loss = logits_loss(logits, formula, reduction, sample_weight)
+    added = margin.regularizer(norms_of(x))
+    return loss if added is None else loss + reduce_rows(added, logits.valid, reduction)
 
 
 def logits_loss(

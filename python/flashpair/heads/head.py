@@ -11,7 +11,7 @@ from ..terms import Extreme, Precision
 from .cross_entropy import CrossEntropy, logits_loss
 from .formula import Formula
 from .logits import ClassLogits, check_reduction, class_logits, reduce_rows
-from .margins import Margin
+from .margins import Margin, check_margin, norms_of
 from .optim import FusedOptimizer, HeadUpdate
 from .statistics import check_classes
 
@@ -93,10 +93,7 @@ class ClassHead(nn.Module):
         if formula is not None and not isinstance(formula, Formula):
             raise TypeError(f"formula must be a flashpair.heads.Formula; got {type(formula).__name__}")
         if margin is not None:
-            if not isinstance(margin, Margin):
-                raise TypeError(f"margin must be a flashpair.heads.Margin; got {type(margin).__name__}")
-            if bias or softcap is not None or scale != 1.0:
-                raise ValueError("margin excludes bias, softcap and scale: its logits are its scale times cosines")
+            check_margin(margin, bias or None, scale, softcap)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.formula = CrossEntropy() if formula is None else formula
         self.margin = margin
@@ -203,8 +200,7 @@ class ClassHead(nn.Module):
         loss = logits_loss(logits, self.formula, self.reduction, sample_weight)
         if self.margin is None:
             return loss
-        norms = torch.linalg.vector_norm(self.as_embeddings(embeddings), dim=1)
-        added = self.margin.regularizer(norms)
+        added = self.margin.regularizer(norms_of(embeddings))
         return loss if added is None else loss + reduce_rows(added, logits.valid, self.reduction)
 
     @torch.no_grad()

@@ -53,6 +53,23 @@ def check_margin_grad(value: str) -> None:
         raise ValueError(f"margin_grad must be one of {', '.join(map(repr, GRADIENTS))}; got {value!r}")
 
 
+def norms_of(x: Tensor) -> Tensor:
+    """(B,) norms of the rows of x (B, D), in at least float32."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def check_margin(margin: Margin, bias, scale: float | Tensor, softcap: float | None) -> None:
+    """A margin, and nothing beside it that its logits do not have.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be a flashpair.heads.Margin; got {type(margin).__name__}")
+    if bias is not None or softcap is not None or isinstance(scale, Tensor) or scale != 1.0:
+        raise ValueError("margin excludes bias, softcap and scale: its logits are its own scale times cosines")
+
+
 class Margin(nn.Module):
     """Base: changes the cosines (B,) of rows with their own classes; the logits are `scale` times the cosines.
 
@@ -77,7 +94,7 @@ class Margin(nn.Module):
 
     def logits(self, x: Tensor, weight: Tensor, labels: Tensor, **options) -> ClassLogits:
         """The logits of a head with this margin; options as in `class_logits`."""
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        norms = norms_of(x)
         return class_logits(
             x, weight, labels, scale=self.scale, normalize=True,
             margin=lambda cosine: self(cosine, norms, labels), **options,
