@@ -1,6 +1,6 @@
 """flashpair: pair-based and contrastive losses whose similarity matrix is never stored."""
 
-from . import losses, miners
+from . import heads, losses, miners
 from .dispatch import BackendError, backends, use_backend
 from .primitives import Mined, mine, pair_reduce, pair_similarity, pair_sum
 from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
@@ -21,6 +21,7 @@ __all__ = [
     "Similarity",
     "Term",
     "backends",
+    "heads",
     "losses",
     "mine",
     "miners",

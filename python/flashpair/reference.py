@@ -177,13 +177,16 @@ def _extreme(extreme: Extreme, s: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]
 
 @functools.cache
 def __getattr__(name: str) -> type:
-    """`reference.<Name>`: the loss or miner of that name with every pass on this backend, whatever is usable."""
-    from . import losses, miners
+    """`reference.<Name>`: the loss, miner or head of that name with every pass on this backend, whatever is usable."""
+    from . import heads, losses, miners
     from .dispatch import use_backend
 
-    fused = getattr(losses, name, None) or getattr(miners, name, None)
+    homes = (losses, miners, heads)
+    fused = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if not (isinstance(fused, type) and issubclass(fused, torch.nn.Module)):
-        raise AttributeError(f"flashpair.reference has no {name!r}; it holds the twins of flashpair.losses and miners")
+        raise AttributeError(
+            f"flashpair.reference has no {name!r}; it holds the twins of flashpair.losses, miners and heads"
+        )
 
     def forward(self, *args, **kwargs):
         with use_backend("reference"):

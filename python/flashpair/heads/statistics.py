@@ -31,12 +31,12 @@ _ALONG_CLASSES = ("other_offset", "weight")
 
 def class_blocks(classes: int, features: int, backend: str, workspace: int) -> list[slice]:
     """The classes in blocks: GPU backends normalise a copy of their columns, which must fit the workspace."""
-    return blocks_of(classes, features, workspace) if backend in ("triton", "cuda") else [slice(0, classes)]
+    return blocks_of(classes, features, workspace, copies=2) if backend in ("triton", "cuda") else [slice(0, classes)]
 
 
-def blocks_of(classes: int, features: int, workspace: int) -> list[slice]:
-    """Blocks of which a few float32 copies fit the workspace."""
-    step = max(workspace // (4 * features * 8) // 256 * 256, 256)
+def blocks_of(classes: int, features: int, workspace: int, copies: int) -> list[slice]:
+    """Blocks of which so many float32 copies fit the workspace."""
+    step = max(workspace // (4 * features * copies) // 256 * 256, 256)
     return [slice(first, min(first + step, classes)) for first in range(0, max(classes, 1), step)]
 
 
@@ -340,7 +340,9 @@ class _Updating(torch.autograd.Function):
 
 def _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace) -> Pass:
     classes = weight.shape[0] if update.selected is None else update.selected.shape[0]
-    blocks = blocks_of(classes, weight.shape[1], workspace)
+    blocks = blocks_of(
+        classes, weight.shape[1], workspace, copies=8
+    )  # gathered weights, their gradient, the step's own
     return Pass(x, weight, labels, params, spec, consts, backend, workspace, blocks, update.selected)
 
 
