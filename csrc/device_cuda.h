@@ -142,6 +142,8 @@ FP_DEVICE float log_of(float x) { return logf(x); }
 FP_DEVICE double log_of(double x) { return log(x); }
 FP_DEVICE float log1p_of(float x) { return log1pf(x); }
 FP_DEVICE double log1p_of(double x) { return log1p(x); }
+FP_DEVICE float tanh_of(float x) { return tanhf(x); }
+FP_DEVICE double tanh_of(double x) { return tanh(x); }
 FP_DEVICE float sqrt_of(float x) { return sqrtf(x); }
 FP_DEVICE double sqrt_of(double x) { return sqrt(x); }
 template <class T>

@@ -1,6 +1,9 @@
 // The scalar functions applied to z, value and slope side by side. The slope is stated, not derived: circle detaches a
-// factor of its value. `Math` offers positive_part, positive_step and softplus_logistic for V, a number or a vector.
+// factor of its value. `Math` offers for V, a number or a vector: positive_part, positive_step, and pairs of a function
+// and its slope, softplus_logistic, tanh_slope and log_cosh_tanh.
 #pragma once
+
+#include <math.h>
 
 #include "host_device.h"
 #include "options.h"
@@ -28,6 +31,11 @@ FP_HD inline ValueSlope<V> score_value_slope(V z, V c) {
       const V alpha = Math::positive_part(z + c);
       return {alpha * (z - c), alpha};
     }
+    case Score::softcap: {
+      const ValueSlope<V> t = Math::tanh_slope(z / c);
+      return {c * t.value, t.slope};
+    }
+    case Score::log_cosh: return Math::log_cosh_tanh(z);
   }
   return {z, z};
 }
@@ -48,6 +56,8 @@ FP_HD inline T score_upper(Score score, T c, T low, T high) {
       const T at_low = low > -c ? low * low - c * c : T(0);
       return at_high > at_low ? at_high : at_low;
     }
+    case Score::softcap: return c * T(tanh(double(high / c)));
+    case Score::log_cosh: return magnitude;  // less than log 2 above
   }
   return high;
 }

@@ -157,6 +157,26 @@ FP_INLINE Vec<T> log1p_unit(Vec<T> u) {
   for (int k = terms - 1; k >= 0; --k) p = p * q + T(1) / T(2 * k + 1);
   return (s + s) * p;
 }
+// tanh(x) for |x| < 0.625 (Cephes), and garbage beyond; q: x * x.
+FP_INLINE Vec<float> tanh_polynomial(Vec<float> x, Vec<float> q) {
+  Vec<float> p = broadcast(-5.70498872745e-3f);
+  p = p * q + 2.06390887954e-2f;
+  p = p * q - 5.37397155531e-2f;
+  p = p * q + 1.33314422036e-1f;
+  p = p * q - 3.33332819422e-1f;
+  return x + x * q * p;
+}
+FP_INLINE Vec<double> tanh_polynomial(Vec<double> x, Vec<double> q) {
+  const Vec<double> p = (q * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * q - 1.61468768441708447952e3;
+  const Vec<double> r = ((q + 1.12811678491632931402e2) * q + 2.23548839060100448583e3) * q + 4.84406305325125486048e3;
+  return x + x * q * p / r;
+}
+// tanh(x) with full relative accuracy; u: e^(-2 |x|).
+template <class T>
+FP_INLINE Vec<T> tanh_lanes(Vec<T> x, Vec<T> u) {
+  const Vec<T> large = T(1) - (u + u) / (u + T(1));
+  return (x < 0 ? -x : x) < T(0.625) ? tanh_polynomial(x, x * x) : x < 0 ? -large : large;
+}
 template <class T>
 FP_INLINE Vec<T> sqrt_lanes(Vec<T> v) {
   for (int l = 0; l < kWidth<T>; ++l) v[l] = __builtin_sqrt(v[l]);
@@ -174,6 +194,16 @@ struct VectorMath {
     const V inverse = T(1) / (u + T(1));
     return {positive_part(z) + log1p_unit<T>(u), z < 0 ? u * inverse : inverse};
   }
+  static FP_INLINE ValueSlope<V> tanh_slope(V x) {
+    const V u = exp_lanes<T>(T(-2) * (x < 0 ? -x : x)), inverse = T(1) / (u + T(1));
+    return {tanh_lanes<T>(x, u), T(4) * u * inverse * inverse};
+  }
+  static FP_INLINE ValueSlope<V> log_cosh_tanh(V z) {
+    const V size = z < 0 ? -z : z, u = exp_lanes<T>(T(-2) * size), t = tanh_lanes<T>(z, u), q = t * t;
+    // log(1 + sinh^2) / 2 near 0, where the other form cancels
+    const V log = log1p_unit<T>(size < T(0.625) ? q / (T(1) - q) : u);
+    return {size < T(0.625) ? T(0.5) * log : (size - T(0.693147180559945309)) + log, t};
+  }
 };
 
 // The same on single numbers.
@@ -184,5 +214,14 @@ struct ScalarMath {
   static ValueSlope<T> softplus_logistic(T z) {
     const double u = exp(z < 0 ? double(z) : -double(z));
     return {T(positive_part(z) + log1p(u)), T((z < 0 ? u : 1.0) / (1.0 + u))};
+  }
+  static ValueSlope<T> tanh_slope(T x) {
+    const double u = exp(-2 * fabs(double(x)));
+    return {T(tanh(double(x))), T(4 * u / ((1 + u) * (1 + u)))};
+  }
+  static ValueSlope<T> log_cosh_tanh(T z) {
+    const double size = fabs(double(z)), sine = size < 1 ? sinh(size) : 0;
+    const double value = size < 1 ? 0.5 * log1p(sine * sine) : (size - 0.693147180559945309) + log1p(exp(-2 * size));
+    return {T(value), T(tanh(double(z)))};
   }
 };

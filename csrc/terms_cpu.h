@@ -193,6 +193,8 @@ void score_dispatch(Score score, const T* s, int n, const T* scales, T scale, co
     FP_CASE(square)
     FP_CASE(squared_hinge)
     FP_CASE(circle)
+    FP_CASE(softcap)
+    FP_CASE(log_cosh)
   }
 #undef FP_CASE
 }
@@ -420,6 +422,8 @@ T scalar_score(const TermData<T>& data, T s, int64_t owner, int64_t other) {
     FP_CASE(square)
     FP_CASE(squared_hinge)
     FP_CASE(circle)
+    FP_CASE(softcap)
+    FP_CASE(log_cosh)
 #undef FP_CASE
   }
   return z;

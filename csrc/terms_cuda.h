@@ -15,6 +15,16 @@ struct DeviceMath {
     const T u = exp_of(z < 0 ? z : -z), inverse = T(1) / (u + T(1));
     return {positive_part(z) + log1p_of(u), z < 0 ? u * inverse : inverse};
   }
+  static FP_DEVICE common::ValueSlope<T> tanh_slope(T x) {
+    const T u = exp_of(T(-2) * absolute(x)), inverse = T(1) / (u + T(1));
+    return {tanh_of(x), T(4) * u * inverse * inverse};
+  }
+  static FP_DEVICE common::ValueSlope<T> log_cosh_tanh(T z) {
+    const T t = tanh_of(z), q = t * t, size = absolute(z);
+    // log(1 + sinh^2) / 2 near 0, where the other form cancels
+    if (size < T(0.625)) return {T(0.5) * log1p_of(q / (T(1) - q)), t};
+    return {(size - T(0.693147180559945309)) + log1p_of(exp_of(T(-2) * size)), t};
+  }
 };
 
 // Owners along the rows or the columns of a strip: how many values a lane holds and which belongs to a pair.
@@ -92,6 +102,8 @@ FP_DEVICE void evaluate(const TermCode<T>& term, const Strip<T, R>& strip, T (&v
     FP_CASE(square)
     FP_CASE(squared_hinge)
     FP_CASE(circle)
+    FP_CASE(softcap)
+    FP_CASE(log_cosh)
   }
 #undef FP_CASE
 }

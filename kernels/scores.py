@@ -9,6 +9,8 @@ SOFTPLUS = tl.constexpr(2)
 SQUARE = tl.constexpr(3)
 SQUARED_HINGE = tl.constexpr(4)
 CIRCLE = tl.constexpr(5)
+SOFTCAP = tl.constexpr(6)
+LOG_COSH = tl.constexpr(7)
 
 
 @triton.jit
@@ -25,6 +27,28 @@ def relu(z):
 
 
 @triton.jit
+def tanh(x):
+    """tanh(x) with full relative accuracy."""
+    q = x * x
+    p = -5.70498872745e-3 * q + 2.06390887954e-2  # Cephes tanhf, |x| < 0.625
+    p = p * q - 5.37397155531e-2
+    p = p * q + 1.33314422036e-1
+    p = p * q - 3.33332819422e-1
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = 1.0 - 2.0 * e / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, x + x * q * p, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def log_cosh(z):
+    """log(cosh(z)): log(1 + sinh(z) ** 2) / 2 near 0, where the other form cancels."""
+    small = tl.abs(z) < 0.625
+    t = tanh(z)
+    log = log1p(tl.where(small, t * t / (1.0 - t * t), tl.exp(-2.0 * tl.abs(z))))
+    return tl.where(small, 0.5 * log, (tl.abs(z) - 0.6931471805599453) + log)
+
+
+@triton.jit
 def score_value(z, constant, SCORE: tl.constexpr):
     """phi(z)."""
     if SCORE == HINGE:
@@ -37,6 +61,10 @@ def score_value(z, constant, SCORE: tl.constexpr):
         value = relu(z) * relu(z)
     elif SCORE == CIRCLE:
         value = relu(z + constant) * (z - constant)
+    elif SCORE == SOFTCAP:
+        value = constant * tanh(z / constant)
+    elif SCORE == LOG_COSH:
+        value = log_cosh(z)
     else:
         value = z
     return value
@@ -56,6 +84,11 @@ def score_slope(z, constant, SCORE: tl.constexpr):
         slope = 2.0 * relu(z)
     elif SCORE == CIRCLE:
         slope = relu(z + constant)
+    elif SCORE == SOFTCAP:
+        e = tl.exp(-2.0 * tl.abs(z / constant))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    elif SCORE == LOG_COSH:
+        slope = tanh(z)
     else:
         slope = tl.full(z.shape, 1.0, tl.float32)
     return slope

@@ -56,7 +56,13 @@ def slope(kind: Score, z, constant: float):
         return 2 * z
     if kind == Score.SQUARED_HINGE:
         return 2 * z.clamp_min(0)
-    return (z + constant).clamp_min(0)
+    if kind == Score.CIRCLE:
+        return (z + constant).clamp_min(0)
+    if kind == Score.SOFTCAP:
+        return 1 - torch.tanh(z / constant) ** 2
+    if kind == Score.LOG_COSH:
+        return torch.tanh(z)
+    raise ValueError(kind)
 
 
 def weights(request, rows, columns, grad_rows, grad_columns, needs: Needs):

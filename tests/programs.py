@@ -117,6 +117,11 @@ def _both_axes(reduction: Reduction, **options) -> Callable[[Data], tuple]:
     return run
 
 
+def _every_reduction(**options) -> Callable[[Data], tuple]:
+    """`_both_axes` of every reduction that has a gradient."""
+    return lambda d: tuple(v for r in (SUM, LSE, MEAN) for v in _both_axes(r, **options)(d))
+
+
 PROGRAMS = [
     Program("clip", _clip),
     Program("siglip", _siglip),
@@ -192,13 +197,26 @@ PROGRAMS = [
     ),
     Program(
         "scores_of_softmax_mean",
-        _reduce(*(Term(MEAN, s, scale=0.7, offset=-0.21, constant=0.3) for s in Score)),
+        # Under log cosh, even in z, a mean near z = 0 would cancel.
+        _reduce(
+            *(Term(MEAN, s, scale=0.7, offset=-0.51 if s == Score.LOG_COSH else -0.21, constant=0.3) for s in Score)
+        ),
     ),
     Program(
         "counts_of_columns",
         _reduce(*(Term(COUNT, s, scale=0.7, offset=-0.21, constant=0.3, axis=COLUMNS) for s in Score)),
         grid=True,
     ),
+    Program(
+        "softcap_clip",
+        _reduce(
+            lambda d: Term(LSE, Score.SOFTCAP, scale=d.scale, constant=0.8),
+            lambda d: Term(LSE, Score.SOFTCAP, axis=COLUMNS, scale=d.scale, constant=0.8),
+            normalize=True,
+        ),
+    ),
+    Program("softcap_parameters", _every_reduction(score=Score.SOFTCAP, constant=2.5)),
+    Program("log_cosh_parameters", _every_reduction(score=Score.LOG_COSH)),
     Program(
         "given",
         _reduce(

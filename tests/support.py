@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import decimal
 import math
 from collections.abc import Callable, Iterator
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashpair
-from flashpair import dispatch
+from flashpair import Reduction, Score, Term, dispatch, pair_reduce
 
 DENSE = dispatch.Backend("dense", "dense_backend", "tests")
 
@@ -144,6 +145,39 @@ def make(
         single(0.1 + normal(b).abs()),
         single(0.1 + normal(columns).abs()),
     )
+
+
+def _exact(kind: Score, z: float, c: float) -> tuple[float, float]:
+    """(value, slope) of SOFTCAP or LOG_COSH, rounded once."""
+    with decimal.localcontext(decimal.Context(prec=120)):
+        exact = decimal.Decimal(z) / (decimal.Decimal(c) if kind == Score.SOFTCAP else 1)
+        up, down = exact.exp(), (-exact).exp()
+        tanh = (up - down) / (up + down)
+        if kind == Score.SOFTCAP:
+            return float(decimal.Decimal(c) * tanh), float(1 - tanh * tanh)
+        return float(((up + down) / 2).ln()), float(tanh)
+
+
+def check_scores(backend: str, dtype: torch.dtype) -> None:
+    """Values and slopes of the scores with a tanh, pair by pair, from tiny arguments to huge ones."""
+    sizes = [10.0**k for k in range(-12, 4)] + [k / 16 for k in range(64)] + [0.6249, 0.6251, 0.999, 1.001, 44.1, 88.9]
+    z = torch.tensor([sign * size for size in sizes for sign in (1, -1)], dtype=dtype)[:, None]
+    special = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype)[:, None]
+    one, eps = torch.ones(1, 1, dtype=dtype, device=device(backend)), torch.finfo(dtype).eps
+    for kind, c in ((Score.SOFTCAP, 0.75), (Score.SOFTCAP, 30.0), (Score.LOG_COSH, 0.0)):
+        term, x = Term(Reduction.SUM, kind, constant=c), z.to(one.device, copy=True).requires_grad_()
+        with forced(backend):
+            (value,) = pair_reduce(x, one, [term])
+            (slope,) = torch.autograd.grad(value.sum(), x)
+            (ends,) = pair_reduce(special.to(one.device), one, [term])
+        want = torch.tensor([_exact(kind, v, c) for v in z[:, 0].tolist()], dtype=torch.float64)
+        for name, got, exact in (("value", value, want[:, 0]), ("slope", slope[:, 0], want[:, 1])):
+            # 1 - tanh^2 of autograd has digits after the point, not behind leading zeros.
+            size = torch.ones_like(exact) if (name, kind) == ("slope", Score.SOFTCAP) else exact.abs()
+            error = (got.detach().double().cpu() - exact).abs() / (8 * eps * size).clamp_min(1e-37)
+            assert error.max() <= 1, f"{kind.name} {name} at {z[error.argmax()].item()}: {error.max():.2f} bounds"
+        expected = [c, -c, math.nan] if kind == Score.SOFTCAP else [math.inf, math.inf, math.nan]
+        torch.testing.assert_close(ends.cpu(), torch.tensor(expected, dtype=dtype), rtol=0, atol=0, equal_nan=True)
 
 
 Program = Callable[[Data], "Tensor | tuple[Tensor, ...]"]

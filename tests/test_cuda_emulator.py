@@ -101,6 +101,12 @@ def test_programs(program, side, dtype):
     compare(program.run, data, "cuda", dtype)
 
 
+@alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_scores_keep_their_digits(dtype):
+    support.check_scores("cuda", dtype)
+
+
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "scalar_of_everything",
     "softmax_mean_parameters", "moments", "thresholds",

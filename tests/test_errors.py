@@ -15,6 +15,7 @@ from flashpair import (
     Extreme,
     Mask,
     Reduction,
+    Score,
     Similarity,
     Term,
     checks,
@@ -136,6 +137,15 @@ TERMS = {
     "offset NaN": (_term(offset=math.nan), ValueError, "terms[1].offset must not be NaN"),
     "above NaN": (_term(above=math.nan), ValueError, "terms[1].above must not be NaN"),
     "constant NaN": (_term(constant=math.nan), ValueError, "terms[1].constant must not be NaN"),
+    "constant of a softcap": (
+        _term(score=Score.SOFTCAP),
+        ValueError,
+        "terms[1].constant must be positive and finite (in float32) for SOFTCAP; got 0.0",
+    ),
+    "constant of a softcap negative": (_term(score=Score.SOFTCAP, constant=-1.0), ValueError, "SOFTCAP; got -1.0"),
+    "constant of a softcap infinite": (_term(score=Score.SOFTCAP, constant=math.inf), ValueError, "SOFTCAP; got inf"),
+    "constant of a softcap too large": (_term(score=Score.SOFTCAP, constant=1e39), ValueError, "SOFTCAP; got 1e+39"),
+    "constant of a softcap too small": (_term(score=Score.SOFTCAP, constant=1e-39), ValueError, "SOFTCAP; got 1e-39"),
     "constant is a tensor": (
         _term(constant=torch.ones(())),
         TypeError,

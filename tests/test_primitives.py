@@ -78,6 +78,12 @@ def test_narrow_dtypes(program, side, dtype, backend):
         _compare(program, data, backend, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_scores_keep_their_digits(dtype, backend):
+    _needs(backend, dtype)
+    support.check_scores(backend, dtype)
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 

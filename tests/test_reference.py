@@ -54,6 +54,8 @@ def score(kind: Score, z: float, c: float) -> float:
         Score.SQUARE: lambda: z**2,
         Score.SQUARED_HINGE: lambda: max(z, 0.0) ** 2,
         Score.CIRCLE: lambda: max(z + c, 0.0) * (z - c),
+        Score.SOFTCAP: lambda: c * math.tanh(z / c),
+        Score.LOG_COSH: lambda: math.log(math.cosh(z)),
     }[kind]()
 
 
@@ -246,6 +248,11 @@ def test_softplus_is_exact_for_large_arguments():
     assert slope.item() == pytest.approx(1 / (1 + math.exp(-21)), rel=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_scores_keep_their_digits(dtype):
+    support.check_scores("reference", dtype)
+
+
 def test_half_precision_is_accumulated_wide_even_under_autocast():
     data = support.make(6, 5, 64, precision=torch.bfloat16)
     (want,) = pair_reduce(data.x, data.y, [Term(Reduction.LOGSUMEXP)])
@@ -335,7 +342,15 @@ def test_gradcheck(reduction, similarity_kind):
 
         def loss(x, y, a, p, q, w, axis=axis, score_kind=score_kind):
             term = Term(
-                reduction, score_kind, axis=axis, scale=a, offset=p, other_offset=q, weight=w, combine=Combine.LOGADDEXP
+                reduction,
+                score_kind,
+                axis=axis,
+                scale=a,
+                offset=p,
+                other_offset=q,
+                weight=w,
+                combine=Combine.LOGADDEXP,
+                constant=0.25,
             )
             return pair_reduce(x, y, [term], similarity=similarity_kind, normalize=True)[0]
 

@@ -158,7 +158,10 @@ def _given_sum(d: support.Data):
 
 #: (function of the data, side); the names of losses are the programs that they use.
 PROGRAMS = {
-    **{name: (BY_NAME[name].run, "rectangle") for name in ("clip", "siglip", "cacr", "sum_parameters")},
+    **{
+        name: (BY_NAME[name].run, "rectangle")
+        for name in ("clip", "siglip", "cacr", "sum_parameters", "softcap_clip", "log_cosh_parameters")
+    },
     **{
         name: (BY_NAME[name].run, "self")
         for name in ("supcon", "nt_xent", "multi_similarity", "circle", "contrastive", "lifted", "moments", "given")
@@ -240,7 +243,7 @@ PRECISIONS = {"half": Precision.IEEE, "tf32": Precision.TF32, "ieee": Precision.
 #: Programs that together start every kernel; the full product has all of them.
 SOME = {
     80: ("multi_similarity", "given_sum", "top_5"),
-    90: ("supcon", "given_sum", "batch_hard", "top_5"),
+    90: ("supcon", "softcap_clip", "given_sum", "batch_hard", "top_5"),
     100: ("clip", "given_sum", "batch_hard", "top_5"),
 }
 #: (architecture, kind, program, D) that need nearly all registers.

@@ -86,6 +86,11 @@ def test_programs(program, side):
     support.compare(program.run, data, "triton", torch.float32)
 
 
+@interpreted
+def test_scores_keep_their_digits():
+    support.check_scores("triton", torch.float32)
+
+
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "exclude",
     "scalar_of_everything", "softmax_mean_parameters", "moments",

@@ -12,6 +12,7 @@ from .terms import Axis, Combine, Extreme, Mask, Reduction, Score, Similarity, T
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_K = 64
+SINGLE = torch.finfo(torch.float32)
 
 
 def embeddings(name: str, value: Tensor) -> None:
@@ -127,6 +128,10 @@ def terms(
         for field in ("other_offset", "weight"):
             _parameter(f"terms[{t}].{field}", getattr(term, field), others, device, scalar=False)
         number(f"terms[{t}].constant", term.constant)
+        if term.score == Score.SOFTCAP and not SINGLE.tiny <= term.constant <= SINGLE.max:
+            raise ValueError(
+                f"terms[{t}].constant must be positive and finite (in float32) for SOFTCAP; got {term.constant}"
+            )
 
 
 def extremes(

@@ -21,6 +21,7 @@ Everything here costs O(B N) memory. It is never chosen silently for a large inp
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,21 @@ def score(kind: Score, z: Tensor, constant: float) -> Tensor:
         return torch.relu(z) ** 2
     if kind == Score.CIRCLE:
         return torch.relu(z.detach() + constant) * (z - constant)
+    if kind == Score.SOFTCAP:
+        return constant * torch.tanh(z / constant)
+    if kind == Score.LOG_COSH:
+        return _log_cosh(z)
     raise ValueError(f"unknown score {kind!r}")
+
+
+def _log_cosh(z: Tensor) -> Tensor:
+    """log cosh z with full relative accuracy and no overflow."""
+    size = z.abs()
+    small = size < 1
+    near = 0.5 * torch.log1p(torch.where(small, z, 0.0).sinh() ** 2)
+    size = torch.where(small, 1.0, size)
+    far = (size - math.log(2)) + torch.log1p(torch.exp(-2 * size))
+    return torch.where(small, near, far)
 
 
 def pair_keep(request: Request, mask: Mask) -> Tensor:

@@ -34,6 +34,8 @@ class Score(IntEnum):
     SQUARE = 3  # z ** 2
     SQUARED_HINGE = 4  # max(z, 0) ** 2
     CIRCLE = 5  # detached max(z + c, 0), times (z - c)
+    SOFTCAP = 6  # c tanh(z / c), c > 0
+    LOG_COSH = 7  # log cosh z
 
 
 class Mask(IntEnum):
@@ -99,7 +101,8 @@ class Term:
             removes the pair, so that this weight has gradient 0). Differentiable.
         above: None, float, 0-d tensor or (owners,) tensor; keeps pairs with s > above. Not differentiable.
         below: None, float, 0-d tensor or (owners,) tensor; keeps pairs with s < below. Not differentiable.
-        constant: the `c` of `Score.CIRCLE`.
+        constant: the `c` of `Score.CIRCLE`, and of `Score.SOFTCAP`, which needs it positive and finite in float32.
+            Default 0.
         detach_weights: for `SOFTMAX_MEAN`, treat the softmax weights as constants in the backward pass.
 
     A NaN in s or in a threshold keeps the pair, so that it shows in the result.

@@ -8,6 +8,11 @@ namespace {
 
 Wide positive(Wide z) { return z < 0 ? Wide(0) : z; }
 
+Wide log_cosh(Wide z) {
+  if (std::fabs(z) < 1) return std::log1p(std::sinh(z) * std::sinh(z)) / 2;
+  return std::fabs(z) + std::log1p(std::exp(-2 * std::fabs(z))) - std::log(Wide(2));
+}
+
 struct ScoreAt {
   Wide value, slope;
 };
@@ -20,6 +25,8 @@ ScoreAt score_at(Score score, Wide z, Wide c) {
     case Score::square: return {z * z, 2 * z};
     case Score::squared_hinge: return {positive(z) * positive(z), 2 * positive(z)};
     case Score::circle: return {positive(z + c) * (z - c), positive(z + c)};
+    case Score::softcap: return {c * std::tanh(z / c), 1 / std::pow(std::cosh(z / c), 2)};
+    case Score::log_cosh: return {log_cosh(z), std::tanh(z)};
   }
   return {};
 }

@@ -261,6 +261,26 @@ const std::vector<Program>& programs() {
                   term.scale.number = mask == Mask::same ? -6 : 6, term.constant = 0.25;
                 }
               }),
+      program("capped", Program::any,
+              [](auto& c) {
+                c.problem.exclude_self = c.problem.self;
+                for (R reduction : {R::sum, R::logsumexp, R::softmax_mean, R::count}) {
+                  auto& term = c.add(reduction, Score::softcap, Mask::all);
+                  term.scale.number = 3, term.scale_index = 0, term.constant = 0.75;
+                }
+                c.rich(c.add(R::logsumexp, Score::log_cosh, Mask::different), Combine::add);
+              }),
+      program("capped on both axes", Program::rectangle_only,
+              [](auto& c) {
+                for (Axis axis : {Axis::rows, Axis::columns})
+                  for (Score score : {Score::softcap, Score::log_cosh}) {
+                    for (R reduction : {R::sum, R::logsumexp, R::softmax_mean}) {
+                      auto& term = c.add(reduction, score, Mask::all, axis);
+                      c.rich(term, Combine::add), term.constant = 1.5;
+                    }
+                    c.add(R::logsumexp, score, Mask::all, axis).constant = 1.5;
+                  }
+              }),
       program("both axes", Program::rectangle_only,
               [](auto& c) {
                 for (Axis axis : {Axis::rows, Axis::columns})

@@ -26,10 +26,15 @@ using namespace flashpair;
 using namespace flashpair::scores_test;
 using Wide = long double;
 
-constexpr Score kScores[] = {Score::identity, Score::hinge,         Score::softplus,
-                             Score::square,   Score::squared_hinge, Score::circle};
+constexpr Score kScores[] = {Score::identity,      Score::hinge,  Score::softplus, Score::square,
+                             Score::squared_hinge, Score::circle, Score::softcap,  Score::log_cosh};
 
 Wide positive(Wide z) { return z < 0 ? Wide(0) : z; }
+
+Wide log_cosh(Wide z) {
+  if (std::fabs(z) < 1) return std::log1p(std::sinh(z) * std::sinh(z)) / 2;
+  return std::fabs(z) + std::log1p(std::exp(-2 * std::fabs(z))) - std::log(Wide(2));
+}
 
 Wide value_of(Score score, Wide z, Wide c) {
   switch (score) {
@@ -39,6 +44,8 @@ Wide value_of(Score score, Wide z, Wide c) {
     case Score::square: return z * z;
     case Score::squared_hinge: return positive(z) * positive(z);
     case Score::circle: return positive(z + c) * (z - c);
+    case Score::softcap: return c * std::tanh(z / c);
+    case Score::log_cosh: return log_cosh(z);
   }
   return NAN;
 }
@@ -52,6 +59,8 @@ Wide slope_of(Score score, Wide z, Wide c) {
     case Score::square: return 2 * z;
     case Score::squared_hinge: return 2 * positive(z);
     case Score::circle: return positive(z + c);
+    case Score::softcap: return 1 / (std::cosh(z / c) * std::cosh(z / c));
+    case Score::log_cosh: return std::tanh(z);
   }
   return NAN;
 }
@@ -82,6 +91,8 @@ ValueSlope<T> evaluate(Score score, T z, T c) {
     case Score::square: return Kind::template at<Score::square>(z, c);
     case Score::squared_hinge: return Kind::template at<Score::squared_hinge>(z, c);
     case Score::circle: return Kind::template at<Score::circle>(z, c);
+    case Score::softcap: return Kind::template at<Score::softcap>(z, c);
+    case Score::log_cosh: return Kind::template at<Score::log_cosh>(z, c);
   }
   return {T(NAN), T(NAN)};
 }
@@ -90,6 +101,7 @@ ValueSlope<T> evaluate(Score score, T z, T c) {
 std::vector<double> arguments() {
   std::vector<double> z = {0, 1e-30, -1e-30, 1e-8, -1e-8, 20, -20, 87, -87, 88.5, -88.5, 700, -700, 1e4, -1e4};
   for (int k = -64; k <= 64; ++k) z.push_back(k / 8.0);
+  for (int k = -40; k <= 40; ++k) z.push_back(k / 40.0), z.push_back(std::ldexp(k < 0 ? -1.3 : 1.3, -std::abs(k)));
   check::Random random(1);
   for (int k = 0; k < 2000; ++k) z.push_back(random.uniform(-60, 60));
   return z;
@@ -100,17 +112,20 @@ void check_values() {
   const Wide eps = std::numeric_limits<T>::epsilon();
   for (Score score : kScores)
     for (double argument : arguments())
-      for (double constant : {0.0, 0.25, -3.0}) {
+      for (double constant : {0.0, 0.25, -3.0, 50.0}) {
+        if (score == Score::softcap && constant <= 0) continue;
         check::context() =
             "score " + std::to_string(int(score)) + ", z " + check::number(argument) + ", c " + check::number(constant);
         const T z = T(argument), c = T(constant);
         const auto got = evaluate<T, Kind>(score, z, c);
         const Wide value = value_of(score, z, c), slope = slope_of(score, z, c);
-        // Circle rounds z + c and z - c before it multiplies.
+        // Circle rounds z + c and z - c before it multiplies, softcap z / c before the exponential of its slope.
         const Wide size = score == Score::circle ? (std::fabs(Wide(z)) + std::fabs(Wide(c))) * slope : 0;
+        const Wide argument_size = score == Score::circle    ? std::fabs(Wide(z))
+                                   : score == Score::softcap ? std::fabs(Wide(z) / c) * slope
+                                                             : 0;
         CHECK_CLOSE(got.value, value, 4 * eps * (std::fabs(value) + size) + 1e-36L);
-        CHECK_CLOSE(got.slope, slope,
-                    4 * eps * (std::fabs(slope) + (score == Score::circle ? std::fabs(Wide(z)) : 0)) + 1e-36L);
+        CHECK_CLOSE(got.slope, slope, 4 * eps * (std::fabs(slope) + argument_size) + 1e-36L);
       }
 }
 
@@ -125,14 +140,14 @@ TEST(vector_scores_are_their_formulas) {
 }
 
 TEST(slopes_are_derivatives) {
-  const double h = 1e-3;
+  const double h = 5e-4;
   for (Score score : kScores) {
     if (score == Score::circle) continue;  // detaches a factor
     for (double z : arguments()) {
       const bool kink = score == Score::hinge || score == Score::squared_hinge;
       if (std::fabs(z) > 100 || (kink && std::fabs(z) <= h)) continue;
       check::context() = "score " + std::to_string(int(score)) + ", z " + check::number(z);
-      const auto at = [&](double v) { return evaluate<double, Vector<double>>(score, v, 0.0); };
+      const auto at = [&](double v) { return evaluate<double, Vector<double>>(score, v, 4.0); };
       CHECK_CLOSE(at(z).slope, (at(z + h).value - at(z - h).value) / (2 * h), 1e-7);
     }
   }
@@ -153,7 +168,16 @@ void check_specials() {
   for (Score score : kScores) {
     check::context() = "score " + std::to_string(int(score));
     CHECK(std::isnan(evaluate<T, Kind>(score, nan, T(0.25)).value));
-    CHECK(evaluate<T, Kind>(score, infinity, T(0.25)).value == infinity);
+    CHECK(evaluate<T, Kind>(score, infinity, T(0.25)).value == (score == Score::softcap ? T(0.25) : infinity));
+  }
+  for (Score score : {Score::softcap, Score::log_cosh}) {
+    const bool cap = score == Score::softcap;
+    CHECK(evaluate<T, Kind>(score, -infinity, T(0.25)).value == (cap ? T(-0.25) : infinity));
+    CHECK(evaluate<T, Kind>(score, infinity, T(0.25)).slope == (cap ? 0 : 1));
+    CHECK(evaluate<T, Kind>(score, -infinity, T(0.25)).slope == (cap ? 0 : -1));
+    CHECK(std::isnan(evaluate<T, Kind>(score, nan, T(0.25)).slope));
+    CHECK(evaluate<T, Kind>(score, T(0), T(0.25)).value == 0);
+    CHECK(evaluate<T, Kind>(score, T(0), T(0.25)).slope == (cap ? 1 : 0));
   }
   CHECK(std::isnan(evaluate<T, Kind>(Score::circle, T(1), nan).value));
   for (Score score : {Score::hinge, Score::softplus, Score::squared_hinge}) {
@@ -176,12 +200,12 @@ void check_bounds() {
   check::Random random(2);
   const Wide eps = std::numeric_limits<T>::epsilon();
   for (int trial = 0; trial < 20000; ++trial) {
-    const Score score = kScores[random.below(6)];
+    const Score score = kScores[random.below(std::size(kScores))];
     const double reach = std::pow(10.0, random.uniform(-2, 2));
     T low = T(random.uniform(-reach, reach)), high = T(random.uniform(-reach, reach));
     if (low > high) std::swap(low, high);
     if (random.below(8) == 0) high = low;
-    const T c = T(random.uniform(-reach, reach));
+    const T c = T(random.uniform(score == Score::softcap ? reach / 100 : -reach, reach));
     const Wide upper = score_upper(score, c, low, high);
     check::context() = "score " + std::to_string(int(score)) + ", c " + check::number(c) + ", [" + check::number(low) +
                        ", " + check::number(high) + "]";
