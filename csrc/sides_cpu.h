@@ -1,5 +1,5 @@
-// The embeddings as the kernels read them: sorted, normalised, padded copies, cut into tiles. Included per instruction
-// set.
+// The embeddings as the kernels read them: sorted, normalised, padded copies, cut into tiles. The rows are copied whole;
+// the columns of a rectangular problem, which may be millions, a tile at a time. Included per instruction set.
 
 constexpr int kTile = 192;  // largest tile; S, the two operands and the two gradients of a tile share the L2 cache
 constexpr int kUnit = 48;   // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
@@ -44,9 +44,10 @@ struct Side {
   int64_t count = 0, features = 0;
   int64_t width = 0;               // features in whole vectors
   int64_t ld = 0;                  // row stride: width, and never a power of two that would crowd one cache set
+  const T* input = nullptr;        // (count, features)
   const int64_t* index = nullptr;  // position → row of the input
   const int32_t* label = nullptr;  // by position
-  Buffer<T> data;                  // (count padded, ld)
+  Buffer<T> data;                  // (count padded, ld); empty where tiles are staged
   Buffer<T> norm;                  // max(|x|, 1e-12); with `normalize`
   Buffer<T> square;                // |x|^2 of the copy; for distances
   Buffer<Lane<T>> label_lanes;     // labels as wide as the numbers
@@ -54,14 +55,18 @@ struct Side {
 
   int64_t padded() const { return round_up(count, kUnit); }
 
-  void prepare(const T* input, int64_t rows, int64_t depth, const Order& order, bool normalize, bool squares,
-               int threads, Parallel parallel) {
-    count = rows, features = depth;
+  // `whole`: keep a copy of all rows; else `stage` makes one of a tile.
+  void prepare(const T* source, int64_t rows, int64_t depth, const Order& order, bool whole, bool normalize,
+               bool squares, int threads, Parallel parallel) {
+    input = source, count = rows, features = depth;
     width = round_up(depth > 0 ? depth : 1, kWidth<T>);
     ld = width * int64_t(sizeof(T)) % 1024 == 0 ? width + kWidth<T> : width;
     index = order.index.data();
     label = order.label.empty() ? nullptr : order.label.data();
-    data.allocate(padded() * ld);
+    if (whole) {
+      data.allocate(padded() * ld);
+      memset(data.get() + count * ld, 0, (padded() - count) * ld * sizeof(T));
+    }
     if (normalize) norm.allocate(padded());
     if (squares) square.allocate(padded() + kTile), square.zero(padded() + kTile);
     if (label) {
@@ -69,28 +74,47 @@ struct Side {
       label_lanes.zero(padded() + kTile);
       for (int64_t p = 0; p < count; ++p) label_lanes[p] = label[p];
     }
-    memset(data.get() + count * ld, 0, (padded() - count) * ld * sizeof(T));
     const int64_t tasks = count > 256 ? threads : 1, step = (count + tasks - 1) / tasks;
     Buffer<uint64_t> hashes(tasks);
     parallel_tasks(parallel, tasks, [&](int64_t task) {
       uint64_t total = 0;
+      Buffer<T> row;
+      if (squares && !whole) row.allocate(ld);
       for (int64_t p = task * step; p < count && p < (task + 1) * step; ++p)
-        total += copy_row(input, p, normalize, squares);
+        total += measure_row(p, whole ? data.get() + p * ld : row.get(), normalize, squares);
       hashes[task] = total;
     });
     for (int64_t task = 0; task < tasks; ++task) hash += hashes[task];
   }
 
+  // Copies rows [first, first + rows) to a tile (rows, ld), as `data` would hold them.
+  void stage(int64_t first, int rows, T* tile) const {
+    for (int r = 0; r < rows; ++r) copy_row(first + r, tile + r * ld);
+  }
+
  private:
-  uint64_t copy_row(const T* input, int64_t p, bool normalize, bool squares) {
+  // Features d, d + 1, ... of a row of the input, 0 past its end.
+  Vec<T> features_from(const T* row, int64_t d) const {
+    if (d + kWidth<T> <= features) return load(row + d);
+    T lanes[kWidth<T>] = {};
+    memcpy(lanes, row + d, (features - d) * sizeof(T));
+    return load(lanes);
+  }
+
+  void copy_row(int64_t p, T* copy) const {
     const T* row = input + index[p] * features;
-    T* copy = data.get() + p * ld;
-    memcpy(copy, row, features * sizeof(T));
-    memset(copy + features, 0, (ld - features) * sizeof(T));
+    const Vec<T> divisor = broadcast(norm ? norm[p] : T(1));
+    for (int64_t d = 0; d < width; d += kWidth<T>) store(copy + d, features_from(row, d) / divisor);
+    for (int64_t d = width; d < ld; ++d) copy[d] = 0;
+  }
+
+  // The norm of a row, its copy and square where they are wanted, and its share of the hash.
+  uint64_t measure_row(int64_t p, T* copy, bool normalize, bool squares) {
+    const T* row = input + index[p] * features;
     Vec<T> sum{};
     BitsVec<T> hash_lanes = BitsVec<T>{} + 0x1b873593;
     for (int64_t d = 0; d < width; d += kWidth<T>) {
-      const Vec<T> v = load(copy + d);
+      const Vec<T> v = features_from(row, d);
       sum += v * v;
       hash_lanes = (hash_lanes ^ BitsVec<T>(vec_to_bits<T>(v))) * 0x5bd1e995 + 0x5f356495;
     }
@@ -99,8 +123,8 @@ struct Side {
       const T length = std::sqrt(total);
       const T divisor = length < T(1e-12) ? T(1e-12) : length;
       norm[p] = divisor;
-      for (int64_t d = 0; d < features; ++d) copy[d] /= divisor;
     }
+    if (copy) copy_row(p, copy);
     if (squares) {
       // As the matrix product rounds it, so that the distance of equal rows is exactly 0: lane 0 is |copy|^2.
       Vec<T> acc{};
@@ -122,11 +146,12 @@ struct Side {
 // A side cut into groups of tiles: a group belongs to one thread at a time.
 struct Tiling {
   int64_t tiles = 0, groups = 0;
+  int64_t largest = 0;          // rows of the largest tile
   Buffer<int64_t> start;        // (tiles + 1,) first position of each tile
   Buffer<int64_t> group_start;  // (groups + 1,) first tile of each group
 
   void cut(int64_t count, int64_t wanted_groups) {
-    tiles = 0;
+    tiles = 0, largest = 0;
     const int64_t units = (count + kUnit - 1) / kUnit, per_tile = kTile / kUnit;
     groups = wanted_groups < units ? wanted_groups : units;
     if (groups < 1) groups = 1;
@@ -139,7 +164,9 @@ struct Tiling {
       const int64_t parts = (share + per_tile - 1) / per_tile;
       for (int64_t part = 0; part < parts; ++part) {
         start[tiles++] = unit * kUnit;
-        unit += share / parts + (part < share % parts ? 1 : 0);
+        const int64_t own = share / parts + (part < share % parts ? 1 : 0);
+        if (own * kUnit > largest) largest = own * kUnit;
+        unit += own;
       }
     }
     group_start[groups] = tiles;

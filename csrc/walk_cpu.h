@@ -16,8 +16,15 @@ struct Tile {
 // Scratch memory of one thread.
 template <class T>
 struct Scratch {
-  Buffer<T> s, w, packed;
-  int64_t packed_tile = -1;
+  Buffer<T> s, w, packed, staged;
+  int64_t packed_tile = -1, staged_tile = -1;
+};
+
+// What a pass does when the walk of a rectangular problem enters and leaves a column tile. Each is visited once per round,
+// by a different group of rows.
+struct NoVisits {
+  void enter(int64_t, int, bool, int) {}
+  void leave(int64_t, int, bool, int) {}
 };
 
 template <class T>
@@ -30,11 +37,11 @@ class Walk {
     make_orders(labelled ? problem.labels : nullptr, problem.rows, problem.ref_labels, problem.columns, symmetric(),
                 row_order_, column_order_);
     const int threads = problem.threads;
-    rows_side_.prepare(problem.x, problem.rows, problem.features, row_order_, problem.normalize, squares, threads,
+    rows_side_.prepare(problem.x, problem.rows, problem.features, row_order_, true, problem.normalize, squares, threads,
                        problem.parallel);
     if (!symmetric())
-      columns_side_.prepare(problem.y, problem.columns, problem.features, column_order_, problem.normalize, squares,
-                            threads, problem.parallel);
+      columns_side_.prepare(problem.y, problem.columns, problem.features, column_order_, false, problem.normalize,
+                            squares, threads, problem.parallel);
     cut(threads);
     if (problem.exclude) {
       Buffer<int64_t> position(problem.columns);
@@ -84,8 +91,8 @@ class Walk {
     key.symmetric = symmetric(), key.normalize = problem_.normalize;
     const int64_t count =
         symmetric() ? row_tiling_.tiles * (row_tiling_.tiles + 1) / 2 : row_tiling_.tiles * column_tiling_.tiles;
-    // Tiles at most kTile square, all of one size in the cache.
-    const int64_t bytes = count * kTile * kTile * int64_t(sizeof(T));
+    // Tiles of one size in the cache, rows of kTile.
+    const int64_t bytes = count * row_tiling_.largest * kTile * int64_t(sizeof(T));
     locked_ = panel_cache().try_lock();
     if (!locked_) return;
     if (panel_cache().holds(key))
@@ -94,22 +101,42 @@ class Walk {
       cached_ = panel_cache().prepare(key, bytes, count);
   }
 
+  // The columns of a tile as rows (tile.columns, columns().ld).
+  const T* column_rows(const Tile<T>& tile, int thread) const { return column_rows(tile.j0, tile.columns, thread); }
+  const T* column_rows(int64_t first, int count, int thread) const {
+    const Side<T>& c = columns();
+    if (c.data) return c.data.get() + first * c.ld;
+    Scratch<T>& scratch = scratch_[thread];
+    if (!scratch.staged) scratch.staged.allocate(kTile * c.ld);
+    if (scratch.staged_tile != first) c.stage(first, count, scratch.staged.get());
+    scratch.staged_tile = first;
+    return scratch.staged.get();
+  }
+
   // body(tile, thread) for every tile for which wanted(tile) holds; s is filled in before the body runs.
   template <class Wanted, class Body>
   void tiles(const Wanted& wanted, const Body& body) {
+    NoVisits none;
+    tiles(wanted, body, none);
+  }
+  // enter(first column, columns, first visit?, thread) and leave(..., last visit?, thread) of `visits` around each visit.
+  template <class Wanted, class Body, class Visits>
+  void tiles(const Wanted& wanted, const Body& body, Visits& visits) {
     if (problem_.rows == 0 || problem_.columns == 0) return;
     const int64_t p = threads_;
     if (!symmetric()) {
       for (int64_t round = 0; round < p; ++round)
-        parallel_tasks(problem_.parallel, p, [&](int64_t t) { block(t, (t + round) % p, int(t), wanted, body); });
+        parallel_tasks(problem_.parallel, p, [&](int64_t t) {
+          block(t, (t + round) % p, int(t), wanted, body, visits, round == 0, round == p - 1);
+        });
       return;
     }
     const int64_t g = row_tiling_.groups;
-    if (g == 1) return block(0, 0, 0, wanted, body);
+    if (g == 1) return block(0, 0, 0, wanted, body, visits, true, true);
     // Groups on the diagonal first, two a thread; then the rounds of a tournament of g players (one rests if g is odd).
     const int64_t players = g + g % 2;
     parallel_tasks(problem_.parallel, p, [&](int64_t t) {
-      for (int64_t d = t; d < g; d += p) block(d, d, int(t), wanted, body);
+      for (int64_t d = t; d < g; d += p) block(d, d, int(t), wanted, body, visits, false, false);
     });
     for (int64_t round = 0; round + 1 < players; ++round)
       parallel_tasks(problem_.parallel, players / 2, [&](int64_t t) {
@@ -119,7 +146,7 @@ class Walk {
           const int64_t swap = a;
           a = b, b = swap;
         }
-        if (b < g) block(a, b, int(t), wanted, body);
+        if (b < g) block(a, b, int(t), wanted, body, visits, false, false);
       });
   }
 
@@ -155,8 +182,9 @@ class Walk {
     threads_ = int(least);
   }
 
-  template <class Wanted, class Body>
-  void block(int64_t row_group, int64_t column_group, int thread, const Wanted& wanted, const Body& body) {
+  template <class Wanted, class Body, class Visits>
+  void block(int64_t row_group, int64_t column_group, int thread, const Wanted& wanted, const Body& body,
+             Visits& visits, bool first, bool last) {
     const Tiling& ct = symmetric() ? row_tiling_ : column_tiling_;
     Scratch<T>& scratch = scratch_[thread];
     if (!scratch.s) {
@@ -164,32 +192,36 @@ class Walk {
       scratch.s.zero(kTile * kTile), scratch.w.zero(kTile * kTile);
       scratch.packed.allocate(kTile * problem_.features);
     }
-    for (int64_t j = ct.group_start[column_group]; j < ct.group_start[column_group + 1]; ++j)
+    for (int64_t j = ct.group_start[column_group]; j < ct.group_start[column_group + 1]; ++j) {
+      const int width = int(ct.start[j + 1] - ct.start[j]);
+      if (!symmetric()) visits.enter(ct.start[j], width, first, thread);
       for (int64_t i = row_tiling_.group_start[row_group]; i < row_tiling_.group_start[row_group + 1]; ++i) {
         if (symmetric() && i > j) continue;
         Tile<T> tile;
         tile.i0 = row_tiling_.start[i], tile.j0 = ct.start[j];
-        tile.rows = int(row_tiling_.start[i + 1] - tile.i0), tile.columns = int(ct.start[j + 1] - tile.j0);
+        tile.rows = int(row_tiling_.start[i + 1] - tile.i0), tile.columns = width;
         tile.diagonal = symmetric() && i == j;
         if (!wanted(tile)) continue;
-        similarities(tile, i, j, scratch);
+        similarities(tile, i, j, thread);
         body(tile, thread);
       }
+      if (!symmetric()) visits.leave(ct.start[j], width, last, thread);
+    }
   }
 
-  void similarities(Tile<T>& tile, int64_t i, int64_t j, Scratch<T>& scratch) {
+  void similarities(Tile<T>& tile, int64_t i, int64_t j, int thread) {
+    Scratch<T>& scratch = scratch_[thread];
     PanelCache::TileInfo* info = nullptr;
     tile.s = scratch.s.get();
     if (cached_) {
       const int64_t slot = symmetric() ? j * (j + 1) / 2 + i : i * column_tiling_.tiles + j;
       info = panel_cache().tiles() + slot;
-      tile.s = static_cast<T*>(panel_cache().data()) + slot * kTile * kTile;
+      tile.s = static_cast<T*>(panel_cache().data()) + slot * row_tiling_.largest * kTile;
       tile.low = T(info->low), tile.high = T(info->high);
       if (info->present) return;
     }
-    const Side<T>& c = columns();
     if (scratch.packed_tile != j) {
-      pack_columns(c.data.get() + tile.j0 * c.ld, c.ld, tile.columns, problem_.features, scratch.packed.get());
+      pack_columns(column_rows(tile, thread), columns().ld, tile.columns, problem_.features, scratch.packed.get());
       scratch.packed_tile = j;
     }
     gemm_similarity(rows().data.get() + tile.i0 * rows().ld, rows().ld, tile.rows, scratch.packed.get(), tile.columns,

@@ -19,8 +19,6 @@ class Weights {
     const bool distances = problem_.similarity != Similarity::dot;
     need_x_ = gradients.dx != nullptr, need_y_ = gradients.dy != nullptr;
     if (need_x_) dx_.allocate(walk.rows().padded() * walk.rows().ld), dx_.zero(walk.rows().padded() * walk.rows().ld);
-    if (need_y_)
-      dy_.allocate(walk.columns().padded() * walk.columns().ld), dy_.zero(walk.columns().padded() * walk.columns().ld);
     if (distances && need_x_) row_sums_.allocate(walk.rows().count + 1), row_sums_.zero(walk.rows().count + 1);
     if (distances && need_y_)
       column_sums_.allocate(walk.columns().count + 1), column_sums_.zero(walk.columns().count + 1);
@@ -36,9 +34,10 @@ class Weights {
                     body(tile, thread);
                   else
                     distance_body(tile, thread);
-                });
-    if (need_x_) finish(walk_.rows(), dx_, row_sums_, gradients_.dx);
-    if (need_y_) finish(walk_.columns(), dy_, column_sums_, gradients_.dy);
+                },
+                *this);
+    if (need_x_) finish_rows();
+    if (need_y_ && problem_.rows == 0) memset(gradients_.dy, 0, problem_.columns * problem_.features * sizeof(T));
     for (int t = 0; t < count_; ++t) {
       scatter(data_[t].dscale, *data_[t].owner, gradients_.dscale[t]);
       scatter(data_[t].doffset, *data_[t].owner, gradients_.doffset[t]);
@@ -51,11 +50,47 @@ class Weights {
     }
   }
 
+  // dY of a column tile is summed in the thread's own memory. Between the visits of the tile, each by other rows, the
+  // output itself keeps the sum; after the last it holds the gradient.
+  void enter(int64_t, int, bool first, int thread) {
+    threads_[thread].first_visit = first, threads_[thread].open = false;
+  }
+  void leave(int64_t j0, int columns, bool last, int thread) {
+    ThreadState& state = threads_[thread];
+    if (!need_y_ || !(state.open || state.first_visit || last)) return;
+    const Side<T>& y = walk_.columns();
+    T* tile = column_gradient(j0, columns, thread);
+    const T* rows = last ? walk_.column_rows(j0, columns, thread) : nullptr;
+    for (int j = 0; j < columns; ++j) {
+      T* g = tile + j * y.ld;
+      if (last) finish(y, j0 + j, g, rows + j * y.ld, column_sums_);
+      memcpy(gradients_.dy + y.index[j0 + j] * y.features, g, y.features * sizeof(T));
+    }
+  }
+
  private:
   struct ThreadState {
     RowBuffers<T> buffers;
     alignas(64) T column_factor[kTile];
+    Buffer<T> dy;  // (kTile, ld) of the column tile that is visited
+    bool first_visit = false, open = false;
   };
+
+  // The sum so far of dY of a column tile, (columns, ld).
+  T* column_gradient(int64_t j0, int columns, int thread) {
+    ThreadState& state = threads_[thread];
+    const Side<T>& y = walk_.columns();
+    if (!state.dy) state.dy.allocate(kTile * y.ld), state.dy.zero(kTile * y.ld);
+    if (state.open) return state.dy.get();
+    state.open = true;
+    if (state.first_visit) {
+      state.dy.zero(columns * y.ld);
+      return state.dy.get();
+    }
+    for (int j = 0; j < columns; ++j)
+      memcpy(state.dy.get() + j * y.ld, gradients_.dy + y.index[j0 + j] * y.features, y.features * sizeof(T));
+    return state.dy.get();
+  }
 
   void prepare(int t) {
     const Term<T>& term = problem_.terms[t];
@@ -118,7 +153,7 @@ class Weights {
     T* w = walk_.scratch(thread).w.get();
     int64_t nonzero = 0;
     if (!weights_of(tile, w, threads_[thread], nonzero)) return;
-    accumulate(tile, w, nonzero);
+    accumulate(tile, w, nonzero, thread);
   }
 
   void distance_body(Tile<T>& tile, int thread) {
@@ -151,17 +186,17 @@ class Weights {
     double* columns = walk_.symmetric() ? row_sums_.get() : column_sums_.get();
     if (columns)
       for (int j = 0; j < tile.columns; ++j) columns[tile.j0 + j] += double(sums[j]);
-    accumulate(tile, w, nonzero);
+    accumulate(tile, w, nonzero, thread);
   }
 
   // dX += W Y, dY += W^T X.
-  void accumulate(const Tile<T>& tile, const T* w, int64_t nonzero) {
+  void accumulate(const Tile<T>& tile, const T* w, int64_t nonzero, int thread) {
     const Side<T>&x = walk_.rows(), &y = walk_.columns();
     T* dx = need_x_ ? dx_.get() + tile.i0 * x.ld : nullptr;
     T* dy = walk_.symmetric() ? (need_x_ ? dx_.get() + tile.j0 * x.ld : nullptr)
-                              : (need_y_ ? dy_.get() + tile.j0 * y.ld : nullptr);
+                              : (need_y_ ? column_gradient(tile.j0, tile.columns, thread) : nullptr);
     const T* xi = x.data.get() + tile.i0 * x.ld;
-    const T* yj = y.data.get() + tile.j0 * y.ld;
+    const T* yj = dx ? walk_.column_rows(tile, thread) : nullptr;
     if (nonzero >= 0 && double(nonzero) < kSparseShare * tile.rows * tile.columns) {
       for (int r = 0; r < tile.rows; ++r)
         for (int j = 0; j < tile.columns; ++j) {
@@ -489,25 +524,29 @@ class Weights {
 
   // --- after the tiles --------------------------------------------------------------------------------------------------------
 
-  // Through the distance and the normalisation, back to the order of the input.
-  void finish(const Side<T>& side, const Buffer<T>& accumulated, const Buffer<double>& sums, T* out) {
+  // The gradient g of row x at position p, through the distance and the normalisation.
+  void finish(const Side<T>& side, int64_t p, T* g, const T* x, const Buffer<double>& sums) const {
+    if (sums) {
+      const Vec<T> total = broadcast(T(sums[p]));
+      for (int64_t d = 0; d < side.width; d += kWidth<T>) store(g + d, T(2) * (total * load(x + d) - load(g + d)));
+    }
+    if (!problem_.normalize) return;
+    const T norm = side.norm[p];
+    Vec<T> products{};
+    if (!(norm <= T(1e-12)))
+      for (int64_t d = 0; d < side.width; d += kWidth<T>) products += load(g + d) * load(x + d);
+    const T along = sum_lanes<T>(products);
+    for (int64_t d = 0; d < side.width; d += kWidth<T>) store(g + d, (load(g + d) - along * load(x + d)) / norm);
+  }
+
+  void finish_rows() {
+    const Side<T>& side = walk_.rows();
     const int64_t tasks = side.count > 256 ? walk_.threads() : 1, step = (side.count + tasks - 1) / tasks;
     parallel_tasks(problem_.parallel, tasks, [&](int64_t task) {
       for (int64_t p = task * step; p < side.count && p < (task + 1) * step; ++p) {
-        T* g = accumulated.get() + p * side.ld;
-        const T* x = side.data.get() + p * side.ld;
-        if (sums) {
-          const T total = T(sums[p]);
-          for (int64_t d = 0; d < side.features; ++d) g[d] = T(2) * (total * x[d] - g[d]);
-        }
-        if (problem_.normalize) {
-          const T norm = side.norm[p];
-          T along = 0;
-          if (!(norm <= T(1e-12)))
-            for (int64_t d = 0; d < side.features; ++d) along += g[d] * x[d];
-          for (int64_t d = 0; d < side.features; ++d) g[d] = (g[d] - along * x[d]) / norm;
-        }
-        memcpy(out + side.index[p] * side.features, g, side.features * sizeof(T));
+        T* g = dx_.get() + p * side.ld;
+        finish(side, p, g, side.data.get() + p * side.ld, row_sums_);
+        memcpy(gradients_.dx + side.index[p] * side.features, g, side.features * sizeof(T));
       }
     });
   }
@@ -523,7 +562,7 @@ class Weights {
   TermData<T>* data_ = nullptr;
   Item<T>* items_ = nullptr;
   ThreadState* threads_ = nullptr;
-  Buffer<T> dx_, dy_;                      // (padded, ld)
+  Buffer<T> dx_;                           // (padded, ld)
   Buffer<double> row_sums_, column_sums_;  // of dL/d(squared distance)
   Buffer<double> row_totals_;              // of pair_sum
   bool need_x_ = false, need_y_ = false;
