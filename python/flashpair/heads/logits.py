@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -106,6 +107,7 @@ def class_logits(
     normalize: bool = False,
     softcap: float | None = None,
     margin: Callable[[Tensor], Tensor] | None = None,
+    rivals: Sequence[Term | tuple[Term, Tensor | float]] | None = None,
     extras: Sequence[str] = (),
     class_weight: Tensor | None = None,
     ignore_index: int | None = None,
@@ -125,6 +127,8 @@ def class_logits(
         normalize: cosines instead of dot products, gradient through the norms.
         softcap: c of c tanh(z / c), or None.
         margin: changes the similarities (B,) of the rows with their own classes.
+        rivals: logsumexp terms whose union is the other classes, where these are not all alike, each alone or with what
+            is added to its result; z minus `scale` with `normalize`. Excludes bias and softcap.
         extras: see `EXTRAS`.
         class_weight: (C,) weights v of the classes, or None.
         ignore_index: label of rows that count for nothing.
@@ -148,10 +152,12 @@ def class_logits(
     shift = constant(scale) if normalize and softcap is None else 0.0
     z = {"scale": scale, "other_offset": bias}
     cap = {"score": Score.SOFTCAP, "constant": softcap} if softcap is not None else {}
-    terms = [Term(Reduction.LOGSUMEXP, offset=-shift, **z, **cap)]
+    pieces = [Term(Reduction.LOGSUMEXP, offset=-shift, **z, **cap)] if rivals is None else rivals
+    pieces = [piece if isinstance(piece, tuple) else (piece, 0.0) for piece in pieces]
+    terms = [term for term, _ in pieces]
     for name in extras:
         terms.append(_extra(name, z, cap, bias, softcap, class_weight))
-    similarity, rivals, *found = class_statistics(
+    similarity, *found = class_statistics(
         x, weight, own, terms,
         normalize=normalize, gradient_filter=gradient_filter, update=update, precision=precision,
         max_workspace_bytes=max_workspace_bytes,
@@ -161,10 +167,12 @@ def class_logits(
         target = target + bias.to(target.dtype)[own.clamp_min(0)]
     if softcap is not None:
         target = softcap * torch.tanh(target / softcap)
-    named = dict(zip(extras, found, strict=True))
+    parts = [lse + added for lse, (_, added) in zip(found, pieces, strict=False)]
+    named = dict(zip(extras, found[len(parts) :], strict=True))
     if "mean" in named:
         named["mean"] = scale * named["mean"]
-    return ClassLogits(target - shift, rivals, shift, similarity, valid, own, classes, class_weight, named)
+    rest = functools.reduce(log_add_exp, parts)
+    return ClassLogits(target - shift, rest, shift, similarity, valid, own, classes, class_weight, named)
 
 
 def check_class_weight(value: Tensor | None, classes: int) -> None:

@@ -38,13 +38,42 @@ def add_angle(cosine: Tensor, angle: float | Tensor, margin_grad: str = "exact",
         0.0
     """
     check_margin_grad(margin_grad)
-    c = cosine.detach() if margin_grad == "straight_through" else cosine
-    m = torch.as_tensor(angle, dtype=c.dtype, device=c.device)
-    sine = (1 - c * c).clamp_min(torch.finfo(c.dtype).eps).sqrt()
-    moved = c * torch.cos(m) - sine * torch.sin(m)
+    m = torch.as_tensor(angle, dtype=cosine.dtype, device=cosine.device)
+    moved = cosine * torch.cos(m) - sine_of(cosine) * torch.sin(m)
     if fallback:
-        moved = torch.where(c > torch.cos(math.pi - m), moved, c - m * torch.sin(m))
-    return cosine + (moved - c).detach() if margin_grad == "straight_through" else moved
+        moved = torch.where(cosine > torch.cos(math.pi - m), moved, cosine - m * torch.sin(m))
+    return passed(cosine, moved, margin_grad)
+
+
+def multiply_angle(cosine: Tensor, factor: float, angle: float = 0.0) -> Tensor:
+    """The falling function (-1)^k cos φ - 2k of φ = m θ + a, k = floor(φ / π), that continues cos φ beyond π.
+
+    Args:
+        cosine: (B,) cos θ.
+        factor: m.
+        angle: a in radians.
+
+    Source: Liu et al., "SphereFace", CVPR 2017, equation 7.
+
+    Example:
+        >>> import math, torch
+        >>> from flashpair.heads.margins import multiply_angle
+        >>> round(float(multiply_angle(torch.tensor(math.cos(0.2)), 4.0)), 4), round(math.cos(0.8), 4)
+        (0.6967, 0.6967)
+    """
+    phi = factor * torch.atan2(sine_of(cosine), cosine) + angle
+    k = (phi.detach() / math.pi).floor()
+    return (1 - 2 * (k % 2)) * torch.cos(phi) - 2 * k
+
+
+def sine_of(cosine: Tensor) -> Tensor:
+    """sin θ >= 0, its square floored at the rounding of 1: at |cos θ| = 1 it has no slope."""
+    return (1 - cosine * cosine).clamp_min(torch.finfo(cosine.dtype).eps).sqrt()
+
+
+def passed(cosine: Tensor, moved: Tensor, margin_grad: str) -> Tensor:
+    """`moved`, with its own gradient or with that of `cosine`."""
+    return cosine + (moved - cosine).detach() if margin_grad == "straight_through" else moved
 
 
 def check_margin_grad(value: str) -> None:
@@ -92,10 +121,14 @@ class Margin(nn.Module):
         """(B,) added to the losses, or None."""
         return None
 
+    def row_scale(self, x: Tensor) -> float | Tensor:
+        """What the cosines are multiplied with: a number, () or (B,)."""
+        return self.scale
+
     def logits(self, x: Tensor, weight: Tensor, labels: Tensor, **options) -> ClassLogits:
         """The logits of a head with this margin; options as in `class_logits`."""
         norms = norms_of(x)
         return class_logits(
-            x, weight, labels, scale=self.scale, normalize=True,
+            x, weight, labels, scale=self.row_scale(x), normalize=True,
             margin=lambda cosine: self(cosine, norms, labels), **options,
         )  # fmt: skip

@@ -306,7 +306,7 @@ class _Updating(torch.autograd.Function):
         run = _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace)
         with ops._wide(x):
             rows = run.statistics()
-            listed = listed_similarity(x, weight, _full(update, index), bool(spec[1]))
+            listed = listed_similarity(x, weight, full_index(update, index), bool(spec[1]))
         ctx.save_for_backward(x, weight, labels, index, rows, *params)
         ctx.static = update, spec, consts, backend, workspace
         return listed, rows
@@ -318,8 +318,10 @@ class _Updating(torch.autograd.Function):
         need_params = tuple(ctx.needs_input_grad[9:])
         run = _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace)
         with torch.no_grad(), ops._wide(x):
-            own = list(listed_gradients(grad_listed, x, weight, _full(update, index), bool(spec[1])))
-            finite = torch.stack([torch.isfinite(t).all() for t in (x, rows, grad_rows, grad_listed)]).all()
+            own = list(listed_gradients(grad_listed, x, weight, full_index(update, index), bool(spec[1])))
+            # A logsumexp over no class is -inf; NaN compares false.
+            finite = torch.stack([(rows < torch.inf).all(), *(t.isfinite().all() for t in (x, grad_rows, grad_listed))])
+            finite = finite.all()
 
             def take(block: slice, gradient: Tensor) -> None:
                 for (_, _, rows_of_dw), column in zip(own, index.unbind(1), strict=True):
@@ -346,9 +348,9 @@ def _updating_pass(update, x, weight, labels, params, spec, consts, backend, wor
     return Pass(x, weight, labels, params, spec, consts, backend, workspace, blocks, update.selected)
 
 
-def _full(update: WeightUpdate, index: Tensor) -> Tensor:
-    """Positions among the selected classes → classes."""
-    if update.selected is None:
+def full_index(update: WeightUpdate | None, index: Tensor) -> Tensor:
+    """Positions among the selected classes → classes; -1 stays."""
+    if update is None or update.selected is None:
         return index
     return torch.where(index < 0, -1, update.selected[index.clamp_min(0)])
 
