@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..algebra import log_add_exp
 from ..losses.arguments import constant
+from ..request import statistics_dtype
 from ..terms import Precision, Reduction, Score, Term
 from .statistics import WeightUpdate, check_classes, class_statistics
 
@@ -21,7 +22,8 @@ REDUCTIONS = ("mean", "sum", "none")
 #: What a formula may ask for beside the logsumexp, over the other classes j != y:
 #:     sum     Σ_j z_j            squares  Σ_j z_j²           mean  Σ_j softmax_j z_j, softmax over the other classes
 #:     weighted_sum  Σ_j v_j z_j with the weights of `class_weight`
-EXTRAS = ("sum", "squares", "mean", "weighted_sum")
+#:     spread  Σ_j (z_j - μ)², μ the mean over all classes without its gradient
+EXTRAS = ("sum", "squares", "mean", "weighted_sum", "spread")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,10 @@ def class_logits(
     pieces = [piece if isinstance(piece, tuple) else (piece, 0.0) for piece in pieces]
     terms = [term for term, _ in pieces]
     for name in extras:
-        terms.append(_extra(name, z, cap, bias, softcap, class_weight))
+        if name == "spread":
+            terms.append(_spread(x, weight, scale, normalize, bias, softcap, update))
+        else:
+            terms.append(_extra(name, z, cap, bias, softcap, class_weight))
     similarity, *found = class_statistics(
         x, weight, own, terms,
         normalize=normalize, gradient_filter=gradient_filter, update=update, precision=precision,
@@ -173,6 +178,20 @@ def class_logits(
         named["mean"] = scale * named["mean"]
     rest = functools.reduce(log_add_exp, parts)
     return ClassLogits(target - shift, rest, shift, similarity, valid, own, classes, class_weight, named)
+
+
+@torch.no_grad()
+def _spread(x, weight, scale, normalize, bias, softcap, update) -> Term:
+    """Squares counted from the mean, which is linear in the embedding: O((B + C) D)."""
+    if softcap is not None or update is not None:
+        raise ValueError("'spread' of the logits is not available with softcap or a fused optimiser")
+    dtype = statistics_dtype(x)
+    scale = constant(scale)
+    step = max((1 << 22) // max(weight.shape[1], 1), 1)
+    rows = lambda v: F.normalize(v.to(dtype), dim=1, eps=1e-12) if normalize else v.to(dtype)  # noqa: E731
+    centre = sum(rows(block).sum(0) for block in weight.split(step)) / weight.shape[0]
+    mean = scale * (rows(x) @ centre) + (0.0 if bias is None else bias.to(dtype).mean())
+    return Term(Reduction.SUM, Score.SQUARE, scale=scale, offset=-mean, other_offset=bias)
 
 
 def check_class_weight(value: Tensor | None, classes: int) -> None:

@@ -13,7 +13,7 @@ from ..terms import Reduction
 from .combined_margin import CombinedMargin
 from .head import ClassHead, check_size
 from .logits import ClassLogits
-from .streamed import streamed
+from .streaming import streamed
 
 
 def nearest_centers(rows: Sequence[Tensor], columns: Sequence[Tensor], shared: Sequence[Tensor], block: slice):

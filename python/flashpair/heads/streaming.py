@@ -122,7 +122,7 @@ def streamed(
     Example:
         >>> import torch
         >>> from flashpair import Reduction
-        >>> from flashpair.heads.streamed import streamed
+        >>> from flashpair.heads import streamed
         >>> x, weight = torch.eye(2), torch.eye(2)
         >>> lse = lambda rows, columns, shared, block: [(rows[0] @ columns[0].T).logsumexp(1)]
         >>> (total,) = streamed(lse, [x], [weight], [Reduction.LOGSUMEXP])
