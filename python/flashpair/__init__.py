@@ -6,6 +6,14 @@ from .primitives import Mined, mine, pair_reduce, pair_similarity, pair_sum
 from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
 from .workspace import release_workspace, set_max_workspace_bytes
 
+
+def __getattr__(name: str):
+    """`linear_cross_entropy` loads the heads on first use."""
+    if name == "linear_cross_entropy":
+        return heads.linear_cross_entropy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "Term",
     "backends",
     "heads",
+    "linear_cross_entropy",
     "losses",
     "mine",
     "miners",

@@ -75,6 +75,7 @@ def class_loss(
     normalize: bool = False,
     softcap: float | None = None,
     margin: Margin | None = None,
+    own_offset: Tensor | None = None,
     class_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
     ignore_index: int | None = -100,
@@ -98,6 +99,7 @@ def class_loss(
         softcap: c > 0 of c tanh(z / c). Default: none.
         margin: a `Margin`: cosines times its scale, its own class's with the margin. Excludes bias, scale, normalize
             and softcap.
+        own_offset: (B,) added to the logit of the own class. Default: none.
         class_weight: (C,) weights; the mean then divides by the weights of the rows' classes, as torch's does.
         sample_weight: (B,) factors of the rows' losses; the mean still divides by the number of rows.
         ignore_index: label of rows that count for nothing; None: there are none. Default -100.
@@ -127,8 +129,9 @@ def class_loss(
     }  # fmt: skip
     if margin is None:
         logits = class_logits(
-            x, weight, labels, bias=bias, scale=scale, normalize=normalize, softcap=softcap, **options
-        )
+            x, weight, labels,
+            bias=bias, scale=scale, normalize=normalize, softcap=softcap, own_offset=own_offset, **options,
+        )  # fmt: skip
         return logits_loss(logits, formula, reduction, sample_weight)
     check_margin(margin, bias, scale, softcap)
     logits = margin.logits(x, weight, labels, **options)

@@ -204,6 +204,14 @@ class ClassHead(nn.Module):
         return loss if added is None else loss + reduce_rows(added, logits.valid, self.reduction)
 
     @torch.no_grad()
+    def accuracy(self, embeddings: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+        """Share of the rows with a class for which it is among the k of highest logit; 0 without any row."""
+        self.check_labels(labels, embeddings)
+        valid = torch.ones_like(labels, dtype=torch.bool) if self.ignore_index is None else labels != self.ignore_index
+        hit = (self.predict(embeddings, k)[1] == labels[:, None]).any(1) & valid
+        return hit.sum() / valid.sum().clamp_min(1)
+
+    @torch.no_grad()
     def predict(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """The k classes of highest logit, margins left aside.
 

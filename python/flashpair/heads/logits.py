@@ -109,6 +109,7 @@ def class_logits(
     normalize: bool = False,
     softcap: float | None = None,
     margin: Callable[[Tensor], Tensor] | None = None,
+    own_offset: Tensor | None = None,
     rivals: Sequence[Term | tuple[Term, Tensor | float]] | None = None,
     extras: Sequence[str] = (),
     class_weight: Tensor | None = None,
@@ -129,9 +130,10 @@ def class_logits(
         normalize: cosines instead of dot products, gradient through the norms.
         softcap: c of c tanh(z / c), or None.
         margin: changes the similarities (B,) of the rows with their own classes.
+        own_offset: (B,) added to the logit of the own class, before the soft cap.
         rivals: logsumexp terms whose union is the other classes, where these are not all alike, each alone or with what
             is added to its result; z minus `scale` with `normalize`. Excludes bias and softcap.
-        extras: see `EXTRAS`.
+        extras: see `EXTRAS`. "mean" with a bias copies the weights, the bias as one more feature; not with a soft cap.
         class_weight: (C,) weights v of the classes, or None.
         ignore_index: label of rows that count for nothing.
         gradient_filter, update, precision, max_workspace_bytes: see `class_statistics`.
@@ -150,6 +152,12 @@ def class_logits(
         checks.number("softcap", softcap, low=0.0, open_low=True)
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     own = torch.where(valid, labels, -1)
+    if "mean" in extras and bias is not None and softcap is None and update is None:
+        # The softmax mean of <x, w> + b / scale: the bias as one more feature.
+        units = [F.normalize(t, dim=1, eps=1e-12) if normalize else t for t in (x, weight)]
+        x = torch.cat([units[0], torch.ones_like(x[:, :1])], dim=1)
+        weight = torch.cat([units[1], (bias / scale)[:, None].to(weight.dtype)], dim=1)
+        bias, normalize = None, False
     # Cosines count from 1 down: the logsumexp of a row that is learned is then near 0 and keeps its digits.
     shift = constant(scale) if normalize and softcap is None else 0.0
     z = {"scale": scale, "other_offset": bias}
@@ -170,6 +178,10 @@ def class_logits(
     target = scale * (similarity if margin is None else margin(similarity))
     if bias is not None:
         target = target + bias.to(target.dtype)[own.clamp_min(0)]
+    if own_offset is not None:
+        if own_offset.shape != target.shape:
+            raise ValueError(f"own_offset must have shape ({target.shape[0]},); got {tuple(own_offset.shape)}")
+        target = target + own_offset
     if softcap is not None:
         target = softcap * torch.tanh(target / softcap)
     parts = [lse + added for lse, (_, added) in zip(found, pieces, strict=False)]
