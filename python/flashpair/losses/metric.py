@@ -20,6 +20,9 @@ class MetricLoss(BaseMetricLossFunction):
         collect_stats: accepted for compatibility; statistics come from `return_stats=True` at the call.
     """
 
+    #: Whether the loss says what DivisorReducer divides by.
+    names_divisor = False
+
     def __init__(
         self, distance=None, reducer=None, embedding_regularizer=None, embedding_reg_weight=1, collect_stats=None
     ) -> None:
@@ -32,7 +35,7 @@ class MetricLoss(BaseMetricLossFunction):
         )
         geometry_of(self.distance)
         for part in self._sub_loss_names():
-            reducer_rule(self.reducer, part)
+            reducer_rule(self.reducer, part, self.names_divisor)
 
     def _sub_loss_names(self) -> list[str]:
         return ["loss"]

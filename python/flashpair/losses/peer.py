@@ -16,6 +16,7 @@ try:
     from pytorch_metric_learning.miners import BaseMiner
     from pytorch_metric_learning.reducers import (
         AvgNonZeroReducer,
+        DivisorReducer,
         MeanReducer,
         MultipleReducers,
         SumReducer,
@@ -64,6 +65,9 @@ except Exception:  # absent, or broken by its own dependencies: neither may brea
 
         def __init__(self) -> None:
             super().__init__(low=0)
+
+    class DivisorReducer(nn.Module):
+        """Sum over what the loss says, its divisor."""
 
     class MultipleReducers(nn.Module):
         """One reducer for each part of a loss, by name."""
@@ -120,6 +124,7 @@ __all__ = [
     "BaseMetricLossFunction",
     "BaseMiner",
     "CosineSimilarity",
+    "DivisorReducer",
     "DotProductSimilarity",
     "LpDistance",
     "MeanReducer",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..terms import Mask, Reduction, Score, Term
 from .arguments import constant
-from .peer import AvgNonZeroReducer, MeanReducer, MultipleReducers, SumReducer, ThresholdReducer
+from .peer import AvgNonZeroReducer, DivisorReducer, MeanReducer, MultipleReducers, SumReducer, ThresholdReducer
 from .problem import PairProblem
 
 
@@ -23,10 +23,11 @@ class Rule(NamedTuple):
     mean: bool
     low: float | None = None
     high: float | None = None
+    divisor: bool = False  # the sum over a number that the loss names
 
 
-def reducer_rule(reducer, part: str = "loss") -> Rule:
-    """The rule of a reducer object for one named part of a loss.
+def reducer_rule(reducer, part: str = "loss", divisor: bool = False) -> Rule:
+    """The rule of a reducer object for one named part of a loss; `divisor`: the loss names a divisor.
 
     Raises:
         ValueError: on a reducer that the losses cannot honour.
@@ -37,12 +38,12 @@ def reducer_rule(reducer, part: str = "loss") -> Rule:
     kind = type(reducer)
     if kind in (MeanReducer, SumReducer):
         return Rule(kind is MeanReducer)
+    if divisor and kind is DivisorReducer:
+        return Rule(False, divisor=True)
     if kind in (ThresholdReducer, AvgNonZeroReducer):
         return Rule(True, reducer.low, reducer.high)
-    raise ValueError(
-        "reducer must be MeanReducer, SumReducer, AvgNonZeroReducer, ThresholdReducer, or MultipleReducers of these; "
-        f"got {kind.__name__}"
-    )
+    allowed = "MeanReducer, SumReducer, AvgNonZeroReducer, ThresholdReducer" + (", DivisorReducer" if divisor else "")
+    raise ValueError(f"reducer must be {allowed}, or MultipleReducers of these; got {kind.__name__}")
 
 
 def reduce_values(values: Tensor, rule: Rule, valid: Tensor | None = None) -> Tensor:
