@@ -53,6 +53,7 @@ _HOME = {
     "SubCenterArcFace": "sub_center_arc_face",
     "SymmetricCrossEntropy": "comp_sum",
     "TaylorSoftmax": "spherical",
+    "UNPG": "unpg",
     "any_loss": "confusion_metrics",
     "binary_distillation_loss": "distillation",
     "binary_gap_distillation_loss": "distillation",
@@ -67,6 +68,7 @@ _HOME = {
     "ldr_top_k_loss": "ldr",
     "linear_cross_entropy": "linear",
     "load_shard": "checkpoint",
+    "negative_quantiles": "unpg",
     "reshard": "checkpoint",
     "sampled_class_loss": "linear",
     "save_shard": "checkpoint",
@@ -74,6 +76,7 @@ _HOME = {
     "soft_cross_entropy": "targets",
     "spherical_loss": "spherical",
     "streamed": "streaming",
+    "symmetry_loss": "sym_face",
     "two_hot": "targets",
 }
 

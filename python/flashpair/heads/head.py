@@ -196,7 +196,10 @@ class ClassHead(nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument, before any work.
         """
-        logits = self.logits(embeddings, labels)
+        return self.finish(self.logits(embeddings, labels), embeddings, sample_weight)
+
+    def finish(self, logits: ClassLogits, embeddings: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss from the logits, the margin's regulariser included."""
         loss = logits_loss(logits, self.formula, self.reduction, sample_weight)
         if self.margin is None:
             return loss
