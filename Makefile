@@ -1,10 +1,11 @@
-# make demo | test | bench | lint | format | clean. Each makes .venv first and installs what it needs, once.
+# make demo | faces | test | bench | lint | format | clean. Each makes .venv first and installs what it needs, once.
 # make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize.
 
 PYTHON ?= python3
 VENV ?= .venv
 TRITON ?= triton==3.6.0
 DEMO ?=
+FACES ?=
 TESTS ?= tests
 BENCH ?=
 STAGES ?=
@@ -17,11 +18,14 @@ PACKAGING := constraints.txt pyproject.toml
 SOURCES := setup.py $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo faces test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native $(VENV)/.demo
 	$(BIN)/python examples/digits.py $(DEMO)
+
+faces: $(VENV)/.native $(VENV)/.demo
+	$(BIN)/python examples/faces.py $(FACES)
 
 test: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m flashpair

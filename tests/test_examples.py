@@ -1,0 +1,45 @@
+"""The examples do what they say, in a few steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_faces_learns_to_verify_what_it_never_saw():
+    for module in ("sklearn", "tqdm"):
+        pytest.importorskip(module)
+    faces = load("faces")
+    images = faces.load_images()
+    generator = torch.Generator().manual_seed(2)
+    unseen = images[faces.IDENTITIES :]
+    views = faces.view(unseen, generator), faces.view(unseen, generator)
+    model, curve = faces.train(images[: faces.IDENTITIES], 80)
+    raw, learned = faces.verify(None, *views).scores, faces.verify(model, *views).scores
+    assert curve[-1] < 0.8 * curve[0]
+    assert learned["AUC"] > raw["AUC"] + 0.1
+    assert learned["TAR at FAR 1 %"] > raw["TAR at FAR 1 %"] + 0.1
+
+
+def test_the_capacity_table_is_its_arithmetic():
+    command = [sys.executable, str(EXAMPLES / "faces.py"), "--capacity", "--batch", "1024", "--optimizer", "sgd"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("   8 GiB")).split()[2:]
+    free = 8 * 2**30 - 256 * 2**20
+    bytes_of = (4 * (3 * 512 + 4 * 1024), 4 * 2 * 512, 4 * 512)
+    assert [float(cell) for cell in row] == [round(free / each / 1e6, 2) for each in bytes_of]
