@@ -182,7 +182,7 @@ def draw(rows: dict[str, Verification], first: Tensor, second: Tensor, curve: li
     print(f"wrote {path}")
 
 
-# --- capacity -----------------------------------------------------------------------------------------------------------
+# --- capacity ---------------------------------------------------------------------------------------------------------
 
 #: float32 arrays of the weights' size that an optimiser keeps.
 STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
@@ -253,7 +253,7 @@ def check(batch: int = 256, features: int = 128, identities: int = 100_000) -> i
     return int(status)
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
