@@ -80,6 +80,17 @@ def test_logits(scale, biased, normalize, softcap, backend):
     check(found.cross_entropy, z.logsumexp(1) - own, tensors)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_scale_per_class(normalize, backend):
+    """Beside one per row and a bias."""
+    x, weight, bias, labels = leaves()
+    rows, columns = (torch.linspace(1, 3, n, dtype=D64).requires_grad_() for n in (ROWS, CLASSES))
+    a, b = (F.normalize(x), F.normalize(weight)) if normalize else (x, weight)
+    expected = F.cross_entropy(rows[:, None] * (a @ b.T) * columns + bias, labels)
+    found = heads.class_loss(x, weight, labels, bias=bias, scale=rows, class_scale=columns, normalize=normalize)
+    check(found, expected, (x, weight, bias, rows, columns))
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_entropy(biased, normalize, backend):
@@ -579,6 +590,7 @@ X, W, Y = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4])
         (lambda: heads.class_loss(X, W, Y, bias=torch.zeros(4)), ValueError, "bias must have shape"),
         (lambda: heads.class_loss(X, W, Y, class_weight=torch.ones(4)), ValueError, "class_weight must have shape"),
         (lambda: heads.class_loss(X, W, Y, class_weight=torch.ones(5).long()), TypeError, "class_weight"),
+        (lambda: heads.class_loss(X, W, Y, class_scale=torch.ones(4)), ValueError, "class_scale must have shape"),
         (lambda: heads.class_loss(X, W, Y, sample_weight=torch.ones(3)), ValueError, "sample_weight must have shape"),
         (lambda: heads.class_loss(X, W, Y, reduction="average"), ValueError, "reduction must be"),
         (lambda: heads.class_loss(X, W, Y, softcap=0.0), ValueError, "softcap"),

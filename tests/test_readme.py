@@ -13,7 +13,8 @@ import flashpair
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+HEADS = (ROOT / "docs" / "heads.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README + HEADS, re.DOTALL | re.MULTILINE)
 
 
 def with_doctests() -> list[str]:
@@ -52,6 +53,13 @@ def test_every_name_in_the_loss_table_exists():
     names = [n for row in rows for n in re.findall(r"`([A-Z]\w+(?:Loss|Memory))`", row)]
     assert names
     assert [n for n in names if not hasattr(flashpair.losses, n)] == []
+
+
+def test_every_public_head_is_in_its_table():
+    public = [n for n in flashpair.heads.__all__ if not re.search(rf"\b{n}\b", HEADS)]
+    assert public == []
+    named = set(re.findall(r"`([A-Z]\w+)(?:\(|`)", HEADS)) - {"B"}
+    assert [n for n in sorted(named) if not hasattr(flashpair.heads, n)] == []
 
 
 def test_every_file_the_readme_links_is_there():

@@ -72,6 +72,7 @@ def class_loss(
     formula: Formula | None = None,
     bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
+    class_scale: Tensor | None = None,
     normalize: bool = False,
     softcap: float | None = None,
     margin: Margin | None = None,
@@ -95,10 +96,11 @@ def class_loss(
         formula: per-row loss of the logits. Default: `CrossEntropy()`.
         bias: (C,) or None.
         scale: number, 0-d tensor or (B,) tensor; the inverse of the temperature; differentiable. Default 1.
+        class_scale: (C,) factors of the classes' similarities, or None; differentiable. Copies the weights.
         normalize: cosines instead of dot products, gradient through the norms. Default False.
         softcap: c > 0 of c tanh(z / c). Default: none.
-        margin: a `Margin`: cosines times its scale, its own class's with the margin. Excludes bias, scale, normalize
-            and softcap.
+        margin: a `Margin`: cosines times its scale, the own class's with the margin. Excludes bias, scale, class_scale,
+            normalize, softcap and own_offset.
         own_offset: (B,) added to the logit of the own class. Default: none.
         class_weight: (C,) weights; the mean then divides by the weights of the rows' classes, as torch's does.
         sample_weight: (B,) factors of the rows' losses; the mean still divides by the number of rows.
@@ -130,10 +132,10 @@ def class_loss(
     if margin is None:
         logits = class_logits(
             x, weight, labels,
-            bias=bias, scale=scale, normalize=normalize, softcap=softcap, own_offset=own_offset, **options,
+            bias=bias, scale=scale, class_scale=class_scale, normalize=normalize, softcap=softcap, own_offset=own_offset, **options,
         )  # fmt: skip
         return logits_loss(logits, formula, reduction, sample_weight)
-    check_margin(margin, bias, scale, softcap)
+    check_margin(margin, bias, scale, softcap, own_offset=own_offset, class_scale=class_scale)
     logits = margin.logits(x, weight, labels, **options)
     loss = logits_loss(logits, formula, reduction, sample_weight)
     added = margin.regularizer(norms_of(x))

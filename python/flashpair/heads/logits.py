@@ -106,6 +106,7 @@ def class_logits(
     *,
     bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
+    class_scale: Tensor | None = None,
     normalize: bool = False,
     softcap: float | None = None,
     margin: Callable[[Tensor], Tensor] | None = None,
@@ -127,6 +128,7 @@ def class_logits(
         labels: (B,) int64 in [0, C), or `ignore_index`.
         bias: (C,) or None. Also where log-probabilities of sampled classes are subtracted.
         scale: number, 0-d tensor or (B,) tensor, inverse of the temperature; differentiable.
+        class_scale: (C,) factors of the classes' similarities, or None; differentiable. Copies the weights.
         normalize: cosines instead of dot products, gradient through the norms.
         softcap: c of c tanh(z / c), or None.
         margin: changes the similarities (B,) of the rows with their own classes.
@@ -147,11 +149,17 @@ def class_logits(
     if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (classes,)):
         got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"bias must have shape ({classes},), one per class; got {got}")
-    check_class_weight(class_weight, classes)
+    check_per_class("class_weight", class_weight, classes)
+    check_per_class("class_scale", class_scale, classes)
+    if class_scale is not None and update is not None:
+        raise ValueError("class_scale excludes a fused optimiser: its gradient is of the scaled weights")
     if softcap is not None:
         checks.number("softcap", softcap, low=0.0, open_low=True)
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     own = torch.where(valid, labels, -1)
+    if class_scale is not None:
+        units = [F.normalize(t, dim=1, eps=1e-12) if normalize else t for t in (x, weight)]
+        x, weight, normalize = units[0], units[1] * class_scale[:, None].to(weight.dtype), False
     if "mean" in extras and bias is not None and softcap is None and update is None:
         # The softmax mean of <x, w> + b / scale: the bias as one more feature.
         units = [F.normalize(t, dim=1, eps=1e-12) if normalize else t for t in (x, weight)]
@@ -206,7 +214,7 @@ def _spread(x, weight, scale, normalize, bias, softcap, update) -> Term:
     return Term(Reduction.SUM, Score.SQUARE, scale=scale, offset=-mean, other_offset=bias)
 
 
-def check_class_weight(value: Tensor | None, classes: int) -> None:
+def check_per_class(name: str, value: Tensor | None, classes: int) -> None:
     """(C,) floating point, or None.
 
     Raises:
@@ -215,9 +223,9 @@ def check_class_weight(value: Tensor | None, classes: int) -> None:
     if value is None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"class_weight must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
     if tuple(value.shape) != (classes,):
-        raise ValueError(f"class_weight must have shape ({classes},), one per class; got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape ({classes},), one per class; got {tuple(value.shape)}")
 
 
 def _extra(name: str, z: dict, cap: dict, bias: Tensor | None, softcap: float | None, class_weight) -> Term:

@@ -87,7 +87,7 @@ def norms_of(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def check_margin(margin: Margin, bias, scale: float | Tensor, softcap: float | None) -> None:
+def check_margin(margin: Margin, bias, scale: float | Tensor, softcap: float | None, **others: Tensor | None) -> None:
     """A margin, and nothing beside it that its logits do not have.
 
     Raises:
@@ -97,6 +97,9 @@ def check_margin(margin: Margin, bias, scale: float | Tensor, softcap: float | N
         raise TypeError(f"margin must be a flashpair.heads.Margin; got {type(margin).__name__}")
     if bias is not None or softcap is not None or isinstance(scale, Tensor) or scale != 1.0:
         raise ValueError("margin excludes bias, softcap and scale: its logits are its own scale times cosines")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"margin excludes {name}: its logits are its own scale times cosines")
 
 
 class Margin(nn.Module):

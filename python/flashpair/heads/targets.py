@@ -13,7 +13,7 @@ from .. import checks
 from ..losses.arguments import constant
 from ..terms import Reduction, Score, Term
 from .head import check_size
-from .logits import check_class_weight, check_reduction, reduce_rows
+from .logits import check_per_class, check_reduction, reduce_rows
 from .statistics import check_listed, class_statistics
 
 
@@ -82,7 +82,7 @@ def soft_cross_entropy(
     checks.embedding_pair(x, weight, ("x", "weight"))
     rows, classes = x.shape[0], weight.shape[0]
     check_reduction(reduction)
-    check_class_weight(class_weight, classes)
+    check_per_class("class_weight", class_weight, classes)
     sparse = isinstance(targets, SparseTargets)
     if sparse:
         check_listed(targets.index, x, classes)
