@@ -132,7 +132,8 @@ def class_loss(
     if margin is None:
         logits = class_logits(
             x, weight, labels,
-            bias=bias, scale=scale, class_scale=class_scale, normalize=normalize, softcap=softcap, own_offset=own_offset, **options,
+            bias=bias, scale=scale, class_scale=class_scale, normalize=normalize, softcap=softcap,
+            own_offset=own_offset, **options,
         )  # fmt: skip
         return logits_loss(logits, formula, reduction, sample_weight)
     check_margin(margin, bias, scale, softcap, own_offset=own_offset, class_scale=class_scale)
