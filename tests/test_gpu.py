@@ -502,3 +502,56 @@ def test_an_extension_built_for_another_architecture(request):
     request.getfixturevalue("another_architecture")
     with support.forced("cuda"), pytest.raises(flashpair.BackendError, match=r"sm_37|3\.7|\b37\b"):
         losses.SupConLoss()(s.x, s.labels)
+
+
+# --- class heads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=_name)
+@pytest.mark.parametrize("margin", [None, "arc", "curricular"])
+def test_heads(margin, dtype, gpu, monkeypatch):
+    """In several blocks of classes, against dense code in float64."""
+    from flashpair import heads
+
+    _needs(gpu, dtype)
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 96, generator=g).to(AT, dtype) for n in (130, 5000))
+    labels = torch.randint(0, 5000, (130,), generator=g).to(AT)
+    rule = {None: None, "arc": heads.CombinedMargin(16.0), "curricular": heads.CurricularFaceMargin(scale=16.0)}[margin]
+    monkeypatch.setattr(
+        heads.statistics, "class_blocks", lambda n, *_: [slice(i, min(i + 2048, n)) for i in range(0, n, 2048)]
+    )
+
+    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        a, b = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
+        module = None if rule is None else type(rule)(scale=16.0).to(AT, torch.promote_types(dtype, torch.float32))
+        with support.forced(backend):
+            loss = heads.class_loss(a, b, labels, margin=module)
+            return [t.double() for t in (loss.detach(), *torch.autograd.grad(loss, (a, b)))]
+
+    truth, dense, ours = results("reference", torch.float64), results("reference", dtype), results(gpu, dtype)
+    for exact, theirs, mine in zip(truth, dense, ours, strict=True):
+        allowed = 4 * (theirs - exact).abs().max() + 8 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (mine - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_in_the_backward_pass_of_a_head(name, gpu):
+    """Sampled classes; the host never waits."""
+    from flashpair import heads
+
+    head = heads.PartialFC_V2(heads.CombinedMargin(16.0), 64, 4000, sample_rate=0.25, device=AT, ignore_index=None)
+    make_optimizer = {"sgd": heads.FusedSGD, "adamw": heads.FusedAdamW}[name]
+    head.fuse(make_optimizer([head.weight], lr=0.1))
+    x, labels = torch.randn(64, 64, device=AT, requires_grad=True), torch.randint(0, 4000, (64,), device=AT)
+    head(x, labels).backward()
+    before = head.weight.detach().clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head(x, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    moved = (head.weight != before).any(1)
+    others = torch.ones_like(moved)
+    others[head.sampled] = False
+    assert moved[labels].all() and not moved[others].any() and head.weight.isfinite().all()

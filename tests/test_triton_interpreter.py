@@ -397,6 +397,62 @@ def test_mine_fewer_than_wanted():
     _assert_mined(data, [Extreme(Mask.SAME, True, 20), Extreme(Mask.SAME, True)], **options)
 
 
+# --- class heads ------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("name", ["smoothed", "arc", "curricular", "capped"])
+def test_heads(name, blocks, monkeypatch):
+    """One pass and several blocks of classes, as a GPU takes them, against the reference."""
+    from flashpair import heads
+
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=g, requires_grad=True) for n in (20, 70))
+    bias, labels = torch.randn(70, generator=g, requires_grad=True), torch.randint(0, 70, (20,), generator=g)
+    labels[3] = -100
+    options = {
+        "smoothed": {"bias": bias, "formula": heads.CrossEntropy(0.1, z_loss=0.1)},
+        "arc": {"margin": heads.CombinedMargin(16.0)},
+        "curricular": {"margin": heads.CurricularFaceMargin(scale=16.0)},
+        "capped": {"bias": bias, "softcap": 3.0},
+    }[name]
+    wanted = (x, weight, bias) if "bias" in options else (x, weight)
+    if blocks > 1:
+        cut = [slice(0, 32), slice(32, 64), slice(64, 70)]
+        monkeypatch.setattr(heads.statistics, "class_blocks", lambda *_: cut)
+    found = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            loss = heads.class_loss(x, weight, labels, **options)
+            found.append((loss.detach(), *torch.autograd.grad(loss, wanted)))
+        if name == "curricular":
+            options["margin"].t.zero_()
+    for truth, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-5)
+
+
+@interpreted
+def test_a_step_in_the_backward_pass_of_a_head():
+    from flashpair import heads
+
+    g = torch.Generator().manual_seed(0)
+    head = heads.PartialFC_V2(heads.CombinedMargin(8.0), 16, 50, sample_rate=0.4, generator=g)
+    head.fuse(heads.FusedSGD([head.weight], lr=0.1))
+    x, labels = torch.randn(6, 16, generator=g, requires_grad=True), torch.arange(6)
+    before = head.weight.detach().clone()
+    with use_backend("triton"):
+        head(x, labels).backward()
+    rows = head.sampled
+    part = before[rows].requires_grad_()
+    with use_backend("reference"):
+        margin = heads.CombinedMargin(8.0)
+        loss = heads.class_loss(x, part, torch.searchsorted(rows, labels), margin=margin)
+        gx, gw = torch.autograd.grad(loss, (x, part))
+    torch.testing.assert_close(x.grad, gx, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.weight[rows], before[rows] - 0.1 * gw, rtol=1e-4, atol=1e-5)
+
+
 # --- the two languages ------------------------------------------------------------------------------------------------
 
 

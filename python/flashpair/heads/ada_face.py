@@ -74,7 +74,7 @@ class AdaFaceMargin(Margin):
         return moved - (self.m + self.m * quality)
 
     def logits(self, x: Tensor, weight: Tensor, labels: Tensor, **options) -> ClassLogits:
-        high = torch.tensor(1 - self.eps, dtype=statistics_dtype(x), device=x.device)
+        high = torch.full((), 1 - self.eps, dtype=statistics_dtype(x), device=x.device)
         inside = {"above": -high, "below": high}
         ends = (high, {"above": torch.nextafter(high, -high)}), (-high, {"below": torch.nextafter(-high, high)})
         rivals = [Term(Reduction.LOGSUMEXP, scale=self.scale, offset=-self.scale, **inside)]

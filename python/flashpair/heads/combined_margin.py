@@ -74,7 +74,7 @@ class CombinedMargin(Margin):
         if threshold == 0:
             return super().logits(x, weight, labels, **options)
         shift = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
-        bound = torch.tensor(threshold, dtype=statistics_dtype(x), device=x.device)
+        bound = torch.full((), threshold, dtype=statistics_dtype(x), device=x.device)
         kept = Term(
             Reduction.LOGSUMEXP, scale=self.scale, offset=-shift,
             below=torch.nextafter(bound, torch.full_like(bound, torch.inf)),

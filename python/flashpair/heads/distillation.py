@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -32,21 +33,21 @@ def _check(x, weight, teacher_x, teacher_weight, bias, teacher_bias, temperature
     check_reduction(reduction)
 
 
-def _both(rows: Sequence[Tensor], columns: Sequence[Tensor], temperature: Tensor) -> tuple[Tensor, Tensor]:
+def _both(rows: Sequence[Tensor], columns: Sequence[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
     """(B, c) student's and teacher's logits over the temperature."""
     x, u = rows[:2]
     weight, teacher_weight, bias, teacher_bias = columns
     return (x @ weight.T + bias) / temperature, (u @ teacher_weight.T + teacher_bias) / temperature
 
 
-def _softmax_block(rows, columns, shared, block):
-    s, t = _both(rows, columns, shared[0])
+def _softmax_block(temperature, rows, columns, shared, block):
+    s, t = _both(rows, columns, temperature)
     p = torch.exp(t - rows[2][:, None])
     return s.logsumexp(1), (p * (t - s)).sum(1)
 
 
-def _binary_block(rows, columns, shared, block):
-    s, t = _both(rows, columns, shared[0])
+def _binary_block(temperature, rows, columns, shared, block):
+    s, t = _both(rows, columns, temperature)
     p = torch.sigmoid(t)
     # p log(p / q) + (1 - p) log((1 - p) / (1 - q)), q = sigmoid(s), through log-sigmoids
     return ((p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1),)
@@ -104,9 +105,12 @@ def distillation_loss(
     with torch.no_grad():
         offset = None if teacher_bias is None else columns[3] * inverse
         (total,) = pair_reduce(rows[1], columns[1], [Term(Reduction.LOGSUMEXP, scale=inverse, other_offset=offset)])
-    shared = [torch.tensor(temperature, dtype=rows[0].dtype, device=x.device)]
     lse, cross = streamed(
-        _softmax_block, [*rows, total], columns, [Reduction.LOGSUMEXP, Reduction.SUM], shared=shared, per_class=4
+        functools.partial(_softmax_block, temperature),
+        [*rows, total],
+        columns,
+        [Reduction.LOGSUMEXP, Reduction.SUM],
+        per_class=4,
     )
     losses = temperature**2 * (cross - total + lse)
     return reduce_rows(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
@@ -139,8 +143,7 @@ def binary_distillation_loss(
     """
     _check(x, weight, teacher_x, teacher_weight, bias, teacher_bias, temperature, reduction)
     rows, columns = _operands(x, weight, teacher_x, teacher_weight, bias, teacher_bias)
-    shared = [torch.tensor(temperature, dtype=rows[0].dtype, device=x.device)]
-    (losses,) = streamed(_binary_block, rows, columns, [Reduction.SUM], shared=shared, per_class=4)
+    (losses,) = streamed(functools.partial(_binary_block, temperature), rows, columns, [Reduction.SUM], per_class=4)
     return reduce_rows(temperature**2 * losses, torch.ones_like(losses, dtype=torch.bool), reduction)
 
 

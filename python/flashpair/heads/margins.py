@@ -38,10 +38,11 @@ def add_angle(cosine: Tensor, angle: float | Tensor, margin_grad: str = "exact",
         0.0
     """
     check_margin_grad(margin_grad)
-    m = torch.as_tensor(angle, dtype=cosine.dtype, device=cosine.device)
-    moved = cosine * torch.cos(m) - sine_of(cosine) * torch.sin(m)
+    trig = torch if isinstance(angle, Tensor) else math
+    cos, sin = trig.cos(angle), trig.sin(angle)
+    moved = cosine * cos - sine_of(cosine) * sin
     if fallback:
-        moved = torch.where(cosine > torch.cos(math.pi - m), moved, cosine - m * torch.sin(m))
+        moved = torch.where(cosine > -cos, moved, cosine - angle * sin)  # θ + m < π
     return passed(cosine, moved, margin_grad)
 
 

@@ -33,7 +33,8 @@ def row_weights(indices_tuple, labels: Tensor, dtype: torch.dtype, anchors_only:
     indices = torch.cat(list(indices_tuple))
     if indices.numel() == 0:
         return None
-    counts = torch.bincount(indices, minlength=labels.shape[0]).to(dtype)
+    ones = torch.ones_like(indices, dtype=dtype)
+    counts = torch.zeros(labels.shape[0], dtype=dtype, device=labels.device).index_add_(0, indices, ones)
     return counts / counts.max()
 
 

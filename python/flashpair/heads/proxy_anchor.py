@@ -85,10 +85,13 @@ class ProxyAnchorLoss(ProxyLoss):
             x, proxies, terms, labels=labels, ref_labels=classes,
             similarity=geometry.similarity, normalize=geometry.normalize,
         )  # fmt: skip
-        present = torch.zeros(self.num_classes, dtype=torch.bool, device=x.device).index_fill_(0, labels, True).sum()
+        present = torch.zeros(self.num_classes, dtype=torch.bool, device=x.device).index_fill_(0, labels, True)
         total = 0.0
-        for name, values, divisor in (("pos_loss", pull, present), ("neg_loss", push, self.num_classes)):
+        for name, values, divisor in (
+            ("pos_loss", pull, present.sum().clamp_min(1)),
+            ("neg_loss", push, self.num_classes),
+        ):
             rule, losses = reducer_rule(self.reducer, name, divisor=True), F.softplus(values, threshold=40)
             part = reduce_values(losses, rule)
-            total = total + (part / torch.as_tensor(divisor).clamp_min(1).to(part.device) if rule.divisor else part)
+            total = total + (part / divisor if rule.divisor else part)
         return total

@@ -20,12 +20,11 @@ from .proxies import ProxyLoss
 from .streaming import streamed
 
 
-def relaxed_centers(rows, columns, shared, block):
+def relaxed_centers(la: float, gamma: float, normalize: bool, rows, columns, shared, block):
     """(logsumexp over the other classes, relaxed similarity with the own class) of a block; see `SoftTripleLoss`."""
     x, own = rows
     (centers,) = columns
-    la, gamma, normalize = shared
-    units = F.normalize(centers, dim=2) if bool(normalize) else centers
+    units = F.normalize(centers, dim=2) if normalize else centers
     similarity = (x @ units.flatten(0, 1).T).unflatten(1, centers.shape[:2])
     relaxed = ((similarity / gamma).softmax(2) * similarity).sum(2)
     mine = own[:, None] == torch.arange(block.start, block.start + centers.shape[0], device=own.device)
@@ -99,10 +98,9 @@ class SoftTripleLoss(ProxyLoss):
         geometry, dtype = geometry_of(self.distance), statistics_dtype(x)
         rows = F.normalize(x.to(dtype), dim=1) if geometry.normalize else x.to(dtype)
         centers = proxies.to(dtype).unflatten(0, (self.num_classes, self.centers_per_class))
-        constants = (self.la, 1 / self.gamma, float(geometry.normalize))
+        formula = functools.partial(relaxed_centers, self.la, 1 / self.gamma, geometry.normalize)
         rivals, own = streamed(
-            relaxed_centers, [rows, labels], [centers], [Reduction.LOGSUMEXP, Reduction.SUM],
-            shared=[torch.tensor(v, dtype=dtype, device=x.device) for v in constants],
+            formula, [rows, labels], [centers], [Reduction.LOGSUMEXP, Reduction.SUM],
             per_class=3 * self.centers_per_class,
         )  # fmt: skip
         losses = F.softplus(rivals - self.la * (own - self.margin), threshold=40)

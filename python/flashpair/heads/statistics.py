@@ -275,7 +275,8 @@ def _filtered(rows: Tensor, params: list[Tensor], spec: list[int], consts: list[
         slot = sum(Reduction(spec[_HEADER + _PER_TERM * k]).slots for k in range(t))
         bound = ((rows[slot] + math.log(least) - term.offset) / term.scale).to(rows.dtype)
         if term.above is not None:
-            bound = torch.maximum(bound, torch.as_tensor(term.above, dtype=bound.dtype, device=bound.device))
+            known = term.above
+            bound = torch.maximum(bound, known.to(bound.dtype)) if isinstance(known, Tensor) else bound.clamp_min(known)
         spec[_HEADER + _PER_TERM * t + _PER_TERM - 2] = len(params)
         params.append(bound)
     return params, spec, consts

@@ -87,7 +87,8 @@ class SubCenterArcFace(ClassHead):
         valid = torch.ones_like(labels, dtype=torch.bool) if self.ignore_index is None else labels != self.ignore_index
         own = torch.where(valid, labels, -1)
         dtype = statistics_dtype(x)
-        scale = torch.as_tensor(self.margin.scale, dtype=dtype, device=x.device)
+        scale = self.margin.scale
+        scale = scale.to(dtype) if isinstance(scale, Tensor) else torch.full((), scale, dtype=dtype, device=x.device)
         unit = F.normalize(x.to(dtype), dim=1, eps=1e-12)
         centers = self.weight.unflatten(0, (self.num_classes, self.sub_centers))
         rivals, cosine = streamed(

@@ -77,8 +77,8 @@ def negative_quantiles(x: Tensor, labels: Tensor, fractions: tuple[float, ...] =
     total = counts([None])[0]  # every pair twice
     pairs = (total / 2).round()
     wanted = torch.stack([2 * (fraction * pairs).floor() + 1 for fraction in fractions])
-    ends = torch.tensor([-_BOUND, _BOUND], dtype=dtype, device=device)
-    low, high = (_key(end).expand(len(fractions)) for end in ends)
+    ends = (torch.full((len(fractions),), end, dtype=dtype, device=device) for end in (-_BOUND, _BOUND))
+    low, high = (_key(end) for end in ends)
     steps = torch.arange(1, _THRESHOLDS + 1, device=device)
     for _ in range(8 if dtype == torch.float32 else 16):
         width = (high - low)[:, None]
