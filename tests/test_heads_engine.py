@@ -1,5 +1,7 @@
 """The engine of class heads against dense code in float64: every option, and options together."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import itertools
@@ -9,21 +11,14 @@ import pytest
 import support
 import torch
 import torch.nn.functional as F
+from head_cases import D64, backend, check  # noqa: F401
 
 import flashpair
 from flashpair import Reduction, Term, heads
 from flashpair.algebra import merge
 from flashpair.heads import statistics, streaming
 
-BACKENDS = ["reference", *(["cpu"] if "cpu" in support.FUSED else [])]
-D64 = torch.float64
 ROWS, FEATURES, CLASSES = 6, 4, 11
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with flashpair.use_backend(request.param):
-        yield request.param
 
 
 def leaves(seed=0, classes=CLASSES, rows=ROWS):
@@ -33,14 +28,6 @@ def leaves(seed=0, classes=CLASSES, rows=ROWS):
     bias = torch.randn(classes, dtype=D64, generator=g)
     labels = torch.randint(0, classes, (rows,), generator=g)
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), labels
-
-
-def check(found, expected, tensors, bound=1e-10):
-    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
-    cotangent = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(9))
-    ours, truth = (torch.autograd.grad(value, tensors, cotangent, retain_graph=True) for value in (found, expected))
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def dense_logits(x, weight, bias, scale, normalize, softcap):

@@ -1,25 +1,17 @@
 """Losses over the logits of classes against their definitions on the dense softmax, in float64."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import math
 
 import pytest
-import support
 import torch
 import torch.nn.functional as F
+from head_cases import D64, backend, check  # noqa: F401
 
-import flashpair
 from flashpair import heads
-
-BACKENDS = ["reference", *(["cpu"] if "cpu" in support.FUSED else [])]
-D64 = torch.float64
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with flashpair.use_backend(request.param):
-        yield request.param
 
 
 def leaves(rows=6, features=4, classes=9, seed=0, spread=1.0):
@@ -28,12 +20,6 @@ def leaves(rows=6, features=4, classes=9, seed=0, spread=1.0):
     weight = torch.randn(classes, features, dtype=D64, generator=g)
     labels = torch.randint(0, classes, (rows,), generator=g)
     return x.requires_grad_(), weight.requires_grad_(), labels
-
-
-def check(found, expected, tensors, bound=1e-10):
-    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
-    for a, b in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors), strict=True):
-        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def own_probability(z, labels):

@@ -1,5 +1,7 @@
 """Margin heads against their definitions written out, row by row and class by class."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import math
@@ -8,19 +10,10 @@ import pytest
 import support
 import torch
 import torch.nn.functional as F
+from head_cases import D64, backend, check  # noqa: F401
 
-import flashpair
 from flashpair import heads
 from flashpair.heads.margins import add_angle, multiply_angle
-
-BACKENDS = ["reference", *(["cpu"] if "cpu" in support.FUSED else [])]
-D64 = torch.float64
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with flashpair.use_backend(request.param):
-        yield request.param
 
 
 def degrees(*angles: float) -> torch.Tensor:
@@ -55,17 +48,6 @@ def cos_of_sum(c, m):
     """cos(θ + m), ArcFace's fallback beyond π."""
     theta = torch.acos(c)
     return torch.cos(theta + m) if float(theta.detach()) + float(m) <= math.pi else c - m * math.sin(m)
-
-
-def check(found, expected, leaves, bound=1e-10):
-    """Value and gradients."""
-    ours = torch.autograd.grad(found, leaves, allow_unused=True)
-    truth = torch.autograd.grad(expected, leaves, allow_unused=True)
-    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
-    for a, b in zip(ours, truth, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def loss_of(margin, x, weight, labels, **options):

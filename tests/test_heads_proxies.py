@@ -1,11 +1,13 @@
 """Proxy losses against loops from their definitions and against pytorch-metric-learning."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import pytest
-import support
 import torch
 import torch.nn.functional as F
+from head_cases import D64, backend, check  # noqa: F401
 
 import flashpair
 from flashpair import heads, miners
@@ -16,16 +18,8 @@ distances, peer_miners, reducers, regularizers = (
     for name in ("distances", "miners", "reducers", "regularizers")
 )
 
-BACKENDS = ["reference", *(["cpu"] if "cpu" in support.FUSED else [])]
-D64 = torch.float64
 ROWS, FEATURES, CLASSES = 8, 5, 6
 NAMES = ["NormalizedSoftmaxLoss", "ProxyNCALoss", "ProxyAnchorLoss", "SoftTripleLoss"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with flashpair.use_backend(request.param):
-        yield request.param
 
 
 def batch(kind="random"):
@@ -44,13 +38,6 @@ def twins(name, **options):
     ours, theirs = (getattr(module, name)(CLASSES, FEATURES, **options).double() for module in (heads, peer))
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
-
-
-def check(found, expected, tensors, bound=1e-10):
-    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
-    ours, truth = (torch.autograd.grad(value, tensors) for value in (found, expected))
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def like_the_peer(name, kind="random", indices=None, **options):

@@ -1,25 +1,18 @@
 """Unified negative pairs and the symmetry term against their definitions."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import math
 
 import pytest
-import support
 import torch
 import torch.nn.functional as F
+from head_cases import D64, backend  # noqa: F401
 
 import flashpair
 from flashpair import heads
-
-BACKENDS = ["reference", *(["cpu"] if "cpu" in support.FUSED else [])]
-D64 = torch.float64
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with flashpair.use_backend(request.param):
-        yield request.param
 
 
 def negative_cosines(x, labels):
