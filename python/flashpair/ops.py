@@ -33,11 +33,11 @@ class Needs:
     params: tuple[bool, ...]  # per entry of Request.params
 
 
-def _module(name: str):
+def backend_module(name: str):
     return dispatch.named(name).load()
 
 
-def _wide(x: Tensor):
+def without_autocast(x: Tensor):
     """Autocast off: it would narrow the matrix products of a backend."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -65,8 +65,8 @@ def pair_stats(
     max_workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # (R, B), (C, N)
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
-    with _wide(x):
-        return _module(backend).stats(request)
+    with without_autocast(x):
+        return backend_module(backend).stats(request)
 
 
 @pair_stats.register_fake
@@ -87,7 +87,7 @@ def _stats_backward(ctx, grad_rows, grad_columns):
     spec, consts, backend, max_workspace_bytes = ctx.static
     need_x, need_y = ctx.needs_input_grad[:2]
     # In x, y, labels, ref_labels, pair_mask, exclude, params, ... the list counts as one entry of nested flags.
-    need_params = [bool(n) for n in _nested(ctx.needs_input_grad[6], len(params))]
+    need_params = [bool(n) for n in nested_flags(ctx.needs_input_grad[6], len(params))]
     dx, dy, dparams = _call_weights(
         grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
         spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
@@ -95,7 +95,7 @@ def _stats_backward(ctx, grad_rows, grad_columns):
     return dx, dy, None, None, None, None, dparams, None, None, None, None
 
 
-def _nested(flags, count: int):
+def nested_flags(flags, count: int):
     return flags if isinstance(flags, (list, tuple)) else [flags] * count
 
 
@@ -135,8 +135,8 @@ def pair_weights(
 ) -> list[Tensor]:  # dx, dy, *dparams; (0,) where not needed
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
     needs = Needs(need_x, need_y, tuple(need_params))
-    with _wide(x):
-        dx, dy, dparams = _module(backend).weights(
+    with without_autocast(x):
+        dx, dy, dparams = backend_module(backend).weights(
             request, rows, columns, grad_rows.contiguous(), grad_columns.contiguous(), needs
         )
     return _gradients(request, needs, dx, dy, dparams)
@@ -150,7 +150,7 @@ def _gradients(request: Request, needs: Needs, dx, dy, dparams) -> list[Tensor]:
     return grads
 
 
-def _gradients_fake(x, y, params, need_x, need_y, need_params) -> list[Tensor]:
+def gradients_fake(x, y, params, need_x, need_y, need_params) -> list[Tensor]:
     wanted = [(x, need_x), (y, need_y), *zip(params, need_params, strict=True)]
     return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in wanted]
 
@@ -160,7 +160,7 @@ def _(
     grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
     spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
 ):  # fmt: skip
-    return _gradients_fake(x, y, params, need_x, need_y, need_params)
+    return gradients_fake(x, y, params, need_x, need_y, need_params)
 
 
 def _weights_backward(ctx, grads):
@@ -192,8 +192,8 @@ def pair_sum(
 ) -> list[Tensor]:  # total, dx, dy, *dparams
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
     needs = Needs(need_x, need_y, tuple(need_params))
-    with _wide(x):
-        total, dx, dy, dparams = _module(backend).sums(request, needs)
+    with without_autocast(x):
+        total, dx, dy, dparams = backend_module(backend).sums(request, needs)
     return [total, *_gradients(request, needs, dx, dy, dparams)]
 
 
@@ -203,7 +203,7 @@ def _(
     spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
 ):  # fmt: skip
     total = x.new_empty((), dtype=statistics_dtype(x))
-    return [total, *_gradients_fake(x, y, params, need_x, need_y, need_params)]
+    return [total, *gradients_fake(x, y, params, need_x, need_y, need_params)]
 
 
 class _Once(torch.autograd.Function):
@@ -267,8 +267,8 @@ def pair_mine(
         numbers = (None if low == -torch.inf else low, None if high == torch.inf else high)
         above, below = (bounds[i].reshape(-1) if i >= 0 else v for i, v in zip((above, below), numbers, strict=True))
         request.extremes.append(Extreme(Mask(mask), bool(largest), k, above, below))
-    with _wide(x):
-        found = _module(backend).mine(request)
+    with without_autocast(x):
+        found = backend_module(backend).mine(request)
     return [t for pair in found for t in pair]
 
 

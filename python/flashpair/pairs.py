@@ -39,12 +39,12 @@ def _refuse_negative(**indices: Tensor) -> None:
             raise IndexError(f"{name} must not be negative (-1 marks a missing entry of mine); got {int(index.min())}")
 
 
-def _accumulate(into: Tensor, index: Tensor, values: Tensor) -> None:
+def accumulate(into: Tensor, index: Tensor, values: Tensor) -> None:
     """into[index] += values, deterministically."""
     into.index_put_((index,), values, accumulate=True) if into.is_cuda else into.index_add_(0, index, values)
 
 
-_EPS = 1e-12  # as in `reference.normalized`
+EPSILON = 1e-12  # as in `reference.normalized`
 
 
 def _norms(x: Tensor, wanted: bool) -> Tensor | None:
@@ -52,7 +52,7 @@ def _norms(x: Tensor, wanted: bool) -> Tensor | None:
     if not wanted:
         return None
     dtype = statistics_dtype(x)
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(_EPS)
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(EPSILON)
 
 
 def _rows_at(x: Tensor, norms: Tensor | None, index: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ def _pair_similarity_backward(
         g, i, j = grad[part, None], rows[part], columns[part]
         a, b = _rows_at(x, x_norms, i), _rows_at(other, y_norms, j)
         if similarity == Similarity.DOT:
-            _accumulate(dx, i, g * b)
-            _accumulate(dy, j, g * a)
+            accumulate(dx, i, g * b)
+            accumulate(dy, j, g * a)
         else:
             difference = g * (a - b)
-            _accumulate(dx, i, difference)
-            _accumulate(dy, j, -difference)
+            accumulate(dx, i, difference)
+            accumulate(dy, j, -difference)
     sides = [(dx, x, x_norms)] if y is None else [(dx, x, x_norms), (dy, y, y_norms)]
     return [_through_norm(gradient, side, norms).to(side.dtype) for gradient, side, norms in sides]
 
@@ -124,7 +124,7 @@ def _through_norm(gradient: Tensor, x: Tensor, norms: Tensor | None) -> Tensor:
         part = slice(start, start + step)
         unit = x[part].to(gradient.dtype) / norms[part]
         along = (unit * gradient[part]).sum(-1, keepdim=True)
-        gradient[part] -= unit.mul_(torch.where(norms[part] <= _EPS, 0.0, along))
+        gradient[part] -= unit.mul_(torch.where(norms[part] <= EPSILON, 0.0, along))
     return gradient.div_(norms)
 
 

@@ -58,7 +58,8 @@ def _outside_autocast(primitive: Callable) -> Callable:
     return call
 
 
-def _needs_grad(*tensors) -> bool:
+def needs_grad(*tensors) -> bool:
+    """Whether a backward pass may follow: gradients are on and one of the tensors wants its own."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
@@ -134,7 +135,7 @@ def pair_reduce(
         return reduce_pairs(x, y, list(terms), pairs, labels, ref_labels, similarity, normalize)
     workspace = workspace_bytes(max_workspace_bytes)
     backend = dispatch.choose(x, rows * columns)
-    keep = _needs_grad(x, y, *(v for t in terms for v in vars(t).values()))
+    keep = needs_grad(x, y, *(v for t in terms for v in vars(t).values()))
     params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, keep, precision)
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
@@ -202,7 +203,7 @@ def pair_sum(
         return torch.stack([r.sum() for r in reference.pair_reduce(request)]).sum()
     return ops.pair_sum(
         x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, workspace,
-        _needs_grad(x), _needs_grad(y), [_needs_grad(p) for p in params],
+        needs_grad(x), needs_grad(y), [needs_grad(p) for p in params],
     )[0]  # fmt: skip
 
 

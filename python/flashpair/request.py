@@ -15,8 +15,8 @@ from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Si
 
 #: Tensor parameters of a term, in the order of their indices in the flat form.
 PARAMETERS = ("scale", "offset", "other_offset", "weight", "above", "below")
-_HEADER = 5  # similarity, normalize, exclude_self, keep, precision
-_PER_TERM = 6 + len(PARAMETERS)
+HEADER = 5  # similarity, normalize, exclude_self, keep, precision
+PER_TERM = 6 + len(PARAMETERS)
 _PER_EXTREME = 5
 
 
@@ -141,8 +141,8 @@ def encode(
 def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
     """Inverse of `encode` for the terms."""
     terms = []
-    for t in range((len(spec) - _HEADER) // _PER_TERM):
-        fields = spec[_HEADER + t * _PER_TERM : _HEADER + (t + 1) * _PER_TERM]
+    for t in range((len(spec) - HEADER) // PER_TERM):
+        fields = spec[HEADER + t * PER_TERM : HEADER + (t + 1) * PER_TERM]
         scale, offset, above, below, constant = consts[5 * t : 5 * t + 5]
         index = dict(zip(PARAMETERS, fields[6:], strict=True))
         numbers = {
@@ -173,8 +173,8 @@ def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> 
 def count_slots(spec: list[int]) -> tuple[int, int]:
     """Number of statistic vectors (rows, columns) of a flat request, from its ints alone."""
     used = [0, 0]
-    for t in range((len(spec) - _HEADER) // _PER_TERM):
-        at = _HEADER + t * _PER_TERM
+    for t in range((len(spec) - HEADER) // PER_TERM):
+        at = HEADER + t * PER_TERM
         used[spec[at + 3]] += Reduction(spec[at]).slots
     return used[0], used[1]
 

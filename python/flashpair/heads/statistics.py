@@ -19,9 +19,9 @@ from torch import Tensor
 from .. import checks, dispatch, ops, reference
 from ..algebra import merge
 from ..ops import Needs
-from ..pairs import _EPS, _accumulate
-from ..primitives import _needs_grad
-from ..request import _HEADER, _PER_TERM, Request, count_slots, decode, decode_terms, encode, statistics_dtype
+from ..pairs import EPSILON, accumulate
+from ..primitives import needs_grad
+from ..request import HEADER, PER_TERM, Request, count_slots, decode, decode_terms, encode, statistics_dtype
 from ..terms import Axis, Precision, Reduction, Score, Similarity, Term
 from ..workspace import workspace_bytes
 
@@ -54,7 +54,7 @@ class Pass:
     ) -> None:  # fmt: skip
         self.x, self.weight, self.labels, self.selected = x, weight, labels, selected
         self.params, self.spec, self.consts = list(params), spec, consts
-        self.backend, self.workspace = ops._module(backend), workspace
+        self.backend, self.workspace = ops.backend_module(backend), workspace
         self.classes = weight.shape[0] if selected is None else selected.shape[0]
         self.blocks = class_blocks(self.classes, weight.shape[1], backend, workspace) if blocks is None else blocks
         self.along = _along_classes(spec, consts, self.params)
@@ -120,7 +120,7 @@ def _unit(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     rows = rows.to(statistics_dtype(rows))
     if not normalize:
         return rows, None
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(_EPS)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(EPSILON)
     return rows / norms, norms
 
 
@@ -128,7 +128,7 @@ def _through(gradient: Tensor, unit: Tensor, norms: Tensor | None) -> Tensor:
     """Gradient of rows from that of rows / norm; the floor of the norm has no slope."""
     if norms is None:
         return gradient
-    along = torch.where(norms <= _EPS, 0.0, (unit * gradient).sum(1, keepdim=True))
+    along = torch.where(norms <= EPSILON, 0.0, (unit * gradient).sum(1, keepdim=True))
     return (gradient - unit * along) / norms
 
 
@@ -169,7 +169,7 @@ def class_stats(
     max_workspace_bytes: int,
     gradient_filter: float,
 ) -> tuple[Tensor, Tensor]:  # similarities (B, K), rows (R, B)
-    with ops._wide(x):
+    with ops.without_autocast(x):
         rows = Pass(x, weight, labels, params, spec, consts, backend, max_workspace_bytes).statistics()
         return listed_similarity(x, weight, index, bool(spec[1])), rows
 
@@ -189,7 +189,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_listed, grad_rows):
     x, weight, labels, index, rows, *params = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    need_params = [bool(n) for n in ops._nested(ctx.needs_input_grad[4], len(params))]
+    need_params = [bool(n) for n in ops.nested_flags(ctx.needs_input_grad[4], len(params))]
     dx, dw, *dparams = class_weights(
         grad_listed, grad_rows, rows, x, weight, labels, index, params, *ctx.static, need_x, need_weight, need_params
     )
@@ -221,7 +221,7 @@ def class_weights(
 ) -> list[Tensor]:  # dx, dW, *dparams; (0,) where not needed
     params, spec, consts = _filtered(rows, list(params), spec, consts, gradient_filter)
     needs = Needs(need_x, need_weight, (*need_params, *[False] * (len(params) - len(need_params))))
-    with ops._wide(x):
+    with ops.without_autocast(x):
         run = Pass(x, weight, labels, params, spec, consts, backend, max_workspace_bytes)
         blocks: list[Tensor] = []
         dw = torch.empty_like(weight) if need_weight and len(run.blocks) > 1 else None
@@ -234,7 +234,7 @@ def class_weights(
                 if need_x:
                     dx += to_x
                 if need_weight:
-                    _accumulate(dw, classes, to_own.to(dw.dtype))
+                    accumulate(dw, classes, to_own.to(dw.dtype))
     absent = x.new_empty(0)
     return [
         dx.to(x.dtype) if need_x else absent,
@@ -251,7 +251,7 @@ def _(
     grad_listed, grad_rows, rows, x, weight, labels, index, params, spec, consts, backend, max_workspace_bytes,
     gradient_filter, need_x, need_weight, need_params,
 ):  # fmt: skip
-    return ops._gradients_fake(x, weight, params, need_x, need_weight, need_params)
+    return ops.gradients_fake(x, weight, params, need_x, need_weight, need_params)
 
 
 def _class_weights_backward(ctx, grads):
@@ -272,12 +272,12 @@ def _filtered(rows: Tensor, params: list[Tensor], spec: list[int], consts: list[
     for t, term in enumerate(decode_terms(spec, consts, params)):
         if term.reduction != Reduction.LOGSUMEXP:
             continue
-        slot = sum(Reduction(spec[_HEADER + _PER_TERM * k]).slots for k in range(t))
+        slot = sum(Reduction(spec[HEADER + PER_TERM * k]).slots for k in range(t))
         bound = ((rows[slot] + math.log(least) - term.offset) / term.scale).to(rows.dtype)
         if term.above is not None:
             known = term.above
             bound = torch.maximum(bound, known.to(bound.dtype)) if isinstance(known, Tensor) else bound.clamp_min(known)
-        spec[_HEADER + _PER_TERM * t + _PER_TERM - 2] = len(params)
+        spec[HEADER + PER_TERM * t + PER_TERM - 2] = len(params)
         params.append(bound)
     return params, spec, consts
 
@@ -305,7 +305,7 @@ class _Updating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, update, x, weight, labels, index, spec, consts, backend, workspace, *params):
         run = _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace)
-        with ops._wide(x):
+        with ops.without_autocast(x):
             rows = run.statistics()
             listed = listed_similarity(x, weight, full_index(update, index), bool(spec[1]))
         ctx.save_for_backward(x, weight, labels, index, rows, *params)
@@ -318,7 +318,7 @@ class _Updating(torch.autograd.Function):
         update, spec, consts, backend, workspace = ctx.static
         need_params = tuple(ctx.needs_input_grad[9:])
         run = _updating_pass(update, x, weight, labels, params, spec, consts, backend, workspace)
-        with torch.no_grad(), ops._wide(x):
+        with torch.no_grad(), ops.without_autocast(x):
             own = list(listed_gradients(grad_listed, x, weight, full_index(update, index), bool(spec[1])))
             # A logsumexp over no class is -inf; NaN compares false.
             finite = torch.stack([(rows < torch.inf).all(), *(t.isfinite().all() for t in (x, grad_rows, grad_listed))])
@@ -328,7 +328,7 @@ class _Updating(torch.autograd.Function):
                 for (_, _, rows_of_dw), column in zip(own, index.unbind(1), strict=True):
                     inside = (column >= block.start) & (column < block.stop)
                     where = torch.where(inside, column - block.start, 0)
-                    _accumulate(gradient, where, torch.where(inside[:, None], rows_of_dw, 0.0).to(gradient.dtype))
+                    accumulate(gradient, where, torch.where(inside[:, None], rows_of_dw, 0.0).to(gradient.dtype))
                 update.step(block if update.selected is None else update.selected[block], gradient, finite)
 
             dx, dparams = run.gradients(rows, grad_rows, Needs(True, True, need_params), take)
@@ -422,7 +422,7 @@ def class_statistics(
     workspace = workspace_bytes(max_workspace_bytes)
     with torch.autocast(x.device.type, enabled=False):
         backend = dispatch.choose(x, x.shape[0] * classes)
-        keep = update is None and _needs_grad(x, weight, *(v for t in terms for v in vars(t).values()))
+        keep = update is None and needs_grad(x, weight, *(v for t in terms for v in vars(t).values()))
         params, spec, consts = encode(list(terms), Similarity.DOT, normalize, False, keep, precision)
         if update is not None:
             if backend == "reference" or gradient_filter:
