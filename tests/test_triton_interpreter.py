@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import support
 import torch
@@ -41,6 +42,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of i
 if INTERPRETED:
     import triton.language as tl
     from flashpair.kernels import configs, extremes, launch, masks, reductions, scores, stats, tiles, weights
+    from triton.runtime import interpreter
 
     SMALL = configs.TileConfig(16, 32, 16, warps=4, stages=1, parts=2, group=2)
 
@@ -67,8 +69,18 @@ def _small_tiles_in_poisoned_memory(monkeypatch):
         return
     torch.set_num_threads(1)
     monkeypatch.setattr(torch, "empty", _poisoned)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_in_order)
     with configs.override(SMALL):
         yield
+
+
+def _dot_in_order(_, a, b, d, *options):
+    """A product whose elements are summed in the order of the features, as on a GPU: both passes see one S.
+
+    The interpreter's own asks NumPy's BLAS, which on some processors rounds a tile and its transpose apart.
+    """
+    product = np.einsum("ik,kj->ij", a.data, b.data, dtype=d.data.dtype, casting="unsafe")
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _shape(side: str, b: int = 33, n: int = 18) -> tuple[int, int | None]:
