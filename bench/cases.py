@@ -217,10 +217,10 @@ def dense_circle(i: Inputs, m: float = 0.4, gamma: float = 80.0) -> Tensor:
 
 def dense_arc_face(i: Inputs, margin: float = 0.5, scale: float = 64.0) -> Tensor:
     """As public code does it, on the cosine of each row with its own class alone."""
-    logits = cosine(i.x, i.y)
-    own = logits[torch.arange(len(logits)), i.labels].clamp(-1 + 1e-6, 1 - 1e-6)
+    logits, rows = cosine(i.x, i.y), torch.arange(len(i.x), device=i.x.device)
+    own = logits[rows, i.labels].clamp(-1 + 1e-6, 1 - 1e-6)
     moved = torch.where(own > math.cos(math.pi - margin), (own.acos() + margin).cos(), own - margin * math.sin(margin))
-    return F.cross_entropy(scale * logits.index_put((torch.arange(len(logits)), i.labels), moved), i.labels)
+    return F.cross_entropy(scale * logits.index_put((rows, i.labels), moved), i.labels)
 
 
 def dense_linear(i: Inputs) -> Tensor:
@@ -484,7 +484,7 @@ def gpu_jobs() -> list[Job]:
     names = ("clip", "supcon", "siglip", "ms-random", "ms-trained", "batch-hard")
     half = "bfloat16"
     jobs = [Job(name, 32768, 512, half) for name in (*names, "ntxent")]
-    jobs += [Job("clip", 32768, 1024, half, compiled=False)]
+    jobs += [Job("clip", 32768, 1024, half, compiled=False), Job("arcface", 1024, 512, half, compiled=False)]
     jobs += [Job(name, 4096, 512, half, compiled=name in names[:2]) for name in names]
     jobs += [Job("clip", batch, 512, "float32", compiled=False) for batch in (4096, 16384)]
     rest = [(b, d) for d in (512, 128, 1024) for b in (16384, 4096, 32768)]

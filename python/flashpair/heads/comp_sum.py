@@ -134,8 +134,8 @@ class Focal(Formula):
         return torch.exp(self.gamma * logits.log_other) * logits.cross_entropy
 
 
-class AsymmetricUnhinged(Formula):
-    """((a - p_y)^q - (a - 1)^q) / q ("AUL").
+class AUL(Formula):
+    """Asymmetric unhinged loss, ((a - p_y)^q - (a - 1)^q) / q.
 
     Args:
         a: > 1. Default 1.5.
@@ -148,8 +148,8 @@ class AsymmetricUnhinged(Formula):
 
     Example:
         >>> import torch
-        >>> from flashpair.heads import AsymmetricUnhinged, class_loss
-        >>> formula = AsymmetricUnhinged(a=2.0, q=1.0)  # 1 - p
+        >>> from flashpair.heads import AUL, class_loss
+        >>> formula = AUL(a=2.0, q=1.0)  # 1 - p
         >>> round(float(class_loss(torch.zeros(1, 2), torch.eye(2), torch.tensor([0]), formula=formula)), 4)
         0.5
     """
@@ -166,8 +166,8 @@ class AsymmetricUnhinged(Formula):
         return low**self.q * torch.expm1(self.q * torch.log1p(complement(logits) / low)) / self.q
 
 
-class AsymmetricGeneralized(Formula):
-    """((a + 1)^q - (a + p_y)^q) / q ("AGCE").
+class AGCE(Formula):
+    """Asymmetric generalised cross-entropy, ((a + 1)^q - (a + p_y)^q) / q.
 
     Args:
         a: > 0. Default 1.
@@ -180,8 +180,8 @@ class AsymmetricGeneralized(Formula):
 
     Example:
         >>> import torch
-        >>> from flashpair.heads import AsymmetricGeneralized, class_loss
-        >>> formula = AsymmetricGeneralized(a=1.0, q=1.0)  # 1 - p
+        >>> from flashpair.heads import AGCE, class_loss
+        >>> formula = AGCE(a=1.0, q=1.0)  # 1 - p
         >>> round(float(class_loss(torch.zeros(1, 2), torch.eye(2), torch.tensor([0]), formula=formula)), 4)
         0.5
     """
