@@ -347,3 +347,20 @@ def test_shards_that_do_not_fit_change_nothing():
     with pytest.raises(ValueError, match="what save_shard returned"):
         load_shard(head, {"weight": torch.zeros(7, 4)})
     assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimisers_state_dict_goes_on_where_it_was(name):
+    """torch's own way to save: the same steps follow."""
+    fused, _, options = OPTIMIZERS[name]
+    both = [ClassHead(11, 4, dtype=DTYPE) for _ in range(2)]
+    optimizers = [fused([head.weight], **options) for head in both]
+    for head, optimizer in zip(both, optimizers, strict=True):
+        head.fuse(optimizer)
+    first = batch(seed=0)
+    both[0](*first).backward()
+    both[1].load_state_dict(both[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for head in both:
+        head(*batch(seed=1)).backward()
+    assert torch.equal(both[0].weight, both[1].weight)
