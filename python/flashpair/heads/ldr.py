@@ -81,7 +81,8 @@ def ldr_top_k_loss(
 
         1/k Σ_{j<=m} a_j + λ m/k log k + λ M (Z_m - log M) - λ log C,    M = 1 - m/k
 
-    in closed form. λ → 0 is the top-k hinge. Takes the k largest rivals of each row and a logsumexp of the rest.
+    in closed form. λ → 0 is the top-k hinge. Takes the k largest rivals of each row and a logsumexp of the rest. Rivals
+    that tie exactly with the k-th count in the value; their share of the gradient goes to the k-th alone.
 
     Args:
         x, weight, labels, normalize, sample_weight, ignore_index, reduction: see `class_loss`.
