@@ -87,8 +87,12 @@ class Weights {
       state.dy.zero(columns * y.ld);
       return state.dy.get();
     }
-    for (int j = 0; j < columns; ++j)
-      memcpy(state.dy.get() + j * y.ld, gradients_.dy + y.index[j0 + j] * y.features, y.features * sizeof(T));
+    for (int j = 0; j < columns; ++j) {
+      T* row = state.dy.get() + j * y.ld;
+      memcpy(row, gradients_.dy + y.index[j0 + j] * y.features, y.features * sizeof(T));
+      // The tile before may have left a NaN in the padding, which `finish` sums.
+      memset(row + y.features, 0, (y.ld - y.features) * sizeof(T));
+    }
     return state.dy.get();
   }
 

@@ -63,7 +63,9 @@ def test_the_bound_tells_a_matrix():
 # --- resident memory --------------------------------------------------------------------------------------------------
 
 ROWS, FEATURES = 16384, 64  # S would take 1 GiB
+COLUMNS = 400_000  # 98 MiB
 MIB = 1 << 20
+WORKSPACE = 32 * MIB
 
 
 def _measure(backend: str, name: str, side: str, rows: int, threads: int) -> None:
@@ -97,24 +99,49 @@ def _measure(backend: str, name: str, side: str, rows: int, threads: int) -> Non
             loss = sum(torch.where(o.isinf(), 0.0, o).mean() for o in outputs if o.requires_grad)
             loss.backward()
 
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
     run(data_of(256))  # code pages, threads and their arenas
     data = data_of(rows)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
-    before = status("VmRSS")
+    before = _status("VmRSS")
     run(data)
     inputs = sum(t.numel() * t.element_size() for t in (data.x, data.y) if t is not None)
-    print(json.dumps({"growth": status("VmHWM") - before, "inputs": inputs}))
+    print(json.dumps({"growth": _status("VmHWM") - before, "inputs": inputs}))
+
+
+def _measure_columns(backend: str, columns: int, threads: int) -> None:
+    """As `_measure`, of a few rows against many columns: a class head, a memory bank."""
+    import flashpair
+
+    torch.set_num_threads(threads)
+    flashpair.set_max_workspace_bytes(WORKSPACE)
+
+    def run(count: int) -> list[torch.Tensor]:
+        x, y = (torch.randn(n, FEATURES).requires_grad_() for n in (64, count))
+        Path("/proc/self/clear_refs").write_text("5")
+        marks.append(_status("VmRSS"))
+        with support.forced(backend):
+            (lse,) = flashpair.pair_reduce(x, y, [flashpair.Term(flashpair.Reduction.LOGSUMEXP)], normalize=True)
+            lse.sum().backward()
+        return [x, y]
+
+    marks: list[int] = []
+    run(2048)
+    flashpair.release_workspace()
+    inputs = sum(t.numel() * t.element_size() for t in run(columns))
+    print(json.dumps({"growth": _status("VmHWM") - marks[-1], "inputs": inputs}))
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def _growth(backend: str, name: str, side: str, rows: int, threads: int = 2) -> tuple[int, int]:
-    code = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_memory_bound as t; "
-        f"t._measure({backend!r}, {name!r}, {side!r}, {rows}, {threads})"
-    )
+    return _in_a_fresh_process(f"t._measure({backend!r}, {name!r}, {side!r}, {rows}, {threads})", threads)
+
+
+def _in_a_fresh_process(call: str, threads: int) -> tuple[int, int]:
+    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_memory_bound as t; {call}"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -148,6 +175,15 @@ def test_resident_growth_with_the_smallest_workspace(name, side, fused, high_wat
     # Beyond the promise: labels, statistics and their gradients, a dozen vectors of 16384 rows (1.5 MiB in float64),
     # and the pages that malloc rounds up.
     allowed = 5 * inputs + threads * 2 * MIB + 3 * MIB
+    assert growth <= allowed, f"grew by {growth / MIB:.1f} MiB; inputs {inputs / MIB:.1f}, allowed {allowed / MIB:.1f}"
+
+
+def test_resident_growth_of_many_columns(fused, high_water_mark):
+    """One gradient of the columns; no copy of them, whole or per thread."""
+    if support.interpreted(fused) or support.device(fused) != "cpu":
+        pytest.skip("a CPU backend is measured")
+    growth, inputs = _in_a_fresh_process(f"t._measure_columns({fused!r}, {COLUMNS}, 2)", 2)
+    allowed = inputs + WORKSPACE + 24 * MIB  # statistics, orders and norms of 400,000 columns take 20
     assert growth <= allowed, f"grew by {growth / MIB:.1f} MiB; inputs {inputs / MIB:.1f}, allowed {allowed / MIB:.1f}"
 
 

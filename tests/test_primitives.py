@@ -236,6 +236,19 @@ def test_not_finite_inputs_show(value, reduction, backend):
         assert torch.equal(column.isfinite(), plain.isfinite())
 
 
+@pytest.mark.parametrize("features", [5, 20])
+def test_a_bad_column_spoils_no_other_column(features, backend):
+    """Several column tiles whose rows end in padding: the gradient of one NaN column stays its own."""
+    if support.interpreted(backend):
+        pytest.skip("many tiles; the padding is a matter of the CPU kernels")
+    data = make(100, 700, features).to(_precise(backend), support.device(backend))
+    with torch.no_grad():
+        data.y[0] = math.nan
+    (total,) = pair_reduce(data.x, data.y, [Term(SUM, axis=Axis.COLUMNS, scale=2.0)], normalize=True)
+    (gradient,) = torch.autograd.grad(total.sum(), data.y)
+    assert gradient[0].isnan().all() and gradient[1:].isfinite().all()
+
+
 def _mean(statistic):
     """The mean of moments (5, owners); any other statistic (owners,) as it is."""
     return statistic[1] if statistic.dim() == 2 else statistic
