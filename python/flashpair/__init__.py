@@ -3,6 +3,7 @@
 from . import heads, losses, miners
 from .dispatch import BackendError, backends, use_backend
 from .primitives import Mined, mine, pair_reduce, pair_similarity, pair_sum
+from .rows import RowPanel, row_reduce
 from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
 from .workspace import release_workspace, set_max_workspace_bytes
 
@@ -25,6 +26,7 @@ __all__ = [
     "Mined",
     "Precision",
     "Reduction",
+    "RowPanel",
     "Score",
     "Similarity",
     "Term",
@@ -38,6 +40,7 @@ __all__ = [
     "pair_similarity",
     "pair_sum",
     "release_workspace",
+    "row_reduce",
     "set_max_workspace_bytes",
     "use_backend",
 ]

@@ -26,7 +26,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     return values[index] if values.is_cuda else values.index_select(0, index)
 
 
-def _segment(values: Tensor, owner: Tensor, owners: int) -> Tensor:
+def segment_sum(values: Tensor, owner: Tensor, owners: int) -> Tensor:
     """(owners,) sums of the values (P,) of each owner, deterministically."""
     zeros = values.new_zeros(owners)
     return zeros.index_put((owner,), values, accumulate=True) if zeros.is_cuda else zeros.index_add(0, owner, values)
@@ -235,7 +235,7 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tenso
     for bound, drops in ((term.above, torch.le), (term.below, torch.ge)):
         if bound is not None:
             keep = keep & ~drops(s.detach(), at(bound, owner))
-    segment = lambda values: _segment(values, owner, owners)  # noqa: E731
+    segment = lambda values: segment_sum(values, owner, owners)  # noqa: E731
     if term.reduction == Reduction.MOMENTS:
         return _moments(s.detach(), keep, owner, owners)
     offset = at(term.offset, owner)
@@ -266,9 +266,9 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tenso
 
 def _moments(s: Tensor, keep: Tensor, owner: Tensor, owners: int) -> Tensor:
     zeros = s.new_zeros(owners)
-    count = _segment(keep.to(s.dtype), owner, owners)
-    mean = _segment(torch.where(keep, s, 0.0), owner, owners) / count.clamp_min(1)
-    variance = _segment(torch.where(keep, (s - mean[owner]) ** 2, 0.0), owner, owners) / count.clamp_min(1)
+    count = segment_sum(keep.to(s.dtype), owner, owners)
+    mean = segment_sum(torch.where(keep, s, 0.0), owner, owners) / count.clamp_min(1)
+    variance = segment_sum(torch.where(keep, (s - mean[owner]) ** 2, 0.0), owner, owners) / count.clamp_min(1)
     low = (zeros + torch.inf).scatter_reduce(0, owner, torch.where(keep, s, torch.inf), "amin")
     high = (zeros - torch.inf).scatter_reduce(0, owner, torch.where(keep, s, -torch.inf), "amax")
     return torch.stack([count, mean, variance, low, high])

@@ -72,7 +72,9 @@ class NormalizedSoftmaxLoss(ProxyLoss):
         if not geometry.normalize:
             proxies = F.normalize(proxies, dim=1)  # the weights are, whatever the distance does with embeddings
         losses = proxy_cross_entropy(x, proxies, labels, geometry, 1 / self.temperature)
-        return reduce_values(losses * self.weights_of(indices_tuple, labels, x), reducer_rule(self.reducer))
+        return reduce_values(
+            losses * self.weights_of(indices_tuple, labels, x), reducer_rule(self.reducer), labels=labels
+        )
 
 
 class ProxyNCALoss(ProxyLoss):
@@ -117,4 +119,4 @@ class ProxyNCALoss(ProxyLoss):
     def of_rows(self, x: Tensor, proxies: Tensor, labels: Tensor, indices_tuple) -> Tensor:
         losses = proxy_cross_entropy(x, proxies, labels, geometry_of(self.distance), self.softmax_scale)
         weights = self.weights_of(indices_tuple, labels, x, anchors_only=True)
-        return reduce_values(losses * weights, reducer_rule(self.reducer))
+        return reduce_values(losses * weights, reducer_rule(self.reducer), labels=labels)

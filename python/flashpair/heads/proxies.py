@@ -9,33 +9,10 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..losses.metric import MetricLoss
-from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..losses.weights import row_weights
 from ..request import statistics_dtype
 from .head import check_size
 from .statistics import check_classes
-
-
-def row_weights(indices_tuple, labels: Tensor, dtype: torch.dtype, anchors_only: bool = False) -> Tensor | None:
-    """(B,) how often a row was mined over how often the most frequent one was; None without a miner.
-
-    Args:
-        indices_tuple: what a miner returned, or index tensors (3 or 4), or None.
-        labels: (B,)
-        anchors_only: count rows as anchors only.
-    """
-    if indices_tuple is None:
-        return None
-    if isinstance(indices_tuple, (MinedPairs, MinedTriplets)):
-        indices_tuple = indices_tuple.as_tuple()
-    check_indices(indices_tuple, labels.shape[0], labels.shape[0], labels.device)
-    if anchors_only:
-        indices_tuple = [t for k, t in enumerate(indices_tuple) if k == 0 or (len(indices_tuple) == 4 and k == 2)]
-    indices = torch.cat(list(indices_tuple))
-    if indices.numel() == 0:
-        return None
-    ones = torch.ones_like(indices, dtype=dtype)
-    counts = torch.zeros(labels.shape[0], dtype=dtype, device=labels.device).index_add_(0, indices, ones)
-    return counts / counts.max()
 
 
 class ProxyLoss(MetricLoss):

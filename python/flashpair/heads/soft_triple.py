@@ -104,4 +104,6 @@ class SoftTripleLoss(ProxyLoss):
             per_class=3 * self.centers_per_class,
         )  # fmt: skip
         losses = F.softplus(rivals - self.la * (own - self.margin), threshold=40)
-        return reduce_values(losses * self.weights_of(indices_tuple, labels, x), reducer_rule(self.reducer))
+        return reduce_values(
+            losses * self.weights_of(indices_tuple, labels, x), reducer_rule(self.reducer), labels=labels
+        )

@@ -1,6 +1,8 @@
-"""Circle loss with pair-wise labels."""
+"""Circle loss with pair-wise labels, by anchor and over the whole batch."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,18 @@ from .reducers import reduce_values, reducer_rule
 def _check_distance(distance) -> None:
     if type(distance) is not CosineSimilarity:
         raise ValueError(f"distance must be CosineSimilarity for CircleLoss; got {type(distance).__name__}")
+
+
+def _terms(m: float, gamma: float) -> list[Term]:
+    """Log-sums over positives and negatives.
+
+    With u = s for negatives and u = 1 - s for positives, both are gamma [u + m]_+ (u - m) with the factor detached.
+    """
+    root = gamma**0.5
+    return [
+        Term(Reduction.LOGSUMEXP, Score.CIRCLE, Mask.SAME, scale=-root, offset=root, constant=root * m),
+        Term(Reduction.LOGSUMEXP, Score.CIRCLE, Mask.DIFFERENT, scale=root, constant=root * m),
+    ]
 
 
 def circle_loss(
@@ -36,19 +50,14 @@ def circle_loss(
     distance = CosineSimilarity() if distance is None else distance
     _check_distance(distance)
     problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
-    # With u = s for negatives and u = 1 - s for positives, both are gamma [u + m]_+ (u - m) with the factor detached.
-    root = gamma**0.5
     (positive, negative), (positives, negatives) = problem.reduce(
-        [
-            Term(Reduction.LOGSUMEXP, Score.CIRCLE, Mask.SAME, scale=-root, offset=root, constant=root * m),
-            Term(Reduction.LOGSUMEXP, Score.CIRCLE, Mask.DIFFERENT, scale=root, constant=root * m),
-        ],
+        _terms(m, gamma),
         counts=(Mask.SAME, Mask.DIFFERENT),
         statistics=return_stats,
     )
     losses = torch.where((positives > 0) & (negatives > 0), F.softplus(positive + negative, threshold=40), 0.0)
     rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
-    return problem.finish(reduce_values(losses, rule))
+    return problem.finish(reduce_values(losses, rule, labels=problem.anchor_labels))
 
 
 class CircleLoss(MetricLoss):
@@ -94,3 +103,47 @@ class CircleLoss(MetricLoss):
             embeddings, labels, indices_tuple, ref_emb, ref_labels,
             m=self.m, gamma=self.gamma, distance=self.distance, reducer=self.reducer, return_stats=return_stats,
         )  # fmt: skip
+
+
+class PairCircleLoss(CircleLoss):
+    """Circle loss in which all positive pairs of the batch meet all its negative pairs.
+
+        loss = softplus( LSE_{all negative pairs} γ [s + m]_+ (s - m) + LSE_{all positive pairs} γ [1 + m - s]_+ (1 - m - s) )
+
+    one number for the batch, each unordered pair once, as in the widely used implementation of the paper; reducers do
+    not change it. A batch without positives or negatives has loss 0.
+
+    Args:
+        m: relaxation. Default 0.4.
+        gamma: γ > 0, scale. Default 80.
+        **kwargs: see `MetricLoss`. The distance is CosineSimilarity.
+
+    Raises:
+        ValueError, TypeError: on a bad number or an unsupported distance.
+
+    Source: Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020, equation 6.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import PairCircleLoss
+        >>> embeddings, labels = torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])
+        >>> round(float(PairCircleLoss()(embeddings, labels)), 4)
+        0.0
+    """
+
+    def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
+        problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, self.distance)
+        problem.measure = return_stats
+        found, _ = problem.reduce(_terms(self.m, self.gamma))
+        # Where the rows are the columns every pair was met from both ends.
+        twice = math.log(2) if problem.y is None and problem.pairs is None and not problem.bounds else 0.0
+        some = [log_sum > -torch.inf for log_sum in found]
+        total = sum(_log_sum(log_sum, kept) - twice for log_sum, kept in zip(found, some, strict=True))
+        loss = torch.where(some[0].any() & some[1].any(), F.softplus(total, threshold=40), 0.0)
+        return problem.finish(loss)
+
+
+def _log_sum(values: Tensor, kept: Tensor) -> Tensor:
+    """logsumexp of the kept values, 0 without any, with no gradient of those that are not."""
+    values = torch.where(kept, values, 0.0)
+    return torch.where(kept.any(), values.masked_fill(~kept, -1e30).logsumexp(0), 0.0)

@@ -8,7 +8,7 @@ from .. import checks
 from ..terms import Mask, Score
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
-from .problem import pair_problem
+from .problem import PairProblem, pair_problem
 from .reducers import pair_losses, reduce_pairs, reducer_rule
 
 
@@ -27,19 +27,36 @@ def contrastive_loss(
 ):
     """Function behind `ContrastiveLoss`."""
     distance = LpDistance() if distance is None else distance
-    reducer = AvgNonZeroReducer() if reducer is None else reducer
     problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance, collapse=False)
+    problem.measure = return_stats
+    return problem.finish(reduce_margins(problem, reducer, pos_margin, neg_margin))
+
+
+def reduce_margins(
+    problem: PairProblem, reducer, pos_margin: float, neg_margin: float, row_scale: float | Tensor = 1.0
+) -> Tensor:
+    """Both parts; distances are `row_scale`, positive, (B,) or one number, times the problem's."""
+    reducer = AvgNonZeroReducer() if reducer is None else reducer
     away = -problem.geometry.sign  # +1 where a larger value means farther apart
     parts = [
         pair_losses(
-            reducer_rule(reducer, "pos_loss"), Score.HINGE, Mask.SAME, away, -away * pos_margin, growing=away > 0
+            reducer_rule(reducer, "pos_loss"),
+            Score.HINGE,
+            Mask.SAME,
+            away * row_scale,
+            -away * pos_margin,
+            growing=away > 0,
         ),
         pair_losses(
-            reducer_rule(reducer, "neg_loss"), Score.HINGE, Mask.DIFFERENT, -away, away * neg_margin, growing=away < 0
+            reducer_rule(reducer, "neg_loss"),
+            Score.HINGE,
+            Mask.DIFFERENT,
+            -away * row_scale,
+            away * neg_margin,
+            growing=away < 0,
         ),
     ]
-    positive, negative = reduce_pairs(problem, parts, statistics=return_stats)
-    return problem.finish(positive + negative)
+    return sum(reduce_pairs(problem, parts))
 
 
 class ContrastiveLoss(MetricLoss):

@@ -11,7 +11,7 @@ from ..terms import Similarity
 from .geometry import Geometry
 from .peer import BaseCrossBatchMemory
 from .problem import check_call
-from .triplet_margin import join_pairs
+from .triplets import join_pairs
 
 
 def _positive_integer(name: str, value: int) -> None:

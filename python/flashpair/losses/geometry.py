@@ -43,6 +43,21 @@ def geometry_of(distance) -> Geometry:
     )
 
 
+def require(distance, loss: str, kinds: tuple[type, ...], *, normalized: bool = False, powers=(1, 2)) -> Geometry:
+    """The geometry of a distance that a loss is defined with.
+
+    Raises:
+        ValueError: on another kind or power, or without normalisation where that is part of the definition.
+    """
+    if type(distance) in kinds and distance.power in powers and (distance.normalize_embeddings or not normalized):
+        return geometry_of(distance)
+    names = " or ".join(kind.__name__ for kind in kinds)
+    wanted = f"{names} (power {' or '.join(map(str, powers))}{', of normalised embeddings' if normalized else ''})"
+    shown = f"{type(distance).__name__}(power={getattr(distance, 'power', None)}, "
+    shown += f"normalize_embeddings={getattr(distance, 'normalize_embeddings', None)})"
+    raise ValueError(f"distance must be {wanted} for {loss}; got {shown}")
+
+
 def convert_threshold(value: Tensor, source: Geometry, target: Geometry) -> Tensor | None:
     """The threshold in `target` that cuts pairs where `value` does in `source`; None where there is none.
 

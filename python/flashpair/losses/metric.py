@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor
 
 from .geometry import geometry_of
-from .peer import BaseMetricLossFunction, CosineSimilarity, MeanReducer
-from .reducers import reducer_rule
+from .peer import INSTALLED, BaseMetricLossFunction, CosineSimilarity, MeanReducer
+from .problem import PairProblem, pair_problem
+from .reducers import Rule, reducer_rule
+
+
+def peer_losses():
+    """pytorch-metric-learning's losses."""
+    from pytorch_metric_learning import losses
+
+    return losses
 
 
 class MetricLoss(BaseMetricLossFunction):
@@ -18,13 +28,25 @@ class MetricLoss(BaseMetricLossFunction):
         embedding_regularizer: callable on the embeddings whose value is added to the loss. Default: none.
         embedding_reg_weight: its weight.
         collect_stats: accepted for compatibility; statistics come from `return_stats=True` at the call.
+        dense_fallback: compute a distance or reducer that has no fused form with pytorch-metric-learning's class of the
+            same name, whose memory grows with B × N (or with the number of triplets), instead of raising. Default: no.
     """
 
     #: Whether the loss says what DivisorReducer divides by.
     names_divisor = False
+    #: Whether a pair listed twice in an index tuple counts once.
+    collapse = True
+    #: Whether an index tuple weights the anchors instead of choosing pairs.
+    weighs_rows = False
 
     def __init__(
-        self, distance=None, reducer=None, embedding_regularizer=None, embedding_reg_weight=1, collect_stats=None
+        self,
+        distance=None,
+        reducer=None,
+        embedding_regularizer=None,
+        embedding_reg_weight=1,
+        collect_stats=None,
+        dense_fallback: bool = False,
     ) -> None:
         super().__init__(
             distance=distance,
@@ -33,9 +55,34 @@ class MetricLoss(BaseMetricLossFunction):
             embedding_reg_weight=embedding_reg_weight,
             collect_stats=collect_stats,
         )
+        self.dense = False
+        try:
+            self.check_distance()
+            for part in self._sub_loss_names():
+                self.check_rule(reducer_rule(self.reducer, part, self.names_divisor))
+        except ValueError as error:
+            if not (INSTALLED and hasattr(peer_losses(), type(self).__name__)):
+                raise
+            if not dense_fallback:
+                raise ValueError(
+                    f"{error}; {type(self).__name__}(..., dense_fallback=True) computes it with pytorch-metric-learning, "
+                    "in memory that grows with B x N or with the number of triplets"
+                ) from None
+            self.dense = True
+
+    def check_distance(self) -> None:
+        """Raises ValueError on a distance that the loss has no fused form for."""
         geometry_of(self.distance)
-        for part in self._sub_loss_names():
-            reducer_rule(self.reducer, part, self.names_divisor)
+
+    def check_rule(self, rule: Rule) -> None:
+        """Raises ValueError on a reducer that the loss has no fused form for."""
+
+    def _dense_loss(self, *call):
+        """The loss by pytorch-metric-learning's class of the same name and arguments."""
+        names = [n for n in inspect.signature(type(self).__init__).parameters if n not in ("self", "kwargs")]
+        arguments = {n: getattr(self, n) for n in names if hasattr(self, n)}
+        peer = getattr(peer_losses(), type(self).__name__)
+        return peer(**arguments, distance=self.distance, reducer=self.reducer).to(call[0].device)(*call)
 
     def _sub_loss_names(self) -> list[str]:
         return ["loss"]
@@ -46,9 +93,21 @@ class MetricLoss(BaseMetricLossFunction):
     def get_default_reducer(self):
         return MeanReducer()
 
-    def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
-        """The loss's function with this module's settings."""
+    def loss_of(self, problem: PairProblem) -> Tensor:
+        """The loss of the pairs of one call."""
         raise NotImplementedError
+
+    def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
+        """The loss of one call, with its statistics where they are wanted."""
+        mined = indices_tuple if self.weighs_rows else None
+        chosen = None if self.weighs_rows else indices_tuple
+        problem = pair_problem(embeddings, labels, chosen, ref_emb, ref_labels, self.distance, collapse=self.collapse)
+        problem.mined, problem.measure = mined, return_stats
+        return problem.finish(self.loss_of(problem))
+
+    def rule(self, part: str = "loss") -> Rule:
+        """How a part of the loss is reduced."""
+        return reducer_rule(self.reducer, part, self.names_divisor)
 
     def forward(
         self,
@@ -73,7 +132,16 @@ class MetricLoss(BaseMetricLossFunction):
         Returns:
             0-d loss in float32 (float64 for float64), or `(loss, PairStatistics)` with `return_stats=True`.
         """
+        if self.dense:
+            if return_stats:
+                raise ValueError("return_stats must be False with dense_fallback; got True")
+            return self._with_regularizer(
+                self._dense_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels), embeddings, False
+            )
         result = self.fused(embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats)
+        return self._with_regularizer(result, embeddings, return_stats)
+
+    def _with_regularizer(self, result, embeddings: Tensor, return_stats: bool):
         if self.embedding_regularizer is None:
             return result
         added = self.embedding_reg_weight * self.embedding_regularizer(embeddings)

@@ -40,7 +40,8 @@ def multi_similarity_loss(
     )
     # From 40 on softplus(z) is z to the last digit of a double.
     rows = F.softplus(positive, threshold=40) / alpha + F.softplus(negative, threshold=40) / beta
-    return problem.finish(reduce_values(rows, reducer_rule(MeanReducer() if reducer is None else reducer)))
+    rule = reducer_rule(MeanReducer() if reducer is None else reducer)
+    return problem.finish(reduce_values(rows, rule, labels=problem.anchor_labels))
 
 
 class MultiSimilarityLoss(MetricLoss):

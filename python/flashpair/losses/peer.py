@@ -7,21 +7,24 @@ is first used): a base class that depended on what else had been imported before
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 try:
-    from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+    from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance, SNRDistance
     from pytorch_metric_learning.losses import BaseMetricLossFunction
     from pytorch_metric_learning.losses import CrossBatchMemory as BaseCrossBatchMemory
     from pytorch_metric_learning.miners import BaseMiner
     from pytorch_metric_learning.reducers import (
         AvgNonZeroReducer,
+        ClassWeightedReducer,
         DivisorReducer,
         MeanReducer,
         MultipleReducers,
+        PerAnchorReducer,
         SumReducer,
         ThresholdReducer,
     )
+    from pytorch_metric_learning.reducers.per_anchor_reducer import aggregation_func
 
     INSTALLED = True
 except Exception:  # absent, or broken by its own dependencies: neither may break this package
@@ -44,6 +47,9 @@ except Exception:  # absent, or broken by its own dependencies: neither may brea
 
     class CosineSimilarity(DotProductSimilarity):
         """`<x, y>` of normalised embeddings."""
+
+    class SNRDistance(_Distance):
+        """`var(x - y) / var(x)` over the features, of normalised embeddings by default."""
 
     class MeanReducer(nn.Module):
         """Mean over all losses."""
@@ -68,6 +74,25 @@ except Exception:  # absent, or broken by its own dependencies: neither may brea
 
     class DivisorReducer(nn.Module):
         """Sum over what the loss says, its divisor."""
+
+    class ClassWeightedReducer(nn.Module):
+        """Mean over the losses times the weight of their anchor's label."""
+
+        def __init__(self, weights: Tensor) -> None:
+            super().__init__()
+            self.weights = weights
+
+    def aggregation_func(x, num_per_row):
+        """The mean of an anchor's losses; stands for itself, the losses never form such a matrix."""
+        raise NotImplementedError
+
+    class PerAnchorReducer(nn.Module):
+        """Mean of the losses of each anchor, then another reducer over the anchors."""
+
+        def __init__(self, reducer: nn.Module | None = None, aggregation_func=aggregation_func) -> None:
+            super().__init__()
+            self.reducer = MeanReducer() if reducer is None else reducer
+            self.aggregation_func = aggregation_func
 
     class MultipleReducers(nn.Module):
         """One reducer for each part of a loss, by name."""
@@ -123,12 +148,16 @@ __all__ = [
     "BaseCrossBatchMemory",
     "BaseMetricLossFunction",
     "BaseMiner",
+    "ClassWeightedReducer",
     "CosineSimilarity",
     "DivisorReducer",
     "DotProductSimilarity",
     "LpDistance",
     "MeanReducer",
     "MultipleReducers",
+    "PerAnchorReducer",
+    "SNRDistance",
     "SumReducer",
     "ThresholdReducer",
+    "aggregation_func",
 ]

@@ -6,6 +6,7 @@ turns them into one pass over all pairs, or into sums over the listed pairs when
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor
 from .. import checks
 from ..algebra import log_add_exp
 from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..pairs import pair_similarity, segment_sum
 from ..primitives import pair_reduce
 from ..request import statistics_dtype
+from ..rows import row_reduce
 from ..terms import Mask, Reduction, Score, Term
 from .arguments import poisoned
 from .geometry import Geometry, geometry_of
+from .ranks import gathered
 from .statistics import PairStatistics, moments
+from .weights import row_weights
 
 _SIGNED = (Mask.SAME, Mask.DIFFERENT)
 
@@ -52,13 +57,17 @@ class PairProblem:
     ref_labels: Tensor | None = None  # (N,)
     exclude: Tensor | None = None  # (B,)
     bounds: dict[Mask, dict[str, Tensor]] = field(default_factory=dict)  # above, below (B,) of each sign
-    pairs: dict[Mask, tuple[Tensor, Tensor]] | None = None  # explicit lists; then labels are unused
+    pairs: dict[Mask, tuple[Tensor, Tensor]] | None = None  # explicit lists; then labels say nothing of the pairs
+    anchor_labels: Tensor | None = None  # (B,), for class weights and parameters of classes
+    mined: object = None  # an index tuple that weights rows instead of choosing pairs
+    measure: bool = False  # whether statistics are wanted
     statistics: PairStatistics | None = None
 
     def reduce(
         self, terms: list[Term], counts: list[Mask] | tuple[Mask, ...] = (), statistics: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Results of the terms, and the number of pairs of each row under each mask of `counts`."""
+        statistics = statistics or (self.measure and self.statistics is None)
         extra = [Term(Reduction.MOMENTS, mask=mask) for mask in _SIGNED] if statistics else []
         known: dict[Mask, Tensor] = {}
         if not statistics and counts:
@@ -66,6 +75,8 @@ class PairProblem:
                 known = label_counts(self.labels, self.ref_labels, self.exclude, statistics_dtype(self.x))
             else:
                 extra = [Term(Reduction.COUNT, Score.IDENTITY, mask, scale=0.0, offset=1.0) for mask in counts]
+        if not terms and not extra:
+            return [], [known[mask] for mask in counts]
         run = self._listed if self.pairs is not None else self._labelled
         results = run([*terms, *extra])
         results, found = results[: len(terms)], results[len(terms) :]
@@ -75,6 +86,73 @@ class PairProblem:
         elif extra:
             known = dict(zip(counts, found, strict=True))
         return results, [known[mask] for mask in counts]
+
+    def row_reduce(self, formula, loss: str, **options) -> tuple[Tensor, ...]:
+        """`flashpair.row_reduce` over the pairs that labels define.
+
+        Raises:
+            ValueError: where the pairs are a list or lie between mined thresholds.
+        """
+        if self.pairs is not None or self.bounds:
+            raise ValueError(f"indices_tuple must be None for {loss}, which looks at whole rows; got one")
+        if self.measure:
+            self.reduce([], statistics=True)
+        return row_reduce(
+            self.x,
+            self.y,
+            formula,
+            labels=self.labels,
+            ref_labels=self.ref_labels,
+            exclude=self.exclude,
+            similarity=self.geometry.similarity,
+            normalize=self.geometry.normalize,
+            **options,
+        )
+
+    def sum_over_positives(self, losses: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """(B,) Σ over each row's positives p of `losses(s_ip, *row tensors)`, whatever the similarity's role in it.
+
+        Only similarities within classes are computed.
+        """
+        if self.pairs is not None:
+            i, p = self.pairs[Mask.SAME]
+            values = losses(self.similarity(i, p), *(r[i] for r in rows))
+            return segment_sum(values, i, self.x.shape[0])
+        bounds = self.bounds.get(Mask.SAME, {})
+        limits = [bounds[k] for k in ("above", "below") if k in bounds]
+
+        def formula(panel, *inputs: Tensor) -> list[Tensor]:
+            cut = len(inputs) - len(limits)
+            s, valid = gathered(panel)
+            for name, limit in zip([k for k in ("above", "below") if k in bounds], inputs[cut:], strict=True):
+                drops = torch.le if name == "above" else torch.ge
+                valid = valid & ~drops(s.detach(), limit[:, None])
+            values = losses(torch.where(valid, s, 0.0), *(r[:, None] for r in inputs[:cut]))
+            return [torch.where(valid, values, 0.0).sum(1)]
+
+        return row_reduce(
+            self.x,
+            self.y,
+            formula,
+            rows=[*rows, *limits],
+            labels=self.labels,
+            ref_labels=self.ref_labels,
+            exclude=self.exclude,
+            similarity=self.geometry.similarity,
+            normalize=self.geometry.normalize,
+            within_class=True,
+        )[0]
+
+    def row_weights(self) -> Tensor | float:
+        """(B,) weights of the anchors from a miner, 1 without one."""
+        columns = None if self.y is None else self.y.shape[0]
+        found = row_weights(self.mined, self.labels, statistics_dtype(self.x), columns is not None, columns)
+        return 1.0 if found is None else found
+
+    def similarity(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(P,) similarities of listed pairs, differentiable."""
+        how = {"similarity": self.geometry.similarity, "normalize": self.geometry.normalize}
+        return pair_similarity(self.x, self.y, rows, columns, **how)
 
     def _labelled(self, terms: list[Term]) -> list[Tensor]:
         parts = [self._parts(term) for term in terms]
@@ -207,16 +285,19 @@ def pair_problem(
         bounds = indices_tuple.bounds_in(geometry)
         if bounds is not None and indices_tuple.mined_from(embeddings, ref_emb):
             mined = indices_tuple
-            return PairProblem(x, mined.columns, geometry, mined.labels, mined.ref_labels, mined.exclude, bounds)
+            return PairProblem(
+                x, mined.columns, geometry, mined.labels, mined.ref_labels, mined.exclude, bounds,
+                anchor_labels=mined.labels if labels is None else labels,
+            )  # fmt: skip
     if isinstance(indices_tuple, (MinedPairs, MinedTriplets)):
         indices_tuple = indices_tuple.as_tuple()
     if indices_tuple is not None:
         check_indices(indices_tuple, x.shape[0], (x if y is None else y).shape[0], x.device)
-        return _from_lists(x, y, geometry, indices_tuple, collapse)
+        return replace(_from_lists(x, y, geometry, indices_tuple, collapse), anchor_labels=labels)
     exclude = None
     same_labels = ref_labels is None or ref_labels is labels
     if y is None and not same_labels:
         y = x
     elif y is not None and ref_labels is labels:
         exclude = torch.arange(x.shape[0], device=x.device)
-    return PairProblem(x, y, geometry, labels, None if y is None else ref_labels, exclude)
+    return PairProblem(x, y, geometry, labels, None if y is None else ref_labels, exclude, anchor_labels=labels)

@@ -1,4 +1,4 @@
-"""How single losses become one number: mean, sum, or mean over the losses between two bounds.
+"""How single losses become one number: mean, sum, mean over the losses between two bounds, class weights, per anchor.
 
 A NaN loss is never outside the bounds, so it always reaches the result.
 """
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from ..terms import Mask, Reduction, Score, Term
 from .arguments import constant
-from .peer import AvgNonZeroReducer, DivisorReducer, MeanReducer, MultipleReducers, SumReducer, ThresholdReducer
+from .peer import (
+    AvgNonZeroReducer,
+    ClassWeightedReducer,
+    DivisorReducer,
+    MeanReducer,
+    MultipleReducers,
+    PerAnchorReducer,
+    SumReducer,
+    ThresholdReducer,
+    aggregation_func,
+)
 from .problem import PairProblem
 
 
@@ -24,6 +34,8 @@ class Rule(NamedTuple):
     low: float | None = None
     high: float | None = None
     divisor: bool = False  # the sum over a number that the loss names
+    class_weights: Tensor | None = None  # (classes,): each loss times the weight of its anchor's label, then the mean
+    per_anchor: Rule | None = None  # the mean of each anchor's losses (0 without any), then this rule over anchors
 
 
 def reducer_rule(reducer, part: str = "loss", divisor: bool = False) -> Rule:
@@ -42,26 +54,84 @@ def reducer_rule(reducer, part: str = "loss", divisor: bool = False) -> Rule:
         return Rule(False, divisor=True)
     if kind in (ThresholdReducer, AvgNonZeroReducer):
         return Rule(True, reducer.low, reducer.high)
-    allowed = "MeanReducer, SumReducer, AvgNonZeroReducer, ThresholdReducer" + (", DivisorReducer" if divisor else "")
+    if kind is ClassWeightedReducer:
+        return Rule(True, class_weights=torch.as_tensor(reducer.weights))
+    if kind is PerAnchorReducer and reducer.aggregation_func is aggregation_func:
+        return Rule(True, per_anchor=reducer_rule(reducer.reducer, part))
+    allowed = (
+        "MeanReducer, SumReducer, AvgNonZeroReducer, ThresholdReducer, ClassWeightedReducer, PerAnchorReducer (with "
+        "its own mean)" + (", DivisorReducer" if divisor else "")
+    )
     raise ValueError(f"reducer must be {allowed}, or MultipleReducers of these; got {kind.__name__}")
 
 
-def reduce_values(values: Tensor, rule: Rule, valid: Tensor | None = None) -> Tensor:
-    """One number from losses (n,), of which only `valid` (n,) ones exist; 0 where nothing is left."""
+def refuse(rule: Rule, loss: str, *, bounds: bool = False, per_anchor: bool = False) -> None:
+    """Reducers that a loss has no fused form for.
+
+    Raises:
+        ValueError: where the rule is one of those named, saying what would serve.
+    """
+    if bounds and ((rule.low is not None and rule.low != 0) or rule.high is not None):
+        raise ValueError(f"reducer of {loss} must not be a ThresholdReducer other than AvgNonZeroReducer; got one")
+    if per_anchor and rule.per_anchor is not None:
+        raise ValueError(f"reducer of {loss} must not be PerAnchorReducer, which is not defined for triplets; got one")
+
+
+def anchor_weights(rule: Rule, labels: Tensor | None, values: Tensor) -> Tensor | float:
+    """What each anchor's losses are multiplied by.
+
+    Raises:
+        ValueError: on class weights without labels.
+    """
+    if rule.class_weights is None:
+        return 1.0
+    if labels is None:
+        raise ValueError("labels must be given with ClassWeightedReducer; got None")
+    return rule.class_weights.to(values)[labels]
+
+
+def reduce_values(
+    values: Tensor, rule: Rule, valid: Tensor | None = None, labels: Tensor | None = None, divisor: Tensor | None = None
+) -> Tensor:
+    """One number from losses (n,), of which only `valid` (n,) ones exist; 0 where nothing is left.
+
+    `labels` (n,) of their anchors, for class weights; `divisor`: what DivisorReducer divides by.
+    """
+    if rule.per_anchor is not None:  # the losses are those of anchors already
+        rule = rule.per_anchor
     keep = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     if rule.low is not None:
         keep = keep & ~(values.detach() <= rule.low)
     if rule.high is not None:
         keep = keep & ~(values.detach() >= rule.high)
+    values = values * anchor_weights(rule, labels, values)
     total = torch.where(keep, values, 0.0).sum()
+    if rule.divisor:
+        return (
+            total if divisor is None else torch.where(divisor == 0, 0.0, total / torch.where(divisor == 0, 1, divisor))
+        )
     return total / keep.sum().clamp_min(1) if rule.mean else total
+
+
+def reduce_sums(
+    sums: Tensor, counts: Tensor, rule: Rule, labels: Tensor | None, divisor: Tensor | None = None
+) -> Tensor:
+    """One number from the sum (B,) and the number (B,) of each anchor's losses; bounds are already applied."""
+    if rule.per_anchor is not None:
+        return reduce_values(sums / counts.clamp_min(1), rule, labels=labels)
+    total = (sums * anchor_weights(rule, labels, sums)).sum()
+    if rule.divisor:
+        return reduce_values(total[None], rule, divisor=divisor)
+    return total / counts.sum().clamp_min(1) if rule.mean else total
 
 
 def _inverse(score: Score, loss: float) -> float:
     """The z at which a non-negative, growing score reaches a loss."""
     if loss <= 0:
         return -math.inf
-    return loss if score == Score.HINGE else loss + math.log(-math.expm1(-loss))
+    if score == Score.SOFTPLUS:
+        return loss + math.log(-math.expm1(-loss))
+    return math.sqrt(loss) if score == Score.SQUARED_HINGE else loss
 
 
 class PairLosses(NamedTuple):
@@ -71,26 +141,32 @@ class PairLosses(NamedTuple):
     terms: list[Term]
     counted: list[Mask]  # masks whose number of pairs is the divisor
 
-    def finish(self, results: list[Tensor], counts: list[Tensor]) -> Tensor:
+    def finish(self, results: list[Tensor], counts: list[Tensor], labels: Tensor | None) -> Tensor:
         """One number from the results of `terms` and the counts of `counted`."""
-        total = results[0].sum()
         if not self.rule.mean:
-            return total
-        return total / (results[1] if len(results) > 1 else counts[0]).sum().clamp_min(1)
+            return results[0].sum()
+        return reduce_sums(results[0], results[1] if len(results) > 1 else counts[0], self.rule, labels)
 
 
-def pair_losses(rule: Rule, score: Score, mask: Mask, scale, offset, growing: bool) -> PairLosses:
-    """Reduction of hinge or softplus losses of pairs, one loss a pair; `growing`: the scale is positive."""
+def pair_losses(rule: Rule, score: Score, mask: Mask, scale, offset, growing: bool, **fields) -> PairLosses:
+    """Reduction of losses of pairs, `score(scale s + offset)` with a growing score, one loss a pair.
+
+    `growing`: the scale is positive. `fields`: further ones of the terms; with an offset of the other side the rule may
+    have no bounds but 0.
+    """
     bounds: dict[str, Tensor | float] = {}
     for level, lower in ((rule.low, True), (rule.high, False)):
         if level is not None and not (lower and level <= 0):
             bounds["above" if lower == growing else "below"] = (_inverse(score, level) - offset) / scale
     bounds = {k: constant(v) for k, v in bounds.items()}
-    terms = [Term(Reduction.SUM, score, mask, scale=scale, offset=offset, **bounds)]
+    terms = [Term(Reduction.SUM, score, mask, scale=scale, offset=offset, **bounds, **fields)]
     if not rule.mean or (rule.low is None and rule.high is None):
         return PairLosses(rule, terms, [mask] if rule.mean else [])
     if rule.low == 0:
-        terms.append(Term(Reduction.COUNT, score, mask, scale=constant(scale), offset=constant(offset), **bounds))
+        fields = {k: constant(v) for k, v in fields.items()}
+        terms.append(
+            Term(Reduction.COUNT, score, mask, scale=constant(scale), offset=constant(offset), **bounds, **fields)
+        )
     else:
         terms.append(Term(Reduction.COUNT, Score.IDENTITY, mask, scale=0.0, offset=1.0, **bounds))
     return PairLosses(rule, terms, [])
@@ -103,6 +179,7 @@ def reduce_pairs(problem: PairProblem, parts: list[PairLosses], statistics: bool
     results, counts = problem.reduce(terms, masks, statistics)
     numbers = []
     for part in parts:
-        numbers.append(part.finish(results[: len(part.terms)], counts[: len(part.counted)]))
+        found = results[: len(part.terms)], counts[: len(part.counted)]
+        numbers.append(part.finish(*found, problem.anchor_labels))
         results, counts = results[len(part.terms) :], counts[len(part.counted) :]
     return numbers

@@ -57,7 +57,7 @@ def sup_con_loss(
     both_signs = (positives > 0).any() & (negatives > 0).any()
     losses = torch.where((positives > 0) & both_signs, anchors, 0.0)
     rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
-    return problem.finish(reduce_values(losses, rule))
+    return problem.finish(reduce_values(losses, rule, labels=problem.anchor_labels))
 
 
 class SupConLoss(MetricLoss):

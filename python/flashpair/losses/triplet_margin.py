@@ -1,57 +1,46 @@
-"""Triplet margin loss over given triplets."""
+"""Triplet margin loss over all, given or mined triplets."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..miners.selection import MinedPairs, MinedTripletBand
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
+from ..reference import similarity_matrix
+from ..rows import RowPanel
 from ..terms import Reduction, Term
 from .arguments import poisoned
-from .geometry import geometry_of
+from .geometry import Geometry, geometry_of
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
-from .problem import check_call
-from .reducers import reduce_values, reducer_rule
+from .positive_pairs import sums_over_positive_pairs
+from .problem import PairProblem, check_call, pair_problem
+from .ranks import Step, soft_ranks, triplet_sums
+from .reducers import Rule, reduce_sums, reduce_values, reducer_rule, refuse
 from .statistics import PairStatistics, moments, single
+from .triplets import check_triplets_per_anchor, listed_triplets, random_triplets
 
-_NEEDED = (
-    "indices_tuple must be given: what BatchHardMiner or MultiSimilarityMiner returned, triplets (anchors, positives, "
-    "negatives) or pairs (anchors, positives, anchors, negatives); TripletMarginLoss does not enumerate all triplets"
-)
-
-
-def join_pairs(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """All triplets of positive and negative pairs (a1, p, a2, n) that share their anchor; O(P + T) memory."""
-    a1, p, a2, n = indices
-    order = a2.argsort(stable=True)
-    ordered = a2[order]
-    first = torch.searchsorted(ordered, a1)
-    count = torch.searchsorted(ordered, a1, right=True) - first
-    positive = torch.repeat_interleave(torch.arange(a1.shape[0], device=a1.device), count)
-    start = torch.repeat_interleave(count.cumsum(0) - count, count)
-    within = torch.arange(positive.shape[0], device=a1.device) - start
-    return a1[positive], p[positive], n[order[first[positive] + within]]
+#: Pairs × columns of a block where rows of both ends of a pair are compared.
+_BLOCK_ELEMENTS = 1 << 20
 
 
-def _triplets(indices_tuple, x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(anchors, positives, negatives, which of them exist; None: all)."""
-    if isinstance(indices_tuple, MinedTriplets):
-        anchors = torch.arange(indices_tuple.positives.shape[0], device=x.device)
-        found = indices_tuple.positives.clamp_min(0), indices_tuple.negatives.clamp_min(0)
-        if columns.shape[0] > 0:
-            return anchors, *found, indices_tuple.valid
-        return anchors[:0], found[0][:0], found[1][:0], None
-    if isinstance(indices_tuple, MinedPairs):
-        if not indices_tuple.bounds:
-            raise ValueError(_NEEDED)
-        indices_tuple = indices_tuple.as_tuple()
-    check_indices(indices_tuple, x.shape[0], columns.shape[0], x.device)
-    return (*(join_pairs(indices_tuple) if len(indices_tuple) == 4 else indices_tuple), None)
+@dataclass(frozen=True)
+class _Options:
+    """What a triplet's loss is, and how the losses become one number."""
+
+    margin: float
+    swap: bool
+    smooth: bool
+    rule: Rule
+
+    def losses(self, violation: Tensor) -> Tensor:
+        return F.softplus(violation, threshold=40) if self.smooth else F.relu(violation)
 
 
 def triplet_margin_loss(
@@ -64,58 +53,139 @@ def triplet_margin_loss(
     margin: float = 0.05,
     swap: bool = False,
     smooth_loss: bool = False,
+    triplets_per_anchor="all",
     distance=None,
     reducer=None,
     return_stats: bool = False,
 ):
     """Function behind `TripletMarginLoss`."""
     check_call(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-    if indices_tuple is None:
-        raise ValueError(_NEEDED)
-    geometry = geometry_of(LpDistance() if distance is None else distance)
+    distance = LpDistance() if distance is None else distance
+    geometry = geometry_of(distance)
+    how = _Options(margin, swap, smooth_loss, reducer_rule(AvgNonZeroReducer() if reducer is None else reducer))
+    if indices_tuple is None and triplets_per_anchor != "all":
+        problem = pair_problem(embeddings, labels, None, ref_emb, ref_labels, distance)
+        indices_tuple = random_triplets(labels, problem.ref_labels, problem.exclude, triplets_per_anchor)
+    if isinstance(indices_tuple, MinedTripletBand) and not swap and not smooth_loss:
+        band = indices_tuple
+        if band.geometry == geometry and band.mined_from(embeddings, ref_emb):
+            problem = PairProblem(embeddings, band.columns, geometry, band.labels, band.ref_labels, band.exclude)
+            problem.anchor_labels, problem.measure = band.labels, return_stats
+            return problem.finish(_of_rows(problem, how, band.low, band.high))
+    if indices_tuple is None or (isinstance(indices_tuple, MinedPairs) and not indices_tuple.bounds):
+        problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
+        problem.measure = return_stats
+        return problem.finish(_of_pairs(problem, how) if swap else _of_rows(problem, how))
     y = None if ref_emb is embeddings else ref_emb
-    anchors, positives, negatives, valid = _triplets(indices_tuple, embeddings, embeddings if y is None else y)
-    how = {"similarity": geometry.similarity, "normalize": geometry.normalize}
-    both = pair_similarity(embeddings, y, anchors.repeat(2), torch.cat([positives, negatives]), **how)
+    triplets = listed_triplets(indices_tuple, embeddings, embeddings if y is None else y)
+    return _of_list(embeddings, y, labels, triplets, geometry, how, return_stats)
+
+
+def _of_rows(problem: PairProblem, how: _Options, low: float | None = None, high: float | None = None) -> Tensor:
+    """Over all triplets, or those with low < d_an - d_ap <= high, by sorted positives."""
+    away, margin, rule = -problem.geometry.sign, how.margin, how.rule
+    zeros_count = rule.low is None or rule.low < 0  # a triplet without a loss is one of those averaged
+    least = low if rule.high is None else max(margin - rule.high, -torch.inf if low is None else low)
+    most = margin - max(rule.low or 0.0, 0.0)
+    closed = high is not None and high < most
+    most = high if closed else most
+
+    def hinges(panel: RowPanel) -> list[Tensor]:
+        position, valid = panel.members()
+        near, far, keep = away * panel.s.gather(1, position), away * panel.s, panel.different
+        count, total = triplet_sums(near, valid, far, keep, least, most, closed)
+        if zeros_count:
+            every, _ = triplet_sums(near.detach(), valid, far.detach(), keep, least, high, closed=True)
+            return [margin * count + total, every]
+        return [margin * count + total, count]
+
+    def soft(panel: RowPanel) -> list[Tensor]:
+        position, valid = panel.members()
+        near, keep = away * panel.s.gather(1, position), panel.different
+        losses = soft_ranks(-away * panel.s, keep, -(near + margin), 1.0, Step.SOFTPLUS)
+        return [torch.where(valid, losses, 0.0).sum(1), (valid.sum(1) * keep.sum(1)).to(near.dtype)]
+
+    if how.smooth:
+        refuse(rule, "TripletMarginLoss with smooth_loss", bounds=True)
+    sums, counts = problem.row_reduce(soft if how.smooth else hinges, "TripletMarginLoss")
+    return reduce_sums(sums, counts.detach(), rule, problem.anchor_labels)
+
+
+def _of_pairs(problem: PairProblem, how: _Options) -> Tensor:
+    """Over all triplets with the nearer of d_an and d_pn, by rows of both ends of a block of positive pairs."""
+    geometry, rule = problem.geometry, how.rule
+    away = -geometry.sign
+    y = problem.x if problem.y is None else problem.y
+    column_labels = problem.labels if problem.ref_labels is None else problem.ref_labels
+    if problem.measure:
+        problem.reduce([])
+
+    def losses(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        far = [
+            away * similarity_matrix(ends, y, geometry.similarity, geometry.normalize)
+            for ends in (problem.x[rows], y[columns])
+        ]
+        near = away * problem.similarity(rows, columns)
+        keep = problem.labels[rows, None] != column_labels[None, :]
+        if problem.exclude is not None:
+            keep = keep & (problem.exclude[rows, None] != torch.arange(y.shape[0], device=y.device)[None, :])
+        values = how.losses(near[:, None] - torch.minimum(*far) + how.margin)
+        if rule.low is not None:
+            keep = keep & ~(values.detach() <= rule.low)
+        if rule.high is not None:
+            keep = keep & ~(values.detach() >= rule.high)
+        return torch.where(keep, values, 0.0).sum(1), keep.sum(1).to(values.dtype)
+
+    step = max(_BLOCK_ELEMENTS // max(y.shape[0], 1), 1)
+    sums, counts = sums_over_positive_pairs(problem, losses, step, symmetric=True)
+    return reduce_sums(sums, counts, rule, problem.anchor_labels)
+
+
+def _of_list(x: Tensor, y: Tensor | None, labels, triplets, geometry: Geometry, how: _Options, return_stats: bool):
+    """Over listed triplets."""
+    anchors, positives, negatives, valid = triplets
+    options = {"similarity": geometry.similarity, "normalize": geometry.normalize}
+    both = pair_similarity(x, y, anchors.repeat(2), torch.cat([positives, negatives]), **options)
     near, far = both.chunk(2)
     to_negative = far
-    if swap:
-        other = pair_similarity(embeddings if y is None else y, None, positives, negatives, **how)
+    if how.swap:
+        other = pair_similarity(x if y is None else y, None, positives, negatives, **options)
         far = torch.minimum(far, other) if geometry.sign < 0 else torch.maximum(far, other)
-    violation = geometry.sign * (far - near) + margin
-    losses = F.softplus(violation, threshold=40) if smooth_loss else F.relu(violation)
-    rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
-    loss = poisoned(reduce_values(losses, rule, valid), embeddings, y)
+    losses = how.losses(geometry.sign * (far - near) + how.margin)
+    labels = None if labels is None else labels[anchors]
+    loss = poisoned(reduce_values(losses, how.rule, valid, labels), x, y)
     if not return_stats:
         return loss
     if valid is not None:
         return loss, PairStatistics(single(near, valid), single(to_negative, valid))
     spread = [
-        pair_reduce(embeddings, y, [Term(Reduction.MOMENTS)], pairs=(anchors, partners), **how)[0]
+        pair_reduce(x, y, [Term(Reduction.MOMENTS)], pairs=(anchors, partners), **options)[0]
         for partners in (positives, negatives)
     ]
     return loss, PairStatistics(*map(moments, spread))
 
 
 class TripletMarginLoss(MetricLoss):
-    """Positives closer than negatives by a margin, over given triplets.
+    """Positives closer than negatives by a margin.
 
         loss = reduce_{(a,p,n)} [ d_ap - d_an + margin ]_+          (similarities: s_an - s_ap; smooth: softplus)
 
-    pytorch-metric-learning's class: same constructor, same call, but the triplets must be given as `indices_tuple`:
-    what `BatchHardMiner` returned (one triplet a row, O(B·D) work), index tensors of triplets, or of pairs, which are
-    joined by their anchors (as are those of `MultiSimilarityMiner`).
+    Over all triplets without listing them: a row's positives are sorted, and each negative finds by bisection how many
+    of them it violates, O(B N log P) (with `smooth_loss` O(B N P); with `swap` also P matrix products). Or over the
+    triplets of `indices_tuple`: what a miner returned (`BatchHardMiner`: one a row, O(B·D) work; `TripletMarginMiner`:
+    as all triplets), index tensors of triplets, or of pairs, which are joined by their anchors.
+    pytorch-metric-learning's class: same constructor, same call.
 
     Args:
         margin: default 0.05.
         swap: use the positive-negative distance where it is smaller than the anchor-negative one.
         smooth_loss: softplus instead of the hinge.
-        triplets_per_anchor: only "all", all that are given.
+        triplets_per_anchor: "all" (default), or how many random triplets of each anchor.
         **kwargs: see `MetricLoss`. Default distance: LpDistance of normalised embeddings; default reducer:
             AvgNonZeroReducer, over triplets.
 
     Raises:
-        ValueError, TypeError: on a bad number, an unsupported distance or reducer, or a call without `indices_tuple`.
+        ValueError, TypeError: on a bad number, or an unsupported distance or reducer.
 
     Source: Weinberger, Saul, JMLR 2009; Schroff et al., "FaceNet", CVPR 2015, equation 2.
 
@@ -124,8 +194,9 @@ class TripletMarginLoss(MetricLoss):
         >>> from flashpair.losses import TripletMarginLoss
         >>> from flashpair.miners import BatchHardMiner
         >>> embeddings, labels = torch.eye(3), torch.tensor([0, 0, 1])
-        >>> mined = BatchHardMiner()(embeddings, labels)
-        >>> round(float(TripletMarginLoss()(embeddings, labels, mined)), 4)
+        >>> round(float(TripletMarginLoss()(embeddings, labels)), 4)
+        0.05
+        >>> round(float(TripletMarginLoss()(embeddings, labels, BatchHardMiner()(embeddings, labels))), 4)
         0.05
     """
 
@@ -134,20 +205,19 @@ class TripletMarginLoss(MetricLoss):
         margin: float = 0.05,
         swap: bool = False,
         smooth_loss: bool = False,
-        triplets_per_anchor: str = "all",
+        triplets_per_anchor="all",
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         checks.number("margin", margin)
-        if triplets_per_anchor != "all":
-            raise ValueError(
-                f'triplets_per_anchor must be "all" (of the given triplets); got {triplets_per_anchor!r}. '
-                "Sample triplets with a miner and give them as indices_tuple"
-            )
+        check_triplets_per_anchor(triplets_per_anchor)
         self.margin = margin
         self.swap = swap
         self.smooth_loss = smooth_loss
         self.triplets_per_anchor = triplets_per_anchor
+
+    def check_rule(self, rule: Rule) -> None:
+        refuse(rule, "TripletMarginLoss", per_anchor=True)
 
     def get_default_distance(self):
         return LpDistance()
@@ -159,5 +229,6 @@ class TripletMarginLoss(MetricLoss):
         return triplet_margin_loss(
             embeddings, labels, indices_tuple, ref_emb, ref_labels,
             margin=self.margin, swap=self.swap, smooth_loss=self.smooth_loss,
-            distance=self.distance, reducer=self.reducer, return_stats=return_stats,
+            triplets_per_anchor=self.triplets_per_anchor, distance=self.distance, reducer=self.reducer,
+            return_stats=return_stats,
         )  # fmt: skip

@@ -191,3 +191,77 @@ class MinedTriplets(_LazyTuple):
             (anchors,) = self.valid.nonzero(as_tuple=True)
             self._indices = (anchors, self.positives[anchors], self.negatives[anchors])
         return self._indices
+
+
+@dataclass(eq=False)
+class MinedTripletBand(_LazyTuple):
+    """All triplets (a, p, n) whose negative is farther than the positive by more than `low` and at most `high`.
+
+    As `indices_tuple` of `flashpair.losses.TripletMarginLoss` on the same embeddings and distance the triplets are never
+    listed; other losses receive `as_tuple`.
+
+    Args:
+        embeddings: (B, D) as mined.
+        columns: (N, D) reference embeddings, None where they are the embeddings.
+        labels: (B,). ref_labels: (N,) or None.
+        geometry: how pairs are compared.
+        low, high: bounds of d_an - d_ap (similarities: s_ap - s_an), None for none.
+        exclude: (B,) one column that row i never meets, or None.
+    """
+
+    embeddings: Tensor
+    columns: Tensor | None
+    labels: Tensor
+    ref_labels: Tensor | None
+    geometry: Geometry
+    low: float | None
+    high: float | None
+    exclude: Tensor | None = None
+    _indices: tuple[Tensor, ...] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return 3
+
+    def without(self, exclude: Tensor) -> MinedTripletBand:
+        """The same triplets less those with one column per row."""
+        return replace(self, exclude=exclude, _indices=None)
+
+    def mined_from(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+        """Whether these are the embeddings that were mined."""
+        ref_emb = None if ref_emb is embeddings else ref_emb
+        same = (self.columns is None) == (ref_emb is None)
+        return same and _same_tensor(self.embeddings, embeddings) and _same_tensor(self.columns, ref_emb)
+
+    @torch.no_grad()
+    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(anchors, positives, negatives) int64 in ascending order; O(T) memory for T triplets, kept for the next use."""
+        if self._indices is None:
+            columns = self.embeddings if self.columns is None else self.columns
+            pairs = MinedPairs(
+                self.embeddings, self.columns, self.labels, self.ref_labels, self.geometry, exclude=self.exclude
+            )
+            step = max(_CHUNK_PAIRS // max(columns.shape[0], 1), 1)
+            found = [self._chunk(start, step, columns, pairs) for start in range(0, max(len(self.embeddings), 1), step)]
+            self._indices = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        return self._indices
+
+    def _chunk(self, start: int, step: int, columns: Tensor, pairs: MinedPairs) -> tuple[Tensor, ...]:
+        rows = slice(start, start + step)
+        s = similarity_matrix(self.embeddings[rows], columns, self.geometry.similarity, self.geometry.normalize)
+        s = -self.geometry.sign * s  # larger means farther
+        a, p, b, n = pairs._chunk(start, step, columns)
+        block = max(_CHUNK_PAIRS // max(columns.shape[0], 1), 1)
+        negative = torch.zeros_like(s, dtype=torch.bool)
+        negative[b - start, n] = True
+        found = []
+        for first in range(0, max(len(a), 1), block):
+            i, j = a[first : first + block] - start, p[first : first + block]
+            gap = s[i] - s[i, j][:, None]
+            keep = negative[i]
+            if self.low is not None:
+                keep = keep & ~(gap <= self.low)
+            if self.high is not None:
+                keep = keep & ~(gap > self.high)
+            k, n = keep.nonzero(as_tuple=True)
+            found.append((i[k] + start, j[k], n))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

@@ -1,0 +1,41 @@
+"""Counter-based random numbers: a function of (seed, row, column), whatever the order, the device or the panels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+_FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # the multipliers of splitmix64
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def random_bits(seed: int | Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """int64 bits for each (row, column), broadcast; splitmix64 (Steele, Lea, Flood 2014) of a mixed counter."""
+    z = (row * _GOLDEN + column) * _GOLDEN + seed
+    for _ in range(2):  # twice: neighbouring counters differ in few bits
+        z = (z ^ _shifted(z, 30)) * _FIRST
+        z = (z ^ _shifted(z, 27)) * _SECOND
+        z = z ^ _shifted(z, 31)
+    return z
+
+
+def uniform(seed: int | Tensor, row: Tensor, column: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform numbers in (0, 1), never 0 or 1."""
+    bits = 24 if dtype == torch.float32 else 53
+    whole = _shifted(random_bits(seed, row, column), 64 - bits).to(dtype)
+    return (whole + 0.5) * 2.0**-bits if dtype == torch.float64 else (whole + 0.5).clamp_max(2.0**24 - 1) * 2.0**-bits
+
+
+def integers(seed: int | Tensor, row: Tensor, column: Tensor, high: Tensor) -> Tensor:
+    """Uniform integers in [0, high), 0 where high is 0 (bias below high / 2^53)."""
+    return (uniform(seed, row, column, torch.float64) * high).long().minimum((high - 1).clamp_min(0))
+
+
+def draw_seed() -> int:
+    """A seed from torch's default CPU generator, so that `torch.manual_seed` decides."""
+    return int(torch.randint(-(1 << 62), 1 << 62, (), dtype=torch.int64))

@@ -1,0 +1,373 @@
+"""Whole rows of S, a panel at a time: for losses that ask a row for more than sums, such as ranks, sorts or histograms.
+
+One documented composition for every backend: a panel of S is a product of the vendor's, the formula is plain PyTorch on
+it, and the backward pass computes each panel again. Columns (and rows) are taken in the order of their labels, so that
+the positives of a row are neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import checks
+from .pairs import _norms, _through_norm
+from .panels import float32_products
+from .primitives import _check, _outside_autocast
+from .request import statistics_dtype
+from .terms import Precision, Similarity
+from .workspace import workspace_bytes
+
+#: Elements of a panel on a CPU: what a formula makes of it should stay in the caches.
+_CPU_ELEMENTS = 1 << 19
+
+
+@dataclass
+class RowPanel:
+    """Some rows of S with all their columns (with `within_class`: at least the columns that share a row's label).
+
+    The columns stand in the order of their labels. The pair (i, i) of a self-similarity, or the excluded column, is
+    neither `same` nor `different`, and no valid member.
+    """
+
+    s: Tensor  # (b, n)
+    row: Tensor  # (b,) int64, which rows these are
+    column: Tensor  # (n,) int64, which column each is
+    own: Tensor  # (b,) int64, position of the excluded column in s, -1: none
+    start: Tensor  # (b,) int64, first position of the columns that share the label
+    count: Tensor  # (b,) int64, how many they are, the excluded one included
+    most: int  # largest count
+
+    @property
+    def _position(self) -> Tensor:
+        return torch.arange(self.s.shape[1], device=self.s.device)[None, :]
+
+    @property
+    def allowed(self) -> Tensor:
+        """(b, n) bool: all pairs but the excluded ones."""
+        return self._position != self.own[:, None]
+
+    @property
+    def member(self) -> Tensor:
+        """(b, n) bool: the columns that share the row's label, the excluded one included."""
+        return (self._position >= self.start[:, None]) & (self._position < (self.start + self.count)[:, None])
+
+    @property
+    def same(self) -> Tensor:
+        """(b, n) bool: the positives."""
+        return self.member & self.allowed
+
+    @property
+    def different(self) -> Tensor:
+        """(b, n) bool: the negatives."""
+        return ~self.member & self.allowed
+
+    def members(self, own: bool = False) -> tuple[Tensor, Tensor]:
+        """Positions (b, P) of the columns that share the label, valid where the second (b, P) is.
+
+        `own`: with the excluded column.
+        """
+        step = torch.arange(self.most, device=self.s.device)[None, :]
+        position = self.start[:, None] + step
+        valid = step < self.count[:, None]
+        if not own:
+            valid = valid & (position != self.own[:, None])
+        return torch.where(step < self.count[:, None], position, 0), valid
+
+
+Formula = Callable[..., Sequence[Tensor]]
+
+
+@dataclass
+class _Plan:
+    """What does not depend on the values of x and y."""
+
+    formula: Formula
+    row_inputs: int  # how many of the further tensors have a row for each row of x
+    totals: int
+    similarity: Similarity
+    normalize: bool
+    row_order: Tensor  # (B,)
+    column_order: Tensor  # (N,)
+    own: Tensor  # (B,) by sorted row: sorted position of the excluded column, -1: none
+    start: Tensor  # (B,) by sorted row
+    count: Tensor  # (B,)
+    panels: list[_Bounds]
+
+
+class _Bounds(NamedTuple):
+    """Which rows and columns, in sorted order, a panel has."""
+
+    first: int
+    end: int
+    low: int
+    high: int
+    most: int
+
+
+def _sorted(labels: Tensor | None, ref_labels: Tensor | None, rows: int, columns: int, device):
+    """(row order, column order, first column and number of columns of each sorted row's label)."""
+    if labels is None:
+        order = torch.arange(rows, device=device)
+        return order, torch.arange(columns, device=device), torch.zeros_like(order), torch.full_like(order, columns)
+    column_labels, column_order = (labels if ref_labels is None else ref_labels).sort(stable=True)
+    row_labels, row_order = labels.sort(stable=True)
+    start = torch.searchsorted(column_labels, row_labels)
+    return row_order, column_order, start, torch.searchsorted(column_labels, row_labels, right=True) - start
+
+
+def _cut(start: Tensor, count: Tensor, columns: int, budget: int, within_class: bool) -> list[_Bounds]:
+    """Panels of at most `budget` elements, or of one row. Reads the device once."""
+    starts, counts = torch.stack([start, count]).tolist()
+    found: list[_Bounds] = []
+    first = 0
+    while first < len(starts):
+        low, high, most, end = starts[first], starts[first] + counts[first], counts[first], first + 1
+        while end < len(starts):
+            reach = starts[end] + counts[end]  # the rows are in the order of their labels
+            if (end + 1 - first) * max((reach - low) if within_class else columns, 1) > budget:
+                break
+            high, most, end = reach, max(most, counts[end]), end + 1
+        found.append(_Bounds(first, end, *((low, high) if within_class else (0, columns)), most))
+        first = end
+    return found
+
+
+def _prepared(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """(rows as they are compared, their norms) in the statistics dtype."""
+    norms = _norms(x, normalize)
+    x = x.to(statistics_dtype(x))
+    return (x if norms is None else x / norms), norms
+
+
+class _Sides:
+    """x and y as they are compared."""
+
+    def __init__(self, x: Tensor, y: Tensor | None, plan: _Plan) -> None:
+        self.plan = plan
+        self.x, self.x_norms = _prepared(x, plan.normalize)
+        self.y, self.y_norms = (self.x, self.x_norms) if y is None else _prepared(y, plan.normalize)
+        self.columns = self.y[plan.column_order]  # (N, D)
+        if plan.similarity != Similarity.DOT:
+            self.x_squares, self.column_squares = ((v * v).sum(1) for v in (self.x, self.columns))
+
+    def panel(self, at: _Bounds) -> RowPanel:
+        plan = self.plan
+        row = plan.row_order[at.first : at.end]
+        columns = self.columns[at.low : at.high]
+        with float32_products(self.x, Precision.IEEE):
+            s = self.x[row] @ columns.T
+        if plan.similarity != Similarity.DOT:
+            size = self.x_squares[row, None] + self.column_squares[None, at.low : at.high]
+            s = (size - 2 * s).clamp_min_(0)
+            s = torch.where(s <= 4 * torch.finfo(s.dtype).eps * size, 0.0, s)  # equal rows, but for rounding
+            if plan.similarity == Similarity.EUCLIDEAN:
+                s = s.sqrt_()
+        own = plan.own[at.first : at.end]
+        own = torch.where((own >= at.low) & (own < at.high), own - at.low, -1)
+        start, count = plan.start[at.first : at.end] - at.low, plan.count[at.first : at.end]
+        return RowPanel(s, row, plan.column_order[at.low : at.high], own, start, count, at.most)
+
+
+class _RowReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, x, y, *inputs):
+        sides = _Sides(x, y, plan)
+        found: list[list[Tensor]] = []
+        totals: list[Tensor] = []
+        for at in plan.panels:
+            outputs = list(_evaluate(plan, sides.panel(at), inputs))
+            cut = len(outputs) - plan.totals
+            found.append(outputs[:cut])
+            totals = outputs[cut:] if not totals else [a + b for a, b in zip(totals, outputs[cut:], strict=True)]
+        ctx.save_for_backward(x, y, *inputs)
+        ctx.plan = plan
+        results = []
+        for parts in zip(*found, strict=True):
+            whole = torch.cat(parts)
+            results.append(torch.empty_like(whole).index_copy_(0, plan.row_order, whole))
+        return (*results, *totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        plan: _Plan = ctx.plan
+        x, y, *inputs = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[1], y is not None and ctx.needs_input_grad[2]
+        sides = _Sides(x, y, plan)
+        dx = torch.zeros_like(sides.x) if need_x else None
+        dy = torch.zeros_like(sides.columns) if need_y or (y is None and need_x) else None  # by sorted column
+        gradients = [
+            torch.zeros_like(v) if need else None for v, need in zip(inputs, ctx.needs_input_grad[3:], strict=True)
+        ]
+        for at in plan.panels:
+            panel = sides.panel(at)
+            panel.s.requires_grad_(need_x or need_y)
+            leaves = [
+                _slice(plan, panel, k, v).detach().requires_grad_(g is not None)
+                for k, (v, g) in enumerate(zip(inputs, gradients, strict=True))
+            ]
+            s = panel.s
+            with torch.enable_grad():
+                # A formula may write into s: give it a copy that is no leaf.
+                panel.s = s.view_as(s)
+                outputs = list(plan.formula(panel, *leaves))
+            cut = len(outputs) - plan.totals
+            pairs = [
+                (output, g[panel.row] if k < cut else g)
+                for k, (output, g) in enumerate(zip(outputs, cotangents, strict=True))
+                if g is not None and output.requires_grad
+            ]
+            wanted = [s] * s.requires_grad + [leaf for leaf in leaves if leaf.requires_grad]
+            if not pairs or not wanted:
+                continue
+            outputs, weights = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True))
+            ds = next(found) if s.requires_grad else None
+            for k, gradient in enumerate(gradients):
+                value = None if gradient is None else next(found)
+                if value is None:
+                    continue
+                if k < plan.row_inputs:
+                    gradient[panel.row] = value
+                else:
+                    gradient += value
+            if ds is not None:
+                _accumulate(sides, at, panel.row, s.detach(), ds, dx, dy)
+        return None, *_finish(sides, x, y, dx, dy, need_y), *gradients
+
+
+def _evaluate(plan: _Plan, panel: RowPanel, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return plan.formula(panel, *(_slice(plan, panel, k, v) for k, v in enumerate(inputs)))
+
+
+def _slice(plan: _Plan, panel: RowPanel, k: int, value: Tensor) -> Tensor:
+    return value[panel.row] if k < plan.row_inputs else value
+
+
+def _accumulate(sides: _Sides, at: _Bounds, row: Tensor, s: Tensor, ds: Tensor, dx, dy) -> None:
+    """Adds what a panel says of dX and, by sorted column, dY."""
+    columns, x = sides.columns[at.low : at.high], sides.x[row]
+    kind = sides.plan.similarity
+    if kind == Similarity.EUCLIDEAN:
+        ds = torch.where(s == 0, 0.0, ds / torch.where(s == 0, 1.0, 2 * s))
+    with float32_products(x, Precision.IEEE):
+        if dx is not None:
+            by_row = ds @ columns
+            if kind != Similarity.DOT:
+                by_row = 2 * (ds.sum(1, keepdim=True) * x - by_row)
+            dx[row] = by_row
+        if dy is not None:
+            by_column = ds.T @ x
+            if kind != Similarity.DOT:
+                by_column = 2 * (ds.sum(0)[:, None] * columns - by_column)
+            dy[at.low : at.high] += by_column
+
+
+def _finish(sides: _Sides, x: Tensor, y: Tensor | None, dx, dy, need_y: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients in the order and the dtype of the inputs, through the norms."""
+    if dy is not None:
+        dy = torch.empty_like(dy).index_copy_(0, sides.plan.column_order, dy)
+    if y is None and dx is not None:
+        dx, dy = dx.add_(dy), None
+    dx = None if dx is None else _through_norm(dx, x, sides.x_norms).to(x.dtype)
+    return dx, _through_norm(dy, y, sides.y_norms).to(y.dtype) if need_y else None
+
+
+@_outside_autocast
+@torch.compiler.disable
+def row_reduce(
+    x: Tensor,
+    y: Tensor | None,
+    formula: Formula,
+    *,
+    rows: Sequence[Tensor] = (),
+    shared: Sequence[Tensor] = (),
+    totals: int = 0,
+    labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    exclude_self: bool | None = None,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+    within_class: bool = False,
+    copies: int = 8,
+    max_workspace_bytes: int | None = None,
+) -> tuple[Tensor, ...]:
+    """A formula over whole rows of the similarity matrix, of which one panel exists at a time.
+
+        out_i = formula(s_i·),   gradients by computing each panel again
+
+    For what `pair_reduce` cannot say: ranks, sorts, histograms, sums over pairs of pairs. Costs the matrix products of
+    two passes, and plain PyTorch for the formula. Memory is O((B + N) D) plus the workspace, if the formula's own
+    tensors are at most `copies` panels. On a GPU the panels' bounds are read once from the device. Differentiable
+    once; `torch.compile` runs it as it is.
+
+    Args:
+        x: (B, D) float32, float64, bfloat16 or float16.
+        y: (N, D) of the same dtype, or None for the pairs of x with itself.
+        formula: called as `formula(panel, *rows of the panel, *shared)` with a `RowPanel` of b rows; returns tensors
+            (b, ...), then `totals` tensors that are summed over the panels. Plain differentiable PyTorch, without
+            randomness: it is called again in the backward pass.
+        rows: tensors (B, ...) of which the formula sees the panel's rows. Differentiable.
+        shared: tensors that the formula sees whole. Differentiable.
+        totals: how many of the results, the last ones, are sums over all rows.
+        labels: (B,) int64. ref_labels: (N,) int64. Without labels all columns are members of every row.
+        exclude: (B,) int64, one column that row i never meets (-1: none).
+        exclude_self: drop the pairs (i, i). Default: True when y is None.
+        similarity: dot product, squared or plain Euclidean distance.
+        normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
+        within_class: the formula only looks at columns that share a row's label; others may be missing.
+        copies: tensors of a panel's size that the formula holds at once, its autograd graph included. Default 8.
+        max_workspace_bytes: bound on the panels; default `flashpair.set_max_workspace_bytes`.
+
+    Returns:
+        The formula's results, (B, ...) each, then the totals.
+
+    Raises:
+        ValueError, TypeError: on bad input, before any work.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import row_reduce
+        >>> x = torch.eye(3)
+        >>> median = lambda panel: [panel.s.median(dim=1).values]
+        >>> row_reduce(x, None, median)[0].tolist()
+        [0.0, 0.0, 0.0]
+    """
+    exclude_self = (y is None) if exclude_self is None else exclude_self
+    _check(x, y, labels, ref_labels, None, exclude, exclude_self, similarity, Precision.IEEE)
+    for name, tensors in (("rows", rows), ("shared", shared)):
+        for k, value in enumerate(tensors):
+            checks.same_device("x", x, **{f"{name}[{k}]": value})
+            if name == "rows" and value.shape[:1] != x.shape[:1]:
+                raise ValueError(f"rows[{k}] must have {x.shape[0]} rows as x; got shape {tuple(value.shape)}")
+    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"copies must be a positive integer; got {copies!r}")
+    budget = workspace_bytes(max_workspace_bytes) // (torch.finfo(statistics_dtype(x)).bits // 8 * copies)
+    if x.device.type == "cpu":
+        budget = min(budget, _CPU_ELEMENTS)
+    columns = (x if y is None else y).shape[0]
+    row_order, column_order, start, count = _sorted(labels, ref_labels, x.shape[0], columns, x.device)
+    cut = _cut(start, count, columns, budget, within_class and labels is not None)
+    if not cut:  # no rows: the formula still says what its results look like
+        cut = [_Bounds(0, 0, 0, 0 if within_class else columns, 0)]
+    own = torch.full_like(row_order, -1)
+    excluded = torch.arange(x.shape[0], device=x.device) if exclude_self else exclude
+    if excluded is not None and columns > 0:
+        position = torch.empty_like(column_order)
+        position[column_order] = torch.arange(columns, device=x.device)
+        excluded = excluded[row_order]
+        own = torch.where((excluded < 0) | (excluded >= columns), -1, position[excluded.clamp(0, columns - 1)])
+    plan = _Plan(
+        formula, len(rows), totals, similarity, normalize, row_order, column_order, own, start, count, cut
+    )  # fmt: skip
+    return _RowReduce.apply(plan, x, y, *rows, *shared)
+
+
+__all__ = ["RowPanel", "row_reduce"]
