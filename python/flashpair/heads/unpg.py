@@ -11,38 +11,19 @@ from torch import Tensor, nn
 from .. import checks
 from ..algebra import log_add_exp
 from ..losses.arguments import constant
+from ..order_statistics import count_pairs, order_statistics
 from ..primitives import pair_reduce
-from ..request import statistics_dtype
-from ..terms import Mask, Reduction, Score, Term
+from ..terms import Mask, Reduction, Term
 from .head import ClassHead
 
-#: Thresholds of one counting pass per rank sought; each divides the interval into one part more.
-_THRESHOLDS = 15
 _BOUND = 1.5  # beyond every cosine
-
-
-def _key(value: Tensor) -> Tensor:
-    """Floats → int64 in the same order."""
-    bits = value.view(torch.int32 if value.dtype == torch.float32 else torch.int64).long()
-    return _turned(bits, value.dtype)
-
-
-def _value(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `_key`."""
-    bits = _turned(key, dtype)
-    return bits.to(torch.int32).view(dtype) if dtype == torch.float32 else bits.view(dtype)
-
-
-def _turned(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Negative floats count backwards in their bits."""
-    return torch.where(bits < 0, bits ^ (0x7FFFFFFF if dtype == torch.float32 else 0x7FFFFFFFFFFFFFFF), bits)
 
 
 def negative_quantiles(x: Tensor, labels: Tensor, fractions: tuple[float, ...] = (0.25, 0.75)) -> tuple[Tensor, Tensor]:
     """Order statistics of the cosines of all negative pairs a < b, y_a ≠ y_b, of which none is stored.
 
     Of L sorted cosines those at int(fraction L), exactly: counting passes narrow an interval of floats sixteenfold each
-    (8 in float32, 16 in float64) until one is left. Nothing waits for the device.
+    (8 in float32, 17 in float64) until one is left. Nothing waits for the device.
 
     Args:
         x: (B, D) embeddings.
@@ -64,32 +45,10 @@ def negative_quantiles(x: Tensor, labels: Tensor, fractions: tuple[float, ...] =
     checks.labels("labels", labels, x.shape[0])
     for k, fraction in enumerate(fractions):
         checks.number(f"fractions[{k}]", fraction, low=0.0, high=1.0)
-    dtype = statistics_dtype(x)
-    device = x.device
-    ones = {"scale": 0.0, "offset": 1.0, "mask": Mask.DIFFERENT}
-
-    def counts(thresholds: list[Tensor | None]) -> Tensor:
-        """How many ordered pairs lie above each threshold, float64."""
-        terms = [Term(Reduction.COUNT, Score.IDENTITY, above=t, **ones) for t in thresholds]
-        found = pair_reduce(x, terms=terms, labels=labels, normalize=True)
-        return torch.stack([rows.sum(dtype=torch.float64) for rows in found])
-
-    total = counts([None])[0]  # every pair twice
-    pairs = (total / 2).round()
-    wanted = torch.stack([2 * (fraction * pairs).floor() + 1 for fraction in fractions])
-    ends = (torch.full((len(fractions),), end, dtype=dtype, device=device) for end in (-_BOUND, _BOUND))
-    low, high = (_key(end) for end in ends)
-    steps = torch.arange(1, _THRESHOLDS + 1, device=device)
-    for _ in range(8 if dtype == torch.float32 else 16):
-        width = (high - low)[:, None]
-        parts = _THRESHOLDS + 1
-        keys = low[:, None] + width // parts * steps + width % parts * steps // parts  # (n, thresholds), no overflow
-        above = counts(list(_value(keys, dtype).flatten().unbind(0))).view(keys.shape)
-        enough = total - above >= wanted[:, None]  # at least so many cosines are <= the threshold
-        first = torch.where(enough.any(1), enough.to(torch.int8).argmax(1), _THRESHOLDS)
-        edges = torch.cat([low[:, None], keys, high[:, None]], dim=1)
-        low, high = edges.gather(1, first[:, None])[:, 0], edges.gather(1, first[:, None] + 1)[:, 0]
-    return _value(high, dtype) + 0.0, pairs  # -0.0 and 0.0 compare equal
+    how = {"labels": labels, "normalize": True}
+    pairs = (count_pairs(x, None, Mask.DIFFERENT, [None], **how)[0] / 2).round()  # every pair was counted twice
+    ranks = torch.stack([2 * (fraction * pairs).floor() for fraction in fractions])
+    return order_statistics(x, None, Mask.DIFFERENT, ranks, _BOUND, **how), pairs
 
 
 class UNPG(nn.Module):

@@ -53,7 +53,7 @@ class ManifoldLoss(MetricLoss):
         lambdaC: float = 1.0,
         alpha: float = 0.8,
         margin: float = 5e-4,
-        **kwargs,  # noqa: E741
+        **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         check_count("l", l)

@@ -5,10 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOME = {
+    "AngularMiner": "angular",
+    "BatchEasyHardMiner": "batch_easy_hard",
     "BatchHardMiner": "batch_hard",
+    "DistanceWeightedMiner": "distance_weighted",
+    "EmbeddingsAlreadyPackagedAsTriplets": "packaged_triplets",
+    "HDCMiner": "hdc",
     "MinedPairs": "selection",
+    "MinedTripletBand": "selection",
     "MinedTriplets": "selection",
     "MultiSimilarityMiner": "multi_similarity",
+    "PairMarginMiner": "pair_margin",
+    "TopKHardNegativesMiner": "top_k",
+    "TripletMarginMiner": "triplet_margin",
+    "UniformHistogramMiner": "uniform_histogram",
 }
 
 __all__ = list(_HOME)

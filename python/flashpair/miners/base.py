@@ -9,7 +9,7 @@ from ..losses.geometry import Geometry, geometry_of
 from ..losses.peer import BaseMiner
 from ..losses.problem import PairProblem, pair_problem
 from ..primitives import Mined, mine
-from ..terms import Extreme, Mask
+from ..terms import Extreme, Mask, Similarity
 
 
 class Miner(BaseMiner):
@@ -42,6 +42,23 @@ class Miner(BaseMiner):
         """
         with torch.no_grad():
             return self.select(pair_problem(embeddings, labels, None, ref_emb, ref_labels, self.distance))
+
+
+def loosened(problem: PairProblem, limit: Tensor, outward: float) -> Tensor:
+    """The limit moved outward (+1 or -1) by the rounding of a similarity.
+
+    For thresholds that are themselves similarities: the pair they come from must pass, also from its other end and where
+    another kernel computes it.
+    """
+    eps = 8 * torch.finfo(limit.dtype).eps
+    size = 1.0
+    if not problem.geometry.normalize:
+        sides = (problem.x,) if problem.y is None else (problem.x, problem.y)
+        size = torch.stack([v.to(limit.dtype).square().sum(1).max() for v in sides if v.numel()]).max()
+    slack = eps * size
+    if problem.geometry.similarity == Similarity.EUCLIDEAN:  # the square has that rounding
+        slack = slack / limit.abs().clamp_min(1e-3)
+    return limit + outward * slack
 
 
 def hardest(problem: PairProblem) -> tuple[Mined, Mined]:
