@@ -25,10 +25,10 @@ class AngularLoss(MetricLoss):
         loss = mean over positive pairs (a, p) of
                log( 1 + Σ_{n: y_n ≠ y_a} e^{4 tan²α <x_a + x_p, x_n> - 2 (1 + tan²α) <x_a, x_p>} )
 
-    The queries x_a + x_p of a block of pairs are rows of one engine pass, each pair of a self-similarity once. All x are
-    unit vectors. pytorch-metric-learning's class: same constructor, same call; its negatives are not normalised, so that
-    its loss depends on the lengths of the embeddings. As there, a given `indices_tuple` chooses the positive pairs, and
-    the negatives are all that labels say.
+    The queries x_a + x_p of a block of pairs are rows of one engine pass, each pair of a self-similarity once. All x
+    are unit vectors. pytorch-metric-learning's class: same constructor, same call; its negatives are not normalised, so
+    that its loss depends on the lengths of the embeddings. As there, a given `indices_tuple` chooses the positive
+    pairs, and the negatives are all that labels say.
 
     Args:
         alpha: α in degrees. Default 40.

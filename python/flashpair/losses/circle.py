@@ -108,7 +108,8 @@ class CircleLoss(MetricLoss):
 class PairCircleLoss(CircleLoss):
     """Circle loss in which all positive pairs of the batch meet all its negative pairs.
 
-        loss = softplus( LSE_{all negative pairs} γ [s + m]_+ (s - m) + LSE_{all positive pairs} γ [1 + m - s]_+ (1 - m - s) )
+        loss = softplus( LSE_{all negative pairs} γ [s + m]_+ (s - m)
+                         + LSE_{all positive pairs} γ [1 + m - s]_+ (1 - m - s) )
 
     one number for the batch, each unordered pair once, as in the widely used implementation of the paper; reducers do
     not change it. A batch without positives or negatives has loss 0.

@@ -9,13 +9,14 @@ from torch import Tensor
 from .. import checks
 from ..pairs import pair_similarity
 from ..primitives import mine
+from ..request import statistics_dtype
 from ..rows import RowPanel
 from ..terms import Extreme, Mask
 from .geometry import require
 from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem, check_call, pair_problem
-from .ranks import triplet_sums
+from .ranks import sums_up_to
 from .sizes import check_count
 from .triplets import listed_triplets
 
@@ -25,9 +26,10 @@ class DynamicSoftMarginLoss(MetricLoss):
 
         l = d_ap - d_an,    loss = mean over triplets of  CDF[bin(l)] l
 
-    CDF: cumulative sum of a moving histogram of l over `num_bins` nodes from `min_val` in steps of 2 |min_val| / num_bins,
-    in which this batch enters first. With labels over all triplets, or those given; without labels the pairs are
-    (embeddings[i], ref_emb[i]) and the negative the closest other row on either side. The histogram has no gradient.
+    CDF: cumulative sum of a moving histogram of l over `num_bins` nodes from `min_val` in steps of 2 |min_val| /
+    num_bins, in which this batch enters first. With labels over all triplets, or those given; without labels the
+    pairs are (embeddings[i], ref_emb[i]) and the negative the closest other row on either side. The histogram has no
+    gradient.
 
     pytorch-metric-learning's class: same constructor, same call, same first value. Its histogram keeps the graph of the
     batch, so that the gradient of its first step has a second part and its second step raises; and it fails on l beyond
@@ -42,7 +44,8 @@ class DynamicSoftMarginLoss(MetricLoss):
     Raises:
         ValueError, TypeError: on a bad number, an unsupported distance, or a call with neither labels nor `ref_emb`.
 
-    Source: Zhang, Rusinkiewicz, "Learning Local Descriptors with a CDF-Based Dynamic Soft Margin", ICCV 2019, section 4.
+    Source: Zhang, Rusinkiewicz, "Learning Local Descriptors with a CDF-Based Dynamic Soft Margin", ICCV 2019, section
+    4.
 
     Example:
         >>> import torch
@@ -113,18 +116,20 @@ class DynamicSoftMarginLoss(MetricLoss):
     def _all(self, problem: PairProblem) -> tuple[Tensor, Tensor]:
         """(num_bins,) sums and counts of l over all triplets."""
         edges = [self.min_val + self.delta * k for k in range(1, self.num_bins)]
+        dtype, device = statistics_dtype(problem.x), problem.x.device
+        edges = torch.tensor([-torch.inf, *edges], dtype=dtype, device=device)
 
         def formula(panel: RowPanel) -> list[Tensor]:
             position, valid = panel.members()
-            near, different = panel.s.gather(1, position), panel.different
-            found = []  # of l >= edge, that is d_an - d_ap <= -edge
-            for edge in (None, *edges):
-                high = None if edge is None else -edge
-                count, total = triplet_sums(near, valid, panel.s, different, None, high, closed=True)
-                found.append((total.sum(), count.sum()))
-            reached = torch.stack([torch.stack(pair) for pair in found])
-            inside = reached - F.pad(reached[1:], (0, 0, 0, 1))
-            return [inside[:, 0], inside[:, 1]]
+            near = panel.s.gather(1, position)
+            # l >= edge where d_an <= d_ap - edge
+            limits = torch.where(valid[:, :, None], near[:, :, None] - edges, -torch.inf)
+            count, total = (v.view_as(limits) for v in sums_up_to(panel.s, panel.different, limits.flatten(1)))
+            total = torch.where(valid[:, :, None], count * near[:, :, None] - total, 0.0)
+            count = torch.where(valid[:, :, None], count, 0.0)
+            reached = torch.stack([total.sum((0, 1)), count.sum((0, 1))])
+            inside = reached - F.pad(reached[:, 1:], (0, 1))
+            return [inside[0], inside[1]]
 
         return problem.row_reduce(formula, "DynamicSoftMarginLoss", totals=2)
 

@@ -32,8 +32,8 @@ class FastAPLoss(MetricLoss):
     Raises:
         ValueError, TypeError: on a bad number, an unsupported distance or reducer, or a call without labels.
 
-    Source: Cakir et al., "Deep Metric Learning to Rank", CVPR 2019, equation 6. (The authors' hand-written gradient lacks
-    two factors; this is the derivative.)
+    Source: Cakir et al., "Deep Metric Learning to Rank", CVPR 2019, equation 6. (The authors' hand-written gradient
+    lacks two factors; this is the derivative.)
 
     Example:
         >>> import torch

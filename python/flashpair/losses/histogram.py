@@ -20,10 +20,10 @@ class HistogramLoss(MetricLoss):
 
         loss = Σ_r p⁻_r Σ_{q <= r} p⁺_q
 
-    with p⁺, p⁻ soft histograms, over nodes -1, -1 + Δ, ..., 1, of the cosines of all positive and all negative pairs that
-    occur in a triplet, each unordered pair once. pytorch-metric-learning's class: same constructor, same call; it lists
-    the triplets to find the pairs, and fails on a pair of equal embeddings, whose cosine is the last node. The loss is
-    one number: reducers do not change it.
+    with p⁺, p⁻ soft histograms, over nodes -1, -1 + Δ, ..., 1, of the cosines of all positive and all negative pairs
+    that occur in a triplet, each unordered pair once. pytorch-metric-learning's class: same constructor, same call;
+    it lists the triplets to find the pairs, and fails on a pair of equal embeddings, whose cosine is the last node.
+    The loss is one number: reducers do not change it.
 
     Args:
         n_bins: number of intervals. Default 100.

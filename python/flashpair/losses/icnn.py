@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..pairs import pair_similarity
 from ..primitives import mine
+from ..request import statistics_dtype
 from ..terms import Extreme, Mask, Similarity
 from .metric import MetricLoss
 from .peer import LpDistance
@@ -23,8 +24,8 @@ class ICNNLoss(MetricLoss):
     for the own class; the first k count, all of them find nn_i, the nearest of another class:
 
         n_il = d_il / nn_i, divided by its row maximum where that is above 1
-        sc = 1 - mean_i mean_{l: c=1} n_il,     dc = | mean_i mean_{l: c=0} d_il / max d  + o |,  o = -1 if no c=0 at all
-        γ = mean_i (Σ_l c_il) / k  (no gradient),      loss = -log( ((sc + dc) / 2 + γ) / 2 )
+        sc = 1 - mean_i mean_{l: c=1} n_il,     dc = | mean_i mean_{l: c=0} d_il / max d  + o |,  o = -1 if no c=0 at
+        all γ = mean_i (Σ_l c_il) / k  (no gradient),      loss = -log( ((sc + dc) / 2 + γ) / 2 )
 
     O(B·D) work for the gradient: only the kept distances have one. Embeddings are not normalised. With `ref_emb` the
     neighbours are references, the nearest one included (the authors' code drops it even there).
@@ -36,8 +37,8 @@ class ICNNLoss(MetricLoss):
     Raises:
         ValueError, TypeError: on a bad number, a distance, a reducer, a miner, or a call without labels.
 
-    Source: Mendez-Ruiz et al., "SuSana Distancia is all you need", 2023, as in the first author's code (`modified_score`,
-    whose variance term is commented out). The paper's text was not available to check against.
+    Source: Mendez-Ruiz et al., "SuSana Distancia is all you need", 2023, as in the first author's code
+    (`modified_score`, whose variance term is commented out). The paper's text was not available to check against.
 
     Example:
         >>> import torch
@@ -73,6 +74,8 @@ class ICNNLoss(MetricLoss):
         k = min(k, wide)
         if wide < 1:
             raise ValueError(f"embeddings must have at least {2 if own else 1} rows to compare with; got {columns}")
+        if problem.x.shape[0] == 0:
+            return 0.0 * problem.x.sum(dtype=statistics_dtype(problem.x))
         (found,) = mine(
             problem.x, problem.y, [Extreme(Mask.ALL, largest=False, k=wide)],
             exclude=problem.exclude, similarity=Similarity.SQUARED_EUCLIDEAN,
@@ -101,4 +104,5 @@ class ICNNLoss(MetricLoss):
 def _mean_of_means(values: Tensor, weight: Tensor) -> Tensor:
     """Mean over rows with weight of each row's weighted mean."""
     count = weight.sum(1)
-    return (values.sum(1) / (count + _EPSILON)).sum() / ((count > 0).sum() + _EPSILON)
+    rows = (count > 0).sum().to(count.dtype)
+    return (values.sum(1) / (count + _EPSILON)).sum() / (rows + _EPSILON)

@@ -29,7 +29,8 @@ class InstanceLoss(MetricLoss):
         **kwargs: see `MetricLoss`. The distance is CosineSimilarity; default reducer: MeanReducer, over anchors.
 
     Raises:
-        ValueError, TypeError: on a bad number, an unsupported distance or reducer, a given `indices_tuple` or `ref_emb`.
+        ValueError, TypeError: on a bad number, an unsupported distance or reducer, a given `indices_tuple` or
+        `ref_emb`.
 
     Source: Zheng et al., "Dual-Path Convolutional Image-Text Embeddings with Instance Loss", TOMM 2020, equation 3.
 

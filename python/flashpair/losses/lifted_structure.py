@@ -61,7 +61,7 @@ class LiftedStructureLoss(_Margins):
         >>> from flashpair.losses import LiftedStructureLoss
         >>> embeddings, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
         >>> round(float(LiftedStructureLoss()(embeddings, labels)), 4)  # (log 4 + 1)^2 / 2
-        2.8471
+        2.8472
     """
 
     collapse = False

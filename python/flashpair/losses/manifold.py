@@ -22,8 +22,8 @@ class ManifoldLoss(MetricLoss):
         context:    the same with the cosines of the rows of F of samples and of proxies
         loss = intrinsic + λ_C context
 
-    where m_i is the proxy (meta-class) of sample i. The inverse of a matrix over all pairs has no streamed form, so this
-    is plain PyTorch; it is here for the name. pytorch-metric-learning's class: same constructor; the call takes
+    where m_i is the proxy (meta-class) of sample i. The inverse of a matrix over all pairs has no streamed form, so
+    this is plain PyTorch; it is here for the name. pytorch-metric-learning's class: same constructor; the call takes
     `meta_classes` where that one takes them as `indices_tuple`, which is accepted too.
 
     Args:
@@ -37,7 +37,8 @@ class ManifoldLoss(MetricLoss):
     Raises:
         ValueError, TypeError: on a bad number, labels, `ref_emb`, or fewer samples than proxies without meta-classes.
 
-    Source: Aziere, Todorovic, "Ensemble Deep Manifold Similarity Learning Using Hard Proxies", CVPR 2019, equations 1-9.
+    Source: Aziere, Todorovic, "Ensemble Deep Manifold Similarity Learning Using Hard Proxies", CVPR 2019, equations
+    1-9.
 
     Example:
         >>> import torch
@@ -48,7 +49,7 @@ class ManifoldLoss(MetricLoss):
 
     def __init__(
         self,
-        l: int,
+        l: int,  # noqa: E741
         K: int = 50,
         lambdaC: float = 1.0,
         alpha: float = 0.8,

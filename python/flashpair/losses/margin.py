@@ -24,8 +24,8 @@ class MarginLoss(MetricLoss):
         loss = Σ_{(a,p,n)} ( [d_ap - β + margin]_+ + [β - d_an + margin]_+ ) / #{active terms}
 
     over all triplets, which separate: with n_a negatives and p_a positives of a row it is n_a times its positives' sum
-    plus p_a times its negatives'. One pass, O(B·D) memory. pytorch-metric-learning's class: same constructor, same call;
-    it lists the triplets.
+    plus p_a times its negatives'. One pass, O(B·D) memory. pytorch-metric-learning's class: same constructor, same
+    call; it lists the triplets.
 
     Args:
         margin: default 0.2.

@@ -65,8 +65,8 @@ class MetricLoss(BaseMetricLossFunction):
                 raise
             if not dense_fallback:
                 raise ValueError(
-                    f"{error}; {type(self).__name__}(..., dense_fallback=True) computes it with pytorch-metric-learning, "
-                    "in memory that grows with B x N or with the number of triplets"
+                    f"{error}; {type(self).__name__}(..., dense_fallback=True) computes it with pytorch-metric-"
+                    "learning, in memory that grows with B x N or with the number of triplets"
                 ) from None
             self.dense = True
 

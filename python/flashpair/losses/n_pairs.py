@@ -54,7 +54,8 @@ class NPairsLoss(MetricLoss):
         how = {"similarity": geometry.similarity, "normalize": geometry.normalize}
         (log_sum,) = pair_reduce(a, p, [Term(Reduction.LOGSUMEXP, scale=float(geometry.sign))], **how)
         losses = log_sum - geometry.sign * pair_similarity(a, p, own, own, **how)
-        return reduce_values(losses, self.rule(), labels=problem.anchor_labels[anchors])
+        loss = reduce_values(losses, self.rule(), labels=problem.anchor_labels[anchors])
+        return loss + 0.0 * problem.x.sum(dtype=loss.dtype)  # without any pair, still a function of the embeddings
 
     def _pairs(self, problem: PairProblem) -> tuple[Tensor, Tensor]:
         """The first positive pair of each label."""

@@ -39,7 +39,7 @@ class PNPLoss(MetricLoss):
         >>> import torch
         >>> from flashpair.losses import PNPLoss
         >>> embeddings, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
-        >>> round(float(PNPLoss()(embeddings, labels)), 4)  # two negatives level with the positive, none with the anchor
+        >>> round(float(PNPLoss()(embeddings, labels)), 4)  # two negatives level with the positive
         0.5
     """
 

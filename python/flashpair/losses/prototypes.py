@@ -35,8 +35,8 @@ class CentroidTripletLoss(MetricLoss):
 
         loss = reduce over (i, c ≠ y_i) of  [d(x_i, mean of P_i) - d(x_i, mean of class c) + margin]_+
 
-    Rows without another of their class have no loss. Means are of the embeddings as given; the distance normalises them.
-    With `ref_emb` the means are those of the references.
+    Rows without another of their class have no loss. Means are of the embeddings as given; the distance normalises
+    them. With `ref_emb` the means are those of the references.
 
     Args:
         margin: default 0.05.
@@ -79,6 +79,8 @@ class CentroidTripletLoss(MetricLoss):
         problem.reduce([])
         x = problem.x.to(statistics_dtype(problem.x))
         refs, ref_labels = (problem.x, problem.labels) if problem.y is None else (problem.y, problem.ref_labels)
+        if len(refs) == 0 or len(x) == 0:
+            return 0.0 * (x.sum() + refs.sum())
         sums, counts, classes, _ = class_means(refs, ref_labels)
         means = sums / counts[:, None]
         own = torch.searchsorted(classes, problem.labels).clamp_max(max(len(classes) - 1, 0))
@@ -132,8 +134,8 @@ class ProtoTripletLoss(MetricLoss):
     Raises:
         ValueError, TypeError: on a margin that is not a number, a distance, a miner, or a call without labels.
 
-    Source: Mendez-Ruiz et al., "SuSana Distancia is all you need: Enforcing class separability in metric learning via two
-    novel distance-based loss functions for few-shot image classification", 2023, as in the first author's code.
+    Source: Mendez-Ruiz et al., "SuSana Distancia is all you need: Enforcing class separability in metric learning via
+    two novel distance-based loss functions for few-shot image classification", 2023, as in the first author's code.
 
     Example:
         >>> import torch
@@ -159,6 +161,8 @@ class ProtoTripletLoss(MetricLoss):
             raise ValueError("indices_tuple must be None for ProtoTripletLoss, whose partners are means; got one")
         problem.reduce([])
         refs, ref_labels = (problem.x, problem.labels) if problem.y is None else (problem.y, problem.ref_labels)
+        if len(refs) == 0 or len(problem.x) == 0:
+            return 0.0 * (problem.x.sum(dtype=statistics_dtype(refs)) + refs.sum())
         sums, counts, classes, _ = class_means(refs, ref_labels)
         means, x = sums / counts[:, None], problem.x.to(sums.dtype)
         own = torch.searchsorted(classes, problem.labels).clamp_max(max(len(classes) - 1, 0))

@@ -1,4 +1,5 @@
-"""What row formulas are made of: soft ranks, soft histograms, and sums over the triplets of a row without listing them."""
+"""What row formulas are made of: soft ranks, soft histograms, and sums over the triplets of a row without listing
+them."""
 
 from __future__ import annotations
 
@@ -112,6 +113,25 @@ def triplet_sums(
     sums = prefix.gather(1, torch.where(some, last, 0)) - prefix.gather(1, torch.where(some, first, 0))
     counts = met.to(far.dtype)
     return counts.sum(1), (sums - torch.where(some, counts * far, 0.0)).sum(1)
+
+
+def sums_up_to(values: Tensor, keep: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """How many kept values of each row are <= each limit, and their sum.
+
+    Args:
+        values: (b, n). keep: (b, n) bool. limits: (b, K) in any order, no gradient.
+
+    Returns:
+        (counts (b, K), sums (b, K)); n log K a row.
+    """
+    ordered, order = limits.detach().sort(dim=1)
+    place = torch.searchsorted(ordered, values.detach())  # the first limit that is not below
+    nodes = values.new_zeros(values.shape[0], limits.shape[1] + 1)
+    found = []
+    for weight in (keep.to(values.dtype), torch.where(keep, values, 0.0)):
+        reached = nodes.scatter_add(1, place, weight)[:, :-1].cumsum(1)
+        found.append(torch.empty_like(reached).scatter(1, order, reached))
+    return found[0].detach(), found[1]
 
 
 def gathered(panel: RowPanel, own: bool = False) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ class SignalToNoiseRatioContrastiveLoss(ContrastiveLoss):
         loss = reduce_{(i,p)} [d_ip - pos_margin]_+  +  reduce_{(i,n)} [neg_margin - d_in]_+
 
     With centred embeddings that is a squared distance over a number of the row, so it runs as one pass; the peer stores
-    (B, B, D). pytorch-metric-learning's class: same constructor, same call. An anchor whose features are all equal has no
+    (B, B, D). pytorch-metric-learning's class: same constructor, same call. An anchor whose features are all equal
+    has no
     variance: NaN, as there.
 
     Args:

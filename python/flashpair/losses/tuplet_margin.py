@@ -41,7 +41,7 @@ class TupletMarginLoss(MetricLoss):
         >>> from flashpair.losses import TupletMarginLoss
         >>> embeddings, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
         >>> round(float(TupletMarginLoss(scale=1)(embeddings, labels)), 4)  # log(1 + 2 e^{-sin β})
-        1.0335
+        1.0332
     """
 
     collapse = False

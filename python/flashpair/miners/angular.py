@@ -23,8 +23,8 @@ class AngularMiner(Miner):
 
         atan( ‖a - p‖ / (2 ‖n - (a + p) / 2‖) ) > angle
 
-    of unit vectors; pytorch-metric-learning's takes the embeddings as they are. Same constructor, same call. O(T) memory
-    for T kept triplets.
+    of unit vectors; pytorch-metric-learning's takes the embeddings as they are. Same constructor, same call. O(T)
+    memory for T kept triplets.
 
     Args:
         angle: degrees. Default 20.

@@ -47,8 +47,8 @@ class Miner(BaseMiner):
 def loosened(problem: PairProblem, limit: Tensor, outward: float) -> Tensor:
     """The limit moved outward (+1 or -1) by the rounding of a similarity.
 
-    For thresholds that are themselves similarities: the pair they come from must pass, also from its other end and where
-    another kernel computes it.
+    For thresholds that are themselves similarities: the pair they come from must pass, also from its other end and
+    where another kernel computes it.
     """
     eps = 8 * torch.finfo(limit.dtype).eps
     size = 1.0

@@ -21,9 +21,9 @@ class DistanceWeightedMiner(Miner):
 
     q is the density of distances of random unit vectors. Each anchor draws as many triplets as its class has columns,
     with replacement. pytorch-metric-learning's class: same constructor, same call; it divides the weights by their
-    largest over the whole batch, so that most rows underflow and are lost as soon as one negative is near; here every row
-    has its own largest. Sampling is Gumbel-max with counter-based random numbers: one pass, no normaliser, and the same
-    triplets for the same seed on every device.
+    largest over the whole batch, so that most rows underflow and are lost as soon as one negative is near; here every
+    row has its own largest. Sampling is Gumbel-max with counter-based random numbers: one pass, no normaliser, and
+    the same triplets for the same seed on every device.
 
     Args:
         cutoff: default 0.5.

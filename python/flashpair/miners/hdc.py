@@ -20,8 +20,8 @@ class HDCMiner(Miner):
         positives: the ceil(share × number) farthest;      negatives: the ceil(share × number) closest
 
     Lazy and exact: the threshold is found by counting passes (8 in float32), nothing is sorted. Pairs that tie with the
-    last one, up to rounding, are kept too; the peer chooses among them by index. pytorch-metric-learning's class: same constructor, same
-    call.
+    last one, up to rounding, are kept too; the peer chooses among them by index. pytorch-metric-learning's class:
+    same constructor, same call.
 
     Args:
         filter_percentage: the share, in (0, 1]. Default 0.5.

@@ -197,8 +197,8 @@ class MinedTriplets(_LazyTuple):
 class MinedTripletBand(_LazyTuple):
     """All triplets (a, p, n) whose negative is farther than the positive by more than `low` and at most `high`.
 
-    As `indices_tuple` of `flashpair.losses.TripletMarginLoss` on the same embeddings and distance the triplets are never
-    listed; other losses receive `as_tuple`.
+    As `indices_tuple` of `flashpair.losses.TripletMarginLoss` on the same embeddings and distance the triplets are
+    never listed; other losses receive `as_tuple`.
 
     Args:
         embeddings: (B, D) as mined.
@@ -234,7 +234,7 @@ class MinedTripletBand(_LazyTuple):
 
     @torch.no_grad()
     def as_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(anchors, positives, negatives) int64 in ascending order; O(T) memory for T triplets, kept for the next use."""
+        """(anchors, positives, negatives) int64, ascending; O(T) memory for T triplets, kept for the next use."""
         if self._indices is None:
             columns = self.embeddings if self.columns is None else self.columns
             pairs = MinedPairs(

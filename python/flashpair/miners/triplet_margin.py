@@ -15,8 +15,8 @@ class TripletMarginMiner(Miner):
 
         "all": margin <= m;   "hard": <= m and <= 0;   "semihard": in (0, m];   "easy": > m
 
-    pytorch-metric-learning's class: same constructor, same call. Given to `TripletMarginLoss` on the same embeddings and
-    distance the triplets are never listed.
+    pytorch-metric-learning's class: same constructor, same call. Given to `TripletMarginLoss` on the same embeddings
+    and distance the triplets are never listed.
 
     Args:
         margin: m. Default 0.2.
