@@ -182,7 +182,7 @@ def test_class_weights(name):
 
 
 @pytest.mark.parametrize("inner", [None, reducers.AvgNonZeroReducer(), reducers.SumReducer()])
-@pytest.mark.parametrize("name", ["NTXentLoss", "ContrastiveLoss", "IntraPairVarianceLoss", "MultiSimilarityLoss"])  # fmt: skip
+@pytest.mark.parametrize("name", ["NTXentLoss", "ContrastiveLoss", "IntraPairVarianceLoss", "MultiSimilarityLoss"])
 def test_per_anchor(name, inner):
     data = batch("one lonely", False).to(torch.float64)
     found = []
@@ -275,8 +275,8 @@ def test_dense_fallback():
         with pytest.raises(ValueError, match=f"{name}.*dense_fallback=True"):
             getattr(losses, name)(**options)
         ours = getattr(losses, name)(**options, dense_fallback=True)
-        close(evaluate(lambda d, f=ours: f(d.x, d.labels), data, ()),
-              evaluate(lambda d, n=name, o=options: getattr(peer_losses, n)(**o)(d.x, d.labels), data, ()), 1e-12)  # fmt: skip
+        theirs = getattr(peer_losses, name)(**options)
+        close(*(evaluate(lambda d, f=f: f(d.x, d.labels), data, ()) for f in (ours, theirs)), 1e-12)
     report = losses.ContrastiveLoss(reducer=reducers.DoNothingReducer(), dense_fallback=True)(data.x, data.labels)
     assert set(report) == {"pos_loss", "neg_loss"}
 

@@ -39,7 +39,7 @@ def embedding_pair(x: Tensor, y: Tensor | None, names: tuple[str, str] = ("x", "
     same_device(names[0], x, **{names[1]: y})
 
 
-def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+def same_device(reference_name: str, reference: Tensor, /, **others: Tensor | None) -> None:
     """All tensors on one device."""
     for name, value in others.items():
         if isinstance(value, Tensor) and value.device != reference.device:
