@@ -20,8 +20,11 @@ Everything here costs O(B N) memory. It is never chosen silently for a large inp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +39,41 @@ def normalized(x: Tensor) -> Tensor:
     return F.normalize(x.to(statistics_dtype(x)), dim=-1, eps=1e-12)
 
 
+_recorder: ContextVar[list[Tensor] | None] = ContextVar("flashpair_recorder", default=None)
+
+
+@contextlib.contextmanager
+def recorded_similarities() -> Iterator[list[Tensor]]:
+    """The similarity matrices (B, N) that dense code makes inside the block and that have a gradient, which is kept.
+
+    Example:
+        >>> import torch
+        >>> from flashpair import losses, reference
+        >>> x, labels = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 2
+        >>> with reference.recorded_similarities() as found:
+        ...     reference.SupConLoss()(x, labels).backward()
+        >>> found[0].grad.shape  # the signed weight of each pair
+        torch.Size([6, 6])
+    """
+    found: list[Tensor] = []
+    token = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(token)
+
+
 def similarity_matrix(x: Tensor, y: Tensor | None, similarity: Similarity, normalize: bool) -> Tensor:
     """s (B, N) of x (B, D) and y (N, D), accumulated in at least float32; y None: of x with itself."""
+    s = _similarity_matrix(x, y, similarity, normalize)
+    recorder = None if torch.compiler.is_compiling() else _recorder.get()
+    if recorder is not None and s.requires_grad:
+        s.retain_grad()
+        recorder.append(s)
+    return s
+
+
+def _similarity_matrix(x: Tensor, y: Tensor | None, similarity: Similarity, normalize: bool) -> Tensor:
     own = y is None
     x, y = (normalized(v) if normalize else v.to(statistics_dtype(v)) for v in (x, x if own else y))
     with torch.autocast(x.device.type, enabled=False):  # autocast would narrow the product

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, dispatch, reference
 from .pairs import _norms, _through_norm
 from .panels import float32_products
 from .primitives import _check, _outside_autocast
@@ -269,6 +269,19 @@ def _accumulate(sides: _Sides, at: _Bounds, row: Tensor, s: Tensor, ds: Tensor, 
             dy[at.low : at.high] += by_column
 
 
+def _dense(plan: _Plan, x: Tensor, y: Tensor | None, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The specification: one panel of everything, nothing but autograd."""
+    s = reference.similarity_matrix(x, y, plan.similarity, plan.normalize)
+    s = s[plan.row_order][:, plan.column_order]
+    most = max((at.most for at in plan.panels), default=0)
+    panel = RowPanel(s, plan.row_order, plan.column_order, plan.own, plan.start, plan.count, most)
+    outputs = list(_evaluate(plan, panel, inputs))
+    place = torch.empty_like(plan.row_order)
+    place[plan.row_order] = torch.arange(len(place), device=place.device)
+    cut = len(outputs) - plan.totals
+    return tuple(v[place] if k < cut else v for k, v in enumerate(outputs))
+
+
 def _finish(sides: _Sides, x: Tensor, y: Tensor | None, dx, dy, need_y: bool) -> tuple[Tensor | None, Tensor | None]:
     """The gradients in the order and the dtype of the inputs, through the norms."""
     if dy is not None:
@@ -306,7 +319,7 @@ def row_reduce(
     For what `pair_reduce` cannot say: ranks, sorts, histograms, sums over pairs of pairs. Costs the matrix products of
     two passes, and plain PyTorch for the formula. Memory is O((B + N) D) plus the workspace, if the formula's own
     tensors are at most `copies` panels. On a GPU the panels' bounds are read once from the device. Differentiable
-    once; `torch.compile` runs it as it is.
+    once; `torch.compile` runs it as it is. On the reference backend: one matrix and autograd.
 
     Args:
         x: (B, D) float32, float64, bfloat16 or float16.
@@ -367,6 +380,8 @@ def row_reduce(
     plan = _Plan(
         formula, len(rows), totals, similarity, normalize, row_order, column_order, own, start, count, cut
     )  # fmt: skip
+    if dispatch.forced_name() == "reference":
+        return _dense(plan, x, y, (*rows, *shared))
     return _RowReduce.apply(plan, x, y, *rows, *shared)
 
 
