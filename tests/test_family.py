@@ -320,6 +320,7 @@ def test_row_reduce(side, similarity, normalize, within_class, monkeypatch):
     from flashpair import reference, rows
 
     monkeypatch.setattr(rows, "_CPU_ELEMENTS", 24)
+    monkeypatch.setattr(rows, "_CPU_ROWS", 1)
     data = batch("random", side).to(torch.float64)
     weight = torch.randn(11, dtype=torch.float64, requires_grad=True)
     shift = torch.randn((), dtype=torch.float64, requires_grad=True)

@@ -45,16 +45,20 @@ def test_history():
     assert len(history.plot().lines) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["MultiSimilarityLoss", "NTXentLoss", "FastAPLoss", "HistogramLoss", "TripletMarginLoss"]
-)
+@pytest.mark.parametrize("name", ["MultiSimilarityLoss", "NTXentLoss", "GeneralPairWeightingLoss", "PNPLoss"])
 def test_pair_weights_are_the_gradient(name):
-    """dX = (G + Gᵀ) X for dot products, through the normalisation."""
+    """dX = (G + Gᵀ) X for unit rows, less its part along them; G is negative on positives."""
     data = batch("random", False)
-    loss = getattr(losses, name)()
-    found = plot.pair_weights(loss, data.x, data.labels)
-    assert found.weight.shape == found.similarity.shape == found.positive.shape == (110,)
-    assert (found.weight > 0).any() and (found.weight >= 0).all()
+    options = [lambda s, mask: 2 + s, lambda s, mask: 2 - s] if name == "GeneralPairWeightingLoss" else []
+    loss = getattr(losses, name)(*options)
+    x = torch.nn.functional.normalize(data.x).requires_grad_()
+    found = plot.pair_weights(loss, x, data.labels)
+    g = torch.zeros(11, 11, dtype=torch.float64)
+    g[~torch.eye(11, dtype=torch.bool)] = torch.where(found.positive, -found.weight, found.weight)
+    along = ((g + g.T) @ x).detach()
+    (grad,) = torch.autograd.grad(loss(x, data.labels), x)
+    want = along - (along * x).sum(1, keepdim=True) * x
+    torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-11)
 
 
 def test_pair_weights_of_multi_similarity():
