@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+import family_cases
 import loss_cases
 import pytest
 import support
@@ -122,6 +123,18 @@ def test_loss(case, side, dtype, gpu):
 
     n = {"matched": 130, False: None, True: 77}[side]
     compare(run, make(130, n, 40, "many", precision=dtype), gpu, dtype)
+
+
+@pytest.mark.parametrize("case, side", sides_of(family_cases.FAMILY))
+def test_family(case, side, gpu):
+    """In float32, whole rows included, against float64 on the CPU."""
+    if case.name.startswith(("DynamicSoft", "ICNN")):
+        pytest.skip("bins and ties: another rounding is another loss")
+    data = loss_cases.batch("random", side, b=130, n=77, d=24)
+    want, got = case.ours(data.to(torch.float64)), case.ours(data.to(torch.float32, "cuda"))
+    loose = 1e-2 if case.name.startswith(("PNP", "SmoothAP", "Tuplet")) else 1e-4
+    assert abs(got.double().cpu() - want) <= loose * want.abs().clamp_min(1e-2)
+    got.backward()
 
 
 @pytest.mark.parametrize("program", only("clip", "sum_parameters", "thresholds", "multi_similarity"), ids=str)
