@@ -372,3 +372,43 @@ def test_row_reduce_checks_its_input():
     (grad,) = torch.autograd.grad(twice, x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.sum(), x)
+
+
+# --- in a memory ----------------------------------------------------------------------------------------------------
+
+IN_MEMORY = sorted({c.name.split()[0] for c in METRIC if True in c.sides} - {"GeneralPairWeightingLoss"})
+
+#: Losses that are a sum over rows, so that each row can be checked alone.
+BY_ROW = {
+    "AngularLoss", "BinomialDevianceLoss", "FastAPLoss", "GeneralizedLiftedStructureLoss", "NCALoss", "SmoothAPLoss",
+    "SignalToNoiseRatioContrastiveLoss", "TripletMarginLoss", "TripletSemiHardLoss", "TupletMarginLoss",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_cross_batch_memory(name, engine):
+    """The loss of a batch against the queue without the batch's own copies."""
+    data = batch("random", True).to(torch.float64, support.device(engine))
+    options = {"RankedListLoss": {"margin": 0.4, "Tn": 10}, "ICNNLoss": {"k": 2}}.get(name, {})
+    options |= {"reducer": losses.SumReducer()} if name in BY_ROW else {}
+    loss_of = getattr(losses, name)(**options)
+    memory = losses.CrossBatchMemory(loss_of, embedding_size=5, memory_size=20)
+    memory(data.y.detach(), data.ref_labels)
+    loss = memory(data.x, data.labels)
+    (grad,) = torch.autograd.grad(loss, data.x)
+    assert loss.isfinite() and grad.isfinite().all()
+    if name not in BY_ROW:
+        return
+    columns, refs = torch.cat([data.y, data.x]).detach(), torch.cat([data.ref_labels, data.labels])
+    rows = []
+    for i in range(11):
+        keep = torch.arange(20, device=data.x.device) != 9 + i
+        rows.append(loss_of(data.x[[i]], data.labels[[i]], None, columns[keep], refs[keep]))
+    torch.testing.assert_close(loss, torch.stack(rows).sum(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["InstanceLoss", "ClipLoss", "ManifoldLoss"])
+def test_no_memory_for(name):
+    options = {"l": 5} if name == "ManifoldLoss" else {}
+    with pytest.raises(ValueError, match=f"loss must be one of .*got {name}"):
+        losses.CrossBatchMemory(getattr(losses, name)(**options), embedding_size=5)

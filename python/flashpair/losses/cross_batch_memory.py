@@ -13,6 +13,12 @@ from .peer import BaseCrossBatchMemory
 from .problem import check_call
 from .triplets import join_pairs
 
+#: Losses of image-text pairs, of views, of one pair a class: a queue means nothing to them.
+_WITHOUT_MEMORY = {
+    "BarlowTwinsLoss", "ClipLoss", "InfoNCELoss", "InstanceLoss", "ManifoldLoss", "NPairsLoss", "SelfSupervisedLoss",
+    "SigLipLoss", "VICRegLoss",
+}  # fmt: skip
+
 
 def _positive_integer(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -27,8 +33,8 @@ class CrossBatchMemory(BaseCrossBatchMemory):
     this library stays lazy, and so does the choice of all pairs; `indices_tuple` turns both into index tensors.
 
     Args:
-        loss: a metric-learning loss; NTXentLoss, SupConLoss, ContrastiveLoss, MultiSimilarityLoss, CircleLoss, or
-            TripletMarginLoss with a miner.
+        loss: a metric-learning loss that takes labels and references: all but InstanceLoss, ManifoldLoss and
+            NPairsLoss.
         embedding_size: D.
         memory_size: length of the queue. Default 1024.
         miner: called with the batch and the queue. Default: all pairs.
@@ -53,7 +59,24 @@ class CrossBatchMemory(BaseCrossBatchMemory):
     def __init__(self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner=None) -> None:
         _positive_integer("embedding_size", embedding_size)
         _positive_integer("memory_size", memory_size)
+        self.check_loss_support(type(loss).__name__)
         super().__init__(loss=loss, embedding_size=embedding_size, memory_size=memory_size, miner=miner)
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        """Names of the losses that can be wrapped: those that compare with other embeddings by label."""
+        from . import __all__ as names
+
+        own = {n for n in names if n.endswith("Loss")} - _WITHOUT_MEMORY
+        inherited = getattr(BaseCrossBatchMemory, "supported_losses", list)
+        return sorted(own | set(inherited()))
+
+    @classmethod
+    def check_loss_support(cls, loss_name: str) -> None:
+        """Raises ValueError on a loss that has no use for a memory."""
+        if loss_name not in cls.supported_losses():
+            allowed = ", ".join(cls.supported_losses())
+            raise ValueError(f"loss must be one of {allowed}; got {loss_name}")
 
     def reset_queue(self) -> None:
         """Forget all embeddings."""

@@ -15,7 +15,7 @@ from ..terms import Extreme, Mask
 from .geometry import require
 from .metric import MetricLoss
 from .peer import LpDistance
-from .problem import PairProblem, check_call, pair_problem
+from .problem import PairProblem, all_pairs, check_call, pair_problem
 from .ranks import sums_up_to
 from .sizes import check_count
 from .triplets import listed_triplets
@@ -73,10 +73,11 @@ class DynamicSoftMarginLoss(MetricLoss):
     def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
         if labels is None and indices_tuple is None:
             return self._of_counterparts(embeddings, ref_emb, return_stats)
-        problem = pair_problem(embeddings, labels, None if labels is not None else indices_tuple, ref_emb, ref_labels,
-                               self.distance)  # fmt: skip
+        whole = all_pairs(indices_tuple)
+        chosen = indices_tuple if whole or labels is None else None
+        problem = pair_problem(embeddings, labels, chosen, ref_emb, ref_labels, self.distance)
         problem.measure = return_stats
-        if indices_tuple is None:
+        if whole:
             sums, counts = self._all(problem)
             return problem.finish(self._weighted(sums, counts))
         problem.reduce([])

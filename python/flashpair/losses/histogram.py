@@ -10,7 +10,7 @@ from ..terms import Mask
 from .geometry import require
 from .metric import MetricLoss
 from .peer import CosineSimilarity, DotProductSimilarity
-from .problem import PairProblem, pair_problem
+from .problem import PairProblem, all_pairs, pair_problem
 from .ranks import soft_histogram
 from .triplets import listed_triplets
 
@@ -57,10 +57,11 @@ class HistogramLoss(MetricLoss):
         require(self.distance, "HistogramLoss", (CosineSimilarity, DotProductSimilarity), normalized=True, powers=(1,))
 
     def fused(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, return_stats):
-        problem = pair_problem(embeddings, labels, None if labels is not None else indices_tuple, ref_emb, ref_labels,
-                               self.distance)  # fmt: skip
+        whole = all_pairs(indices_tuple)
+        chosen = indices_tuple if whole or labels is None else None
+        problem = pair_problem(embeddings, labels, chosen, ref_emb, ref_labels, self.distance)
         problem.measure = return_stats
-        if indices_tuple is None:
+        if whole:
             return problem.finish(self.loss_of(problem))
         if problem.y is not None:
             raise ValueError("ref_emb must be None with indices_tuple for HistogramLoss; got both")

@@ -93,7 +93,7 @@ class MarginLoss(MetricLoss):
         if indices_tuple is None and self.triplets_per_anchor != "all":
             problem = pair_problem(embeddings, labels, None, ref_emb, ref_labels, self.distance)
             indices_tuple = random_triplets(labels, problem.ref_labels, problem.exclude, self.triplets_per_anchor)
-        separable = indices_tuple is None or (isinstance(indices_tuple, MinedPairs) and indices_tuple.bounds)
+        separable = indices_tuple is None or isinstance(indices_tuple, MinedPairs)
         problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, self.distance, collapse=False)
         problem.measure = return_stats
         beta = self._beta(problem)

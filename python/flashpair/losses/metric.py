@@ -6,6 +6,7 @@ import inspect
 
 from torch import Tensor
 
+from ..miners.selection import MinedPairs
 from .geometry import geometry_of
 from .peer import INSTALLED, BaseMetricLossFunction, CosineSimilarity, MeanReducer
 from .problem import PairProblem, pair_problem
@@ -103,6 +104,8 @@ class MetricLoss(BaseMetricLossFunction):
         chosen = None if self.weighs_rows else indices_tuple
         problem = pair_problem(embeddings, labels, chosen, ref_emb, ref_labels, self.distance, collapse=self.collapse)
         problem.mined, problem.measure = mined, return_stats
+        if isinstance(mined, MinedPairs) and problem.y is not None:
+            problem.exclude = mined.exclude  # a memory's copies of the batch's own rows
         return problem.finish(self.loss_of(problem))
 
     def rule(self, part: str = "loss") -> Rule:

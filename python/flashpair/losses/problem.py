@@ -262,6 +262,11 @@ def _from_lists(x, y, geometry, indices, collapse: bool) -> PairProblem:
     return PairProblem(x, y, geometry, pairs={Mask.SAME: positive, Mask.DIFFERENT: negative})
 
 
+def all_pairs(indices_tuple) -> bool:
+    """Whether an index tuple leaves nothing out but one column a row: none, or a selection without thresholds."""
+    return indices_tuple is None or (isinstance(indices_tuple, MinedPairs) and not indices_tuple.bounds)
+
+
 def pair_problem(
     embeddings: Tensor,
     labels: Tensor | None,

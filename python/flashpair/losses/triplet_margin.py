@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..miners.selection import MinedPairs, MinedTripletBand
+from ..miners.selection import MinedTripletBand
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..reference import similarity_matrix
@@ -20,7 +20,7 @@ from .geometry import Geometry, geometry_of
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
 from .positive_pairs import sums_over_positive_pairs
-from .problem import PairProblem, check_call, pair_problem
+from .problem import PairProblem, all_pairs, check_call, pair_problem
 from .ranks import Step, soft_ranks, triplet_sums
 from .reducers import Rule, reduce_sums, reduce_values, reducer_rule, refuse
 from .statistics import PairStatistics, moments, single
@@ -72,7 +72,7 @@ def triplet_margin_loss(
             problem = PairProblem(embeddings, band.columns, geometry, band.labels, band.ref_labels, band.exclude)
             problem.anchor_labels, problem.measure = band.labels, return_stats
             return problem.finish(_of_rows(problem, how, band.low, band.high))
-    if indices_tuple is None or (isinstance(indices_tuple, MinedPairs) and not indices_tuple.bounds):
+    if all_pairs(indices_tuple):
         problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
         problem.measure = return_stats
         return problem.finish(_of_pairs(problem, how) if swap else _of_rows(problem, how))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..miners.selection import check_indices
+from ..miners.selection import MinedPairs, check_indices
 
 
 def row_weights(
@@ -19,8 +19,8 @@ def row_weights(
         anchors_only: count rows as anchors only.
         columns: number of reference rows, where there are any.
     """
-    if indices_tuple is None:
-        return None
+    if indices_tuple is None or (isinstance(indices_tuple, MinedPairs) and not indices_tuple.bounds):
+        return None  # all pairs: every row as often as the others
     if hasattr(indices_tuple, "as_tuple"):
         indices_tuple = indices_tuple.as_tuple()
     rows = labels.shape[0]
