@@ -41,7 +41,7 @@ def test_saved_for_backward(case):
     assert sum(kept.values()) < 400 * (30 * 8 + 20 * 8 * 4), kept
 
 
-def child(name: str) -> None:
+def child(name: str, large: bool) -> None:
     """In a fresh process: print the growth of the resident memory over a step."""
     from flashpair import losses
 
@@ -50,28 +50,35 @@ def child(name: str) -> None:
         int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if field in line
     )
 
-    def step(rows: int) -> None:
+    def step(rows: int, members: int) -> None:
         g = torch.Generator().manual_seed(0)
         x = torch.randn(rows, WIDTH, generator=g).requires_grad_()
-        getattr(losses, name)()(x, torch.arange(rows) // 4).backward()
+        getattr(losses, name)()(x, torch.arange(rows) // members).backward()
         assert x.grad.isfinite().all()
 
-    step(256)
+    step(256, 4)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    step(BATCH)
+    # Large classes: a row's positives are as many as its negatives.
+    step(*((BATCH // 4, BATCH // 8) if large else (BATCH, 4)))
     print(json.dumps(status("VmHWM") - before))
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_resident_growth(name):
+@pytest.mark.parametrize(
+    ("name", "large"),
+    [
+        *((n, False) for n in MEASURED),
+        *((n, True) for n in ("TripletMarginLoss", "DynamicSoftMarginLoss", "FastAPLoss")),
+    ],
+)
+def test_resident_growth(name, large):
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
         pytest.skip(f"the high-water mark of resident memory cannot be reset here: {error}")
     if "cpu" not in support.FUSED:
         pytest.skip("the CPU backend is measured")
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_family_memory as t; t.child({name!r})"
+    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_family_memory as t; t.child({name!r}, {large})"
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "FLASHPAIR_MAX_WORKSPACE_BYTES": str(16 * MIB)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -122,8 +122,11 @@ def _sorted(labels: Tensor | None, ref_labels: Tensor | None, rows: int, columns
     return row_order, column_order, start, torch.searchsorted(column_labels, row_labels, right=True) - start
 
 
-def _cut(start: Tensor, count: Tensor, columns: int, budget: int, within_class: bool) -> list[_Bounds]:
-    """Panels of at most `budget` elements, or of one row. Reads the device once."""
+def _cut(start: Tensor, count: Tensor, columns: int, budget: int, within_class: bool, per_member: int) -> list[_Bounds]:
+    """Panels of at most `budget` elements, `per_member` for each member among them, or of one row.
+
+    Reads the device once.
+    """
     starts, counts = torch.stack([start, count]).tolist()
     found: list[_Bounds] = []
     first = 0
@@ -131,9 +134,10 @@ def _cut(start: Tensor, count: Tensor, columns: int, budget: int, within_class: 
         low, high, most, end = starts[first], starts[first] + counts[first], counts[first], first + 1
         while end < len(starts):
             reach = starts[end] + counts[end]  # the rows are in the order of their labels
-            if (end + 1 - first) * max((reach - low) if within_class else columns, 1) > budget:
+            wide, large = (reach - low) if within_class else columns, max(most, counts[end])
+            if (end + 1 - first) * max(wide + per_member * large, 1) > budget:
                 break
-            high, most, end = reach, max(most, counts[end]), end + 1
+            high, most, end = reach, large, end + 1
         found.append(_Bounds(first, end, *((low, high) if within_class else (0, columns)), most))
         first = end
     return found
@@ -315,6 +319,7 @@ def row_reduce(
     normalize: bool = False,
     within_class: bool = False,
     copies: int = 8,
+    per_member: int = 1,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
     """A formula over whole rows of the similarity matrix, of which one panel exists at a time.
@@ -342,6 +347,7 @@ def row_reduce(
         normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
         within_class: the formula only looks at columns that share a row's label; others may be missing.
         copies: tensors of a panel's size that the formula holds at once, its autograd graph included. Default 8.
+        per_member: elements of each such tensor for every member of a row, beside the columns. Default 1.
         max_workspace_bytes: bound on the panels; default `flashpair.set_max_workspace_bytes`.
 
     Returns:
@@ -365,14 +371,15 @@ def row_reduce(
             checks.same_device("x", x, **{f"{name}[{k}]": value})
             if name == "rows" and value.shape[:1] != x.shape[:1]:
                 raise ValueError(f"rows[{k}] must have {x.shape[0]} rows as x; got shape {tuple(value.shape)}")
-    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"copies must be a positive integer; got {copies!r}")
+    for name, value, least in (("copies", copies, 1), ("per_member", per_member, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
     budget = workspace_bytes(max_workspace_bytes) // (torch.finfo(statistics_dtype(x)).bits // 8 * copies)
     columns = (x if y is None else y).shape[0]
     if x.device.type == "cpu":
         budget = min(budget, max(_CPU_ELEMENTS, _CPU_ROWS * columns))
     row_order, column_order, start, count = _sorted(labels, ref_labels, x.shape[0], columns, x.device)
-    cut = _cut(start, count, columns, budget, within_class and labels is not None)
+    cut = _cut(start, count, columns, budget, within_class and labels is not None, per_member)
     if not cut:  # no rows: the formula still says what its results look like
         cut = [_Bounds(0, 0, 0, 0 if within_class else columns, 0)]
     own = torch.full_like(row_order, -1)

@@ -132,7 +132,7 @@ class DynamicSoftMarginLoss(MetricLoss):
             inside = reached - F.pad(reached[:, 1:], (0, 1))
             return [inside[0], inside[1]]
 
-        return problem.row_reduce(formula, "DynamicSoftMarginLoss", totals=2)
+        return problem.row_reduce(formula, "DynamicSoftMarginLoss", totals=2, per_member=self.num_bins)
 
     def _weighted(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The loss from sums and counts of each bin; moves the histogram."""

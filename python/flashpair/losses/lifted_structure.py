@@ -77,12 +77,11 @@ class LiftedStructureLoss(_Margins):
         else:
             by_column = Term(push.reduction, mask=push.mask, axis=Axis.COLUMNS, scale=push.scale, offset=push.offset)
             (rows, columns), _ = problem.reduce([push, by_column])
-        both = {"other_offset": columns, "combine": Combine.LOGADDEXP}
-        offset = rows + pull.offset
-        both["other_offset"] = columns + pull.offset
+        # log(e^rows + e^columns) + away (s - pos_margin), squared above zero
         positives = pair_losses(
-            self.rule(), Score.SQUARED_HINGE, Mask.SAME, pull.scale, offset, growing=pull.scale > 0, **both
-        )
+            self.rule(), Score.SQUARED_HINGE, Mask.SAME, pull.scale, rows + pull.offset, growing=pull.scale > 0,
+            other_offset=columns + pull.offset, combine=Combine.LOGADDEXP,
+        )  # fmt: skip
         return reduce_pairs(problem, [positives])[0] / 2
 
 
