@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
+from .label_order import label_order, positions
 from .pairs import _norms, _through_norm
 from .panels import float32_products
 from .primitives import _check, _outside_autocast
@@ -111,15 +112,15 @@ class _Bounds(NamedTuple):
     most: int
 
 
-def _sorted(labels: Tensor | None, ref_labels: Tensor | None, rows: int, columns: int, device):
-    """(row order, column order, first column and number of columns of each sorted row's label)."""
+def _sorted(labels: Tensor | None, ref_labels: Tensor | None, excluded: Tensor | None, rows: int, columns: int, device):
+    """Row order, column order; by sorted row: excluded position, first position and number of the label's columns."""
     if labels is None:
-        order = torch.arange(rows, device=device)
-        return order, torch.arange(columns, device=device), torch.zeros_like(order), torch.full_like(order, columns)
-    column_labels, column_order = (labels if ref_labels is None else ref_labels).sort(stable=True)
-    row_labels, row_order = labels.sort(stable=True)
-    start = torch.searchsorted(column_labels, row_labels)
-    return row_order, column_order, start, torch.searchsorted(column_labels, row_labels, right=True) - start
+        row_order, order = torch.arange(rows, device=device), torch.arange(columns, device=device)
+        own = positions(order, excluded, rows)
+        return row_order, order, own, torch.zeros_like(row_order), torch.full_like(row_order, columns)
+    found = label_order(labels, ref_labels, excluded)
+    row_order = labels.argsort(stable=True)
+    return row_order, found.order, *(v[row_order] for v in (found.own, found.start, found.count))
 
 
 def _cut(start: Tensor, count: Tensor, columns: int, budget: int, within_class: bool, per_member: int) -> list[_Bounds]:
@@ -378,17 +379,13 @@ def row_reduce(
     columns = (x if y is None else y).shape[0]
     if x.device.type == "cpu":
         budget = min(budget, max(_CPU_ELEMENTS, _CPU_ROWS * columns))
-    row_order, column_order, start, count = _sorted(labels, ref_labels, x.shape[0], columns, x.device)
+    excluded = torch.arange(x.shape[0], device=x.device) if exclude_self else exclude
+    row_order, column_order, own, start, count = _sorted(
+        labels, ref_labels, excluded, x.shape[0], columns, x.device
+    )  # fmt: skip
     cut = _cut(start, count, columns, budget, within_class and labels is not None, per_member)
     if not cut:  # no rows: the formula still says what its results look like
         cut = [_Bounds(0, 0, 0, 0 if within_class else columns, 0)]
-    own = torch.full_like(row_order, -1)
-    excluded = torch.arange(x.shape[0], device=x.device) if exclude_self else exclude
-    if excluded is not None and columns > 0:
-        position = torch.empty_like(column_order)
-        position[column_order] = torch.arange(columns, device=x.device)
-        excluded = excluded[row_order]
-        own = torch.where((excluded < 0) | (excluded >= columns), -1, position[excluded.clamp(0, columns - 1)])
     plan = _Plan(
         formula, len(rows), totals, similarity, normalize, row_order, column_order, own, start, count, cut
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..label_order import label_order
 from ..terms import Mask
 from .problem import PairProblem
 from .reducers import Rule
@@ -24,16 +25,9 @@ def positive_pairs(problem: PairProblem, step: int, once: bool) -> Iterator[tupl
         yield from zip(*(index.split(step) for index in problem.pairs[Mask.SAME]), strict=True)
         return
     labels, device = problem.labels, problem.x.device
-    ordered, order = (labels if problem.ref_labels is None else problem.ref_labels).sort(stable=True)
-    start = torch.searchsorted(ordered, labels)
-    count = torch.searchsorted(ordered, labels, right=True) - start
-    own = torch.full_like(start, -1)
     excluded = torch.arange(labels.shape[0], device=device) if problem.y is None else problem.exclude
-    if excluded is not None:
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0], device=device)
-        own = torch.where(excluded < 0, -1, place[excluded.clamp_min(0)])
-    inside = (own >= start) & (own < start + count)
+    found = label_order(labels, problem.ref_labels, excluded)
+    order, start, count, own, inside = *found, found.own_inside
     if once:
         count, start = start + count - own - 1, own + 1
         inside = torch.zeros_like(inside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..label_order import label_order
 from ..miners.selection import MinedTriplets, check_indices
 from ..random import draw_seed, integers
 
@@ -56,18 +57,9 @@ def random_triplets(
     A function of the seed alone (default: one from torch's generator), whatever the device. O((B + N) log N).
     """
     own = torch.arange(labels.shape[0], device=labels.device)
-    columns = labels if ref_labels is None else ref_labels
-    excluded = own if ref_labels is None else exclude
-    ordered, order = columns.sort(stable=True)
-    start = torch.searchsorted(ordered, labels)
-    count = torch.searchsorted(ordered, labels, right=True) - start
-    position = torch.full_like(own, -1)
-    if excluded is not None:
-        place = torch.empty_like(order)
-        place[order] = torch.arange(columns.shape[0], device=labels.device)
-        position = torch.where(excluded < 0, -1, place[excluded.clamp_min(0)])
-    inside = (position >= start) & (position < start + count)
-    positives, negatives = count - inside.long(), columns.shape[0] - count
+    found = label_order(labels, ref_labels, own if ref_labels is None else exclude)
+    order, start, count, position, inside = *found, found.own_inside
+    positives, negatives = count - inside.long(), order.shape[0] - count
     (anchors,) = ((positives > 0) & (negatives > 0)).nonzero(as_tuple=True)
     seed = draw_seed() if seed is None else seed
     a = anchors.repeat_interleave(per_anchor)

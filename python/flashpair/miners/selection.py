@@ -68,7 +68,29 @@ class _LazyTuple:
 
 
 @dataclass(eq=False)
-class MinedPairs(_LazyTuple):
+class _OfEmbeddings(_LazyTuple):
+    """What was mined, and how pairs were compared; subclasses have `exclude`, (B,) one column a row never meets."""
+
+    embeddings: Tensor  # (B, D)
+    columns: Tensor | None  # (N, D), None where they are the embeddings
+    labels: Tensor  # (B,)
+    ref_labels: Tensor | None  # (N,)
+    geometry: Geometry
+
+    def without(self, exclude: Tensor):
+        """The same selection less one column per row."""
+        return replace(self, exclude=exclude, _indices=None)
+
+    def mined_from(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+        """Whether these are the embeddings that were mined."""
+        ref_emb = None if ref_emb is embeddings else ref_emb
+        if (self.columns is None) != (ref_emb is None):
+            return False
+        return _same_tensor(self.embeddings, embeddings) and _same_tensor(self.columns, ref_emb)
+
+
+@dataclass(eq=False)
+class MinedPairs(_OfEmbeddings):
     """All pairs of a batch whose similarity lies between per-row thresholds, O(B) numbers.
 
     As `indices_tuple` of a flashpair loss on the same embeddings it never becomes pairs: the thresholds join the
@@ -84,28 +106,12 @@ class MinedPairs(_LazyTuple):
         exclude: (B,) one column that row i never meets, or None.
     """
 
-    embeddings: Tensor
-    columns: Tensor | None
-    labels: Tensor
-    ref_labels: Tensor | None
-    geometry: Geometry
     bounds: dict[Mask, dict[str, Tensor]] = field(default_factory=dict)
     exclude: Tensor | None = None
     _indices: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return 4
-
-    def without(self, exclude: Tensor) -> MinedPairs:
-        """The same pairs less one column per row."""
-        return replace(self, exclude=exclude, _indices=None)
-
-    def mined_from(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
-        """Whether these are the embeddings that were mined."""
-        ref_emb = None if ref_emb is embeddings else ref_emb
-        if (self.columns is None) != (ref_emb is None):
-            return False
-        return _same_tensor(self.embeddings, embeddings) and _same_tensor(self.columns, ref_emb)
 
     def bounds_in(self, geometry: Geometry) -> dict[Mask, dict[str, Tensor]] | None:
         """The thresholds for another way to compare; None where they do not carry over."""
@@ -194,7 +200,7 @@ class MinedTriplets(_LazyTuple):
 
 
 @dataclass(eq=False)
-class MinedTripletBand(_LazyTuple):
+class MinedTripletBand(_OfEmbeddings):
     """All triplets (a, p, n) whose negative is farther than the positive by more than `low` and at most `high`.
 
     As `indices_tuple` of `flashpair.losses.TripletMarginLoss` on the same embeddings and distance the triplets are
@@ -209,11 +215,6 @@ class MinedTripletBand(_LazyTuple):
         exclude: (B,) one column that row i never meets, or None.
     """
 
-    embeddings: Tensor
-    columns: Tensor | None
-    labels: Tensor
-    ref_labels: Tensor | None
-    geometry: Geometry
     low: float | None
     high: float | None
     exclude: Tensor | None = None
@@ -221,16 +222,6 @@ class MinedTripletBand(_LazyTuple):
 
     def __len__(self) -> int:
         return 3
-
-    def without(self, exclude: Tensor) -> MinedTripletBand:
-        """The same triplets less those with one column per row."""
-        return replace(self, exclude=exclude, _indices=None)
-
-    def mined_from(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
-        """Whether these are the embeddings that were mined."""
-        ref_emb = None if ref_emb is embeddings else ref_emb
-        same = (self.columns is None) == (ref_emb is None)
-        return same and _same_tensor(self.embeddings, embeddings) and _same_tensor(self.columns, ref_emb)
 
     @torch.no_grad()
     def as_tuple(self) -> tuple[Tensor, Tensor, Tensor]:
