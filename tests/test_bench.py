@@ -338,3 +338,34 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", "another"])
     with pytest.raises(SystemExit, match=r"no results of 'another'; there are nvidia-nothing-100-80gb"):
         report.main()
+
+
+# --- the family beside the peer -----------------------------------------------------------------------------------------
+
+
+def test_the_family_is_gated_and_timed(tmp_path):
+    """One loss with a peer, one without; a table with both."""
+    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("tqdm")
+    out = tmp_path / "family.json"
+    options = ["NCA", "SemiHard", "--quick", "--rounds", "1", "--out", str(out)]
+    done = command(sys.executable, "bench/family.py", *options, FLASHPAIR_BACKEND="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {r["loss"]: r for r in json.loads(out.read_text())}
+    assert set(rows) == {"NCALoss", "TripletSemiHardLoss"}
+    assert rows["NCALoss"]["ratio"] > 0 and rows["TripletSemiHardLoss"]["why"] == "no such class"
+
+    import family
+
+    lines = family.table([r | {"batch": 4096} for r in rows.values()])
+    assert any("`NCALoss`" in line and "x**" in line for line in lines)
+    assert any("no such class" in line for line in lines)
+
+
+def test_every_loss_of_the_family_is_in_its_benchmark():
+    import family
+    from family_cases import FAMILY
+
+    dense = {"VICRegLoss", "BarlowTwinsLoss", "GeneralPairWeightingLoss"}  # features, or the user's functions
+    names = {c.name.split()[0] for c in FAMILY} - dense
+    assert names <= {n.split()[0] for n in family.LOSSES}
