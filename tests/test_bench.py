@@ -340,7 +340,7 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
         report.main()
 
 
-# --- the family beside the peer -----------------------------------------------------------------------------------------
+# --- the family beside the peer --------------------------------------------------------------------------------------
 
 
 def test_the_family_is_gated_and_timed(tmp_path):
