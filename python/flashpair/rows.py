@@ -7,6 +7,7 @@ the positives of a row are neighbours.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -302,8 +303,20 @@ def _finish(sides: _Sides, x: Tensor, y: Tensor | None, dx, dy, need_y: bool) ->
     return dx, _through_norm(dy, y, sides.y_norms).to(y.dtype) if need_y else None
 
 
+def _eagerly(function: Callable) -> Callable:
+    """`torch.compiler.disable`, whose import of torch._dynamo would cost every user a second, on first use in a graph."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_eagerly
 @_outside_autocast
-@torch.compiler.disable
 def row_reduce(
     x: Tensor,
     y: Tensor | None,
