@@ -304,7 +304,7 @@ def _finish(sides: _Sides, x: Tensor, y: Tensor | None, dx, dy, need_y: bool) ->
 
 
 def _eagerly(function: Callable) -> Callable:
-    """`torch.compiler.disable`, whose import of torch._dynamo would cost every user a second, on first use in a graph."""
+    """`torch.compiler.disable` on first use in a graph: its import of torch._dynamo would cost every user a second."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
