@@ -166,15 +166,19 @@ class _Sides:
     def panel(self, at: _Bounds) -> RowPanel:
         plan = self.plan
         row = plan.row_order[at.first : at.end]
-        columns = self.columns[at.low : at.high]
+        x, columns = self.x[row], self.columns[at.low : at.high]
         with float32_products(self.x, Precision.IEEE):
-            s = self.x[row] @ columns.T
+            if plan.similarity == Similarity.DOT:
+                s = x @ columns.T
+            else:
+                squares = self.x_squares[row, None], self.column_squares[None, at.low : at.high]
+                s = torch.addmm(squares[1], x, columns.T, alpha=-2).add_(squares[0])
         if plan.similarity != Similarity.DOT:
-            size = self.x_squares[row, None] + self.column_squares[None, at.low : at.high]
-            s = (size - 2 * s).clamp_min_(0)
-            s = torch.where(s <= 4 * torch.finfo(s.dtype).eps * size, 0.0, s)  # equal rows, but for rounding
+            # Equal rows, but for rounding: relative to both squares, of which unit vectors have none above 1.
+            size = squares[0] + (1.0 if plan.normalize else squares[1])
+            s.masked_fill_(s <= 4 * torch.finfo(s.dtype).eps * size, 0.0)
             if plan.similarity == Similarity.EUCLIDEAN:
-                s = s.sqrt_()
+                s.sqrt_()
         own = plan.own[at.first : at.end]
         own = torch.where((own >= at.low) & (own < at.high), own - at.low, -1)
         start, count = plan.start[at.first : at.end] - at.low, plan.count[at.first : at.end]
@@ -266,7 +270,7 @@ def _accumulate(sides: _Sides, at: _Bounds, row: Tensor, s: Tensor, ds: Tensor, 
     columns, x = sides.columns[at.low : at.high], sides.x[row]
     kind = sides.plan.similarity
     if kind == Similarity.EUCLIDEAN:
-        ds = torch.where(s == 0, 0.0, ds / torch.where(s == 0, 1.0, 2 * s))
+        ds = (ds / s).mul_(0.5).masked_fill_(s == 0, 0.0)
     with float32_products(x, Precision.IEEE):
         if dx is not None:
             by_row = ds @ columns

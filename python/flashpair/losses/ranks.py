@@ -18,13 +18,18 @@ class Step(Enum):
 
     SIGMOID = "sigmoid"
     SOFTPLUS = "softplus"
+    HINGE = "hinge"
 
 
 def _apply(step: Step, z: Tensor) -> Tensor:
+    if step == Step.HINGE:
+        return z.clamp_min_(0)
     return z.sigmoid_() if step == Step.SIGMOID else F.softplus(z, threshold=40)
 
 
 def _slope(step: Step, z: Tensor) -> Tensor:
+    if step == Step.HINGE:
+        return (z > 0).to(z.dtype)
     share = z.sigmoid_()
     return share.mul_(1 - share) if step == Step.SIGMOID else share
 
@@ -113,6 +118,12 @@ def triplet_sums(
     sums = prefix.gather(1, torch.where(some, last, 0)) - prefix.gather(1, torch.where(some, first, 0))
     counts = met.to(far.dtype)
     return counts.sum(1), (sums - torch.where(some, counts * far, 0.0)).sum(1)
+
+
+def ranks_above(values: Tensor, keep: Tensor, points: Tensor) -> Tensor:
+    """(b, P) how many kept values of each row are above each point, one point at a time."""
+    values = values.detach().masked_fill(~keep, -torch.inf)
+    return torch.stack([(values > points[:, p : p + 1]).sum(1) for p in range(points.shape[1])], 1).to(values.dtype)
 
 
 def sums_up_to(values: Tensor, keep: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
