@@ -362,6 +362,13 @@ def test_the_family_is_gated_and_timed(tmp_path):
     assert any("no such class" in line for line in lines)
 
 
+def test_results_of_other_kinds_are_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    for name in ("speed", "memory", "family", "nvidia-nothing"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    assert list(report.gpu_results()) == ["nvidia-nothing"]
+
+
 def test_every_loss_of_the_family_is_in_its_benchmark():
     import family
     from family_cases import FAMILY
