@@ -7,6 +7,7 @@ import torch
 
 from flashpair import Similarity, evaluation
 from flashpair.evaluation import AccuracyCalculator, retrieval, roc, true_accept_rates
+from flashpair.losses import ranks
 
 
 def data(refs: bool, rows: int = 40, dim: int = 4, classes: int = 7, seed: int = 0):
@@ -36,7 +37,7 @@ KEYS = {
 @pytest.mark.parametrize("similarity", list(KEYS))
 @pytest.mark.parametrize("refs", [False, True])
 def test_retrieval(refs, similarity, k, few, monkeypatch):
-    monkeypatch.setattr(evaluation, "_FEW", few)
+    monkeypatch.setattr(ranks, "FEW", few)
     monkeypatch.setattr(evaluation, "_QUERIES", 13)
     call = data(refs)
     found = retrieval(*call, at=(1, 5), k=k, similarity=similarity)
@@ -60,15 +61,12 @@ def test_retrieval(refs, similarity, k, few, monkeypatch):
         assert math.isclose(found.reciprocal_rank[i], 1 / (top.index(True) + 1) if any(top) else 0.0)
 
 
-def test_ties_rank_in_the_order_of_the_references():
+def test_ties_rank_in_the_order_of_the_references(monkeypatch):
     x = torch.zeros(6, 2)
     labels = torch.tensor([1, 0, 0, 1, 1, 0])
     for few in (0, 16):
-        evaluation._FEW, previous = few, evaluation._FEW
-        try:
-            found = retrieval(x, labels)
-        finally:
-            evaluation._FEW = previous
+        monkeypatch.setattr(ranks, "FEW", few)
+        found = retrieval(x, labels)
         # Query 0 meets 1, 2, 3, 4, 5 in this order; its matches 3 and 4 are third and fourth.
         assert math.isclose(found.average_precision[0], (1 / 3 + 2 / 4) / 2, rel_tol=1e-6)
         assert found.precision[1].tolist() == [0, 0, 0, 1, 1, 0]
@@ -138,11 +136,11 @@ def test_bad_calls():
     x, labels, y, refs = data(True)
     for call, message in (
         (lambda: AccuracyCalculator(include=("recall",)), "include must hold names"),
-        (lambda: AccuracyCalculator(k=0), "k must be"),
+        (lambda: AccuracyCalculator(k=0), "k must be at least 1; got 0"),
         (lambda: AccuracyCalculator(avg_of_avgs=True, return_per_class=True), "mutually exclusive"),
         (lambda: AccuracyCalculator(label_comparison_fn=torch.eq), "label_comparison_fn must be None"),
         (lambda: retrieval(x, labels, y), "reference_labels must be given"),
-        (lambda: retrieval(x, labels, y, refs, at=(0,)), "positive integers"),
+        (lambda: retrieval(x, labels, y, refs, at=(0,)), r"at\[0\] must be at least 1; got 0"),
         (lambda: retrieval(x, labels, y, refs, ref_includes_query=True), "must begin with"),
         (lambda: true_accept_rates(x, labels, far=[0.0]), r"far\[0\]"),
     ):

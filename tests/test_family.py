@@ -9,7 +9,7 @@ from family_cases import FAMILY, squared
 from loss_cases import KINDS, Batch, batch, evaluate, sides_of
 from test_losses_definition import close
 
-from flashpair import losses, row_reduce
+from flashpair import losses, miners, row_reduce
 
 #: The formulas are one text for all backends; the fused engine and the reference stand for them.
 ENGINES = ["reference", *(b for b in support.FUSED if not support.interpreted(b))]
@@ -412,3 +412,47 @@ def test_no_memory_for(name):
     options = {"l": 5} if name == "ManifoldLoss" else {}
     with pytest.raises(ValueError, match=f"loss must be one of .*got {name}"):
         losses.CrossBatchMemory(getattr(losses, name)(**options), embedding_size=5)
+
+
+# --- what miners return, given to any loss ---------------------------------------------------------------------------
+
+LAZY = {
+    "MultiSimilarityMiner": {},
+    "PairMarginMiner": {"pos_margin": 0.9, "neg_margin": 1.2},
+    "HDCMiner": {},
+    "TopKHardNegativesMiner": {"k": 2},
+    "BatchHardMiner": {},
+    "TripletMarginMiner": {"margin": 0.3, "type_of_triplets": "semihard"},
+}
+
+
+@pytest.mark.parametrize("side", [False, True])
+@pytest.mark.parametrize("name", ["ContrastiveLoss", "NCALoss", "MarginLoss", "TripletMarginLoss", "TupletMarginLoss",
+                                  "AngularLoss", "IntraPairVarianceLoss"])  # fmt: skip
+@pytest.mark.parametrize("miner", LAZY)
+def test_lazy_selections_are_their_tuples(miner, name, side):
+    """A loss of a lazy selection is the loss of the index tensors that it stands for."""
+    data = batch("random", side, b=16, n=13).to(torch.float64)
+    call = (data.x, data.labels, data.y, data.ref_labels)
+    mined, loss_of = getattr(miners, miner)(**LAZY[miner])(*call), getattr(losses, name)()
+    rest = (data.y, data.ref_labels)
+    lazy, plain = (loss_of(data.x, data.labels, m, *rest) for m in (mined, mined.as_tuple()))
+    torch.testing.assert_close(lazy, plain, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*(torch.autograd.grad(v, data.x)[0] for v in (lazy, plain)), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("miner", LAZY)
+def test_lazy_selections_stay_lazy_in_a_memory(miner, monkeypatch):
+    """Less the batch's own copies, and without listing anything."""
+    from flashpair.miners import selection
+
+    data = batch("random", True, b=8, n=12).to(torch.float64)
+    memory = losses.CrossBatchMemory(
+        losses.TripletMarginLoss() if "riplet" in miner or miner == "BatchHardMiner" else losses.ContrastiveLoss(),
+        embedding_size=5, memory_size=20, miner=getattr(miners, miner)(**LAZY[miner]),
+    )  # fmt: skip
+    memory(data.y.detach(), data.ref_labels)
+    if miner != "BatchHardMiner":  # its triplets are listed already, one a row
+        for kind in (selection.MinedPairs, selection.MinedTripletBand):
+            monkeypatch.setattr(kind, "as_tuple", lambda self: pytest.fail("listed"))
+    assert memory(data.x, data.labels).isfinite()

@@ -8,6 +8,7 @@ from test_losses_definition import close
 from test_losses_peer import arguments, describe
 
 from flashpair import losses, miners
+from flashpair.losses.metric import MetricLoss
 
 pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, reducers
@@ -279,6 +280,41 @@ def test_dense_fallback():
         close(*(evaluate(lambda d, f=f: f(d.x, d.labels), data, ()) for f in (ours, theirs)), 1e-12)
     report = losses.ContrastiveLoss(reducer=reducers.DoNothingReducer(), dense_fallback=True)(data.x, data.labels)
     assert set(report) == {"pos_loss", "neg_loss"}
+
+
+class _OwnMean(reducers.MeanReducer):
+    """A reducer of a user's own may do anything: never fused."""
+
+
+SHARED = sorted(
+    name for name in losses.__all__
+    if hasattr(peer_losses, name) and issubclass(getattr(losses, name), MetricLoss)
+)  # fmt: skip
+STATEFUL = {"DynamicSoftMarginLoss", "ManifoldLoss", "MarginLoss", "VICRegLoss"}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_dense_fallback_of_every_loss(name):
+    """The peer's class stands in, but not for losses with parameters or a state, or without labels."""
+    options = {"RankedListLoss": {"margin": 0.4, "Tn": 10}, "ManifoldLoss": {"l": 5}}.get(name, {})
+    options = {**options, "reducer": _OwnMean()}
+    if name in STATEFUL:
+        with pytest.raises(ValueError, match="reducer must be MeanReducer.*got _OwnMean$"):
+            getattr(losses, name)(**options, dense_fallback=True)
+        return
+    data = batch("random", False).to(torch.float64)
+    if name == "SmoothAPLoss":  # the peer wants classes of one size
+        data.labels = torch.arange(11) % 11
+    ours = getattr(losses, name)(**options, dense_fallback=True)
+    assert ours.dense
+    found = (ours, getattr(peer_losses, name)(**options))
+    close(*(evaluate(lambda d, f=f: f(unit(d.x), d.labels), data, ()) for f in found), 1e-12)
+
+
+def test_dense_fallback_takes_the_peers_arguments():
+    loss = losses.SupConLoss(reducer=_OwnMean(), base_temperature=0.1, dense_fallback=True)
+    with pytest.raises(ValueError, match="base_temperature must be 0.07 with dense_fallback; got 0.1"):
+        loss(torch.eye(3), torch.tensor([0, 0, 1]))
 
 
 def test_manifold():

@@ -68,6 +68,16 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}]; got {value}")
 
 
+def count(name: str, value: int, low: int = 1, high: float = math.inf) -> None:
+    """Integer inside [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}; got {value}")
+    if value > high:
+        raise ValueError(f"{name} must be at most {high}; got {value}")
+
+
 def temperature(name: str, value: float | Tensor) -> None:
     """Positive number, or a 0-d tensor (whose value is not read, so that no device is synchronised)."""
     if isinstance(value, Tensor):

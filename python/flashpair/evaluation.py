@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .losses.ranks import counts_below
 from .order_statistics import count_pairs, order_statistics
 from .request import statistics_dtype
 from .rows import RowPanel, row_reduce
@@ -22,7 +23,6 @@ from .terms import Mask, Similarity
 
 _QUERIES = 8192  # at a time, between two steps of the progress bar
 _LONG = 1 << 32  # pairs from which on a progress bar is shown
-_FEW = 16  # matches a query up to which they are compared one by one, not by bisection
 
 
 class Retrieval(NamedTuple):
@@ -39,27 +39,13 @@ class Retrieval(NamedTuple):
 
 def _ranks(panel: RowPanel, position: Tensor, valid: Tensor) -> Tensor:
     """(b, P) rank of each match, from 1; equal distances in the order of their columns."""
-    d, near = panel.s.masked_fill(~panel.allowed, torch.inf), panel.s.gather(1, position)
-    column = panel.column[position]
-    if near.shape[1] <= _FEW:
-        less = (
-            torch.stack([(d < near[:, p, None]).sum(1) for p in range(near.shape[1])], 1) if near.numel() else position
-        )
-        level = torch.stack([(d == near[:, p, None]).sum(1) for p in range(near.shape[1])], 1) if near.numel() else less
-    else:
-        ordered, order = near.masked_fill(~valid, torch.inf).sort(dim=1)
-        counts = []
-        for right in (True, False):  # how many are below, and how many are below or level
-            place = torch.searchsorted(ordered, d, right=right)
-            counts.append(torch.zeros_like(ordered, dtype=torch.long))
-            nodes = torch.zeros(len(d), near.shape[1] + 1, dtype=torch.long, device=d.device)
-            below = nodes.scatter_add(1, place, torch.ones_like(place))[:, :-1].cumsum(1)
-            counts[-1].scatter_(1, order, below)
-        less, level = counts[0], counts[1] - counts[0]
+    d, near, column = panel.s, panel.s.gather(1, position), panel.column[position]
+    less = counts_below(d, panel.allowed, near)
+    level = counts_below(d, panel.allowed, near, closed=True) - less
     rank = less + 1
     tied = ((level > 1) & valid).any(0)
     for p in tied.nonzero()[:, 0].tolist():
-        before = (d == near[:, p, None]) & (panel.column[None, :] < column[:, p, None])
+        before = panel.allowed & (d == near[:, p, None]) & (panel.column[None, :] < column[:, p, None])
         rank[:, p] += before.sum(1)
     return rank
 
@@ -111,9 +97,10 @@ def retrieval(
     elif reference_labels is None:
         raise ValueError("reference_labels must be given with reference; got None")
     checks.labels("reference_labels", reference_labels, reference.shape[0])
-    for value in (*at, *([] if k is None else [k])):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"at and k must be positive integers; got {value!r}")
+    for m, value in enumerate(at):
+        checks.count(f"at[{m}]", value)
+    if k is not None:
+        checks.count("k", k)
     if ref_includes_query and reference.shape[0] < query.shape[0]:
         raise ValueError(
             f"reference must begin with the {query.shape[0]} queries if ref_includes_query; got "
@@ -328,8 +315,8 @@ class AccuracyCalculator:
         self.metrics = self._chosen(include, exclude, sorted((*_RETRIEVAL, *_CLUSTERING)))
         if avg_of_avgs and return_per_class:
             raise ValueError("avg_of_avgs and return_per_class are mutually exclusive; got both")
-        if k is not None and k != "max_bin_count" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f"k must be a positive integer, None or 'max_bin_count'; got {k!r}")
+        if k is not None and k != "max_bin_count":
+            checks.count("k", k)
         for name, value in (("label_comparison_fn", label_comparison_fn), ("knn_func", knn_func)):
             if value is not None:
                 raise ValueError(

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import checks, reference
 from .dispatch import use_backend
 from .losses.ranks import soft_histogram
-from .losses.sizes import check_count
 from .losses.statistics import Moments, PairStatistics
 from .rows import RowPanel, row_reduce
 
@@ -58,7 +57,7 @@ def similarity_histogram(x: Tensor, labels: Tensor, bins: int = 100) -> Similari
     """
     checks.embeddings("x", x)
     checks.labels("labels", labels, x.shape[0])
-    check_count("bins", bins)
+    checks.count("bins", bins)
 
     def formula(panel: RowPanel) -> list[Tensor]:
         masks = (panel.same, panel.different)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .head import ClassHead, check_size
+from .. import checks
+from .head import ClassHead
 from .partial_fc import class_range
 
 _KEYS = ("num_classes", "first_class", "classes", "rest")
@@ -32,7 +33,7 @@ def save_shard(head: ClassHead, first_class: int = 0, num_classes: int | None = 
         [(3, 3), (2, 3)]
         >>> load_shard(ClassHead(num_classes=2, embedding_size=3), shards[1])
     """
-    check_size("num_classes", head.num_classes if num_classes is None else num_classes)
+    checks.count("num_classes", head.num_classes if num_classes is None else num_classes)
     classes, rest = {}, {}
     for name, value in head.state_dict().items():
         (classes if name in ("weight", "bias", "class_weight") else rest)[name] = value
@@ -92,7 +93,7 @@ def reshard(shards: Sequence[dict], world_size: int) -> list[dict]:
     Raises:
         ValueError: where the shards are not all classes exactly once, or do not agree with each other.
     """
-    check_size("world_size", world_size)
+    checks.count("world_size", world_size)
     if not shards:
         raise ValueError("shards must hold at least one shard; got none")
     for shard in shards:

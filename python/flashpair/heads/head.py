@@ -16,18 +16,6 @@ from .optim import FusedOptimizer, HeadUpdate
 from .statistics import check_classes
 
 
-def check_size(name: str, value: int) -> None:
-    """A positive integer.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-
-
 class ClassHead(nn.Module):
     """Class weights and a loss over their logits, which are never stored; `nn.Linear` and its loss in one.
 
@@ -85,8 +73,8 @@ class ClassHead(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_size("num_classes", num_classes)
-        check_size("embedding_size", embedding_size)
+        checks.count("num_classes", num_classes)
+        checks.count("embedding_size", embedding_size)
         check_reduction(reduction)
         checks.number("init_std", init_std, low=0.0)
         checks.number("gradient_filter", gradient_filter, low=0.0, high=1.0)

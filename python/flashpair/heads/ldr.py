@@ -12,7 +12,6 @@ from .. import checks
 from ..algebra import log_add_exp
 from ..primitives import mine
 from ..terms import Extreme, Reduction, Score, Term
-from .head import check_size
 from .logits import check_reduction, class_logits, reduce_rows
 from .statistics import check_classes, class_statistics
 
@@ -105,7 +104,7 @@ def ldr_top_k_loss(
     """
     checks.embedding_pair(x, weight, ("x", "weight"))
     classes = weight.shape[0]
-    check_size("k", k)
+    checks.count("k", k)
     if not k < min(classes, 64):
         raise ValueError(f"k must be at most 63 and less than the number of classes, {classes}; got {k}")
     checks.number("temperature", temperature, low=0.0, open_low=True)
@@ -180,7 +179,7 @@ class ALDRKLLoss(nn.Module):
 
     def __init__(self, num_samples: int, margin: float = 0.1, lambda0: float = 1.0, alpha: float = 2.0) -> None:
         super().__init__()
-        check_size("num_samples", num_samples)
+        checks.count("num_samples", num_samples)
         checks.number("margin", margin, low=0.0)
         checks.number("lambda0", lambda0, low=0.0, open_low=True)
         checks.number("alpha", alpha, low=1.0)

@@ -11,7 +11,6 @@ from .. import checks
 from ..losses.metric import MetricLoss
 from ..losses.weights import row_weights
 from ..request import statistics_dtype
-from .head import check_size
 from .statistics import check_classes
 
 
@@ -29,6 +28,8 @@ class ProxyLoss(MetricLoss):
         TypeError, ValueError: on bad sizes, an unsupported distance or reducer.
     """
 
+    falls_back = False
+
     def __init__(
         self,
         num_classes: int,
@@ -38,8 +39,8 @@ class ProxyLoss(MetricLoss):
         weight_reg_weight: float = 1,
         **kwargs,
     ) -> None:
-        check_size("num_classes", num_classes)
-        check_size("embedding_size", embedding_size)
+        checks.count("num_classes", num_classes)
+        checks.count("embedding_size", embedding_size)
         super().__init__(**kwargs)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.weight_init_func = self.get_default_weight_init_func() if weight_init_func is None else weight_init_func

@@ -15,7 +15,6 @@ from ..losses.peer import CosineSimilarity
 from ..losses.reducers import reduce_values, reducer_rule
 from ..request import statistics_dtype
 from ..terms import Reduction, Similarity
-from .head import check_size
 from .proxies import ProxyLoss
 from .streaming import streamed
 
@@ -73,7 +72,7 @@ class SoftTripleLoss(ProxyLoss):
         margin: float = 0.01,
         **kwargs,
     ) -> None:
-        check_size("centers_per_class", centers_per_class)
+        checks.count("centers_per_class", centers_per_class)
         checks.number("la", la, low=0.0, open_low=True)
         checks.number("gamma", gamma, low=0.0, open_low=True)
         checks.number("margin", margin)

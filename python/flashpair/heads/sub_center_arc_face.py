@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..request import statistics_dtype
 from ..terms import Reduction
 from .combined_margin import CombinedMargin
-from .head import ClassHead, check_size
+from .head import ClassHead
 from .logits import ClassLogits
 from .streaming import streamed
 
@@ -69,8 +70,8 @@ class SubCenterArcFace(ClassHead):
         margin_grad: str = "exact",
         **options,
     ) -> None:
-        check_size("sub_centers", sub_centers)
-        check_size("num_classes", num_classes)
+        checks.count("sub_centers", sub_centers)
+        checks.count("num_classes", num_classes)
         rule = CombinedMargin(scale, m2=margin, margin_grad=margin_grad)
         super().__init__(num_classes * sub_centers, embedding_size, margin=rule, **options)
         if self.formula.extras or self.gradient_filter:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import checks
 from ..losses.arguments import constant
 from ..terms import Reduction, Score, Term
-from .head import check_size
 from .logits import check_per_class, check_reduction, reduce_rows
 from .statistics import check_listed, class_statistics
 
@@ -235,8 +234,8 @@ class HLGaussHead(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_size("embedding_size", embedding_size)
-        check_size("bins", bins)
+        checks.count("embedding_size", embedding_size)
+        checks.count("bins", bins)
         checks.number("low", low)
         checks.number("high", high, low=low, open_low=True)
         checks.number("sigma", sigma, low=0.0)

@@ -10,15 +10,11 @@ from torch import Tensor
 
 from .. import checks
 from ..terms import Mask, Reduction, Score, Term
+from .geometry import require
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, CosineSimilarity
 from .problem import pair_problem
 from .reducers import reduce_values, reducer_rule
-
-
-def _check_distance(distance) -> None:
-    if type(distance) is not CosineSimilarity:
-        raise ValueError(f"distance must be CosineSimilarity for CircleLoss; got {type(distance).__name__}")
 
 
 def _terms(m: float, gamma: float) -> list[Term]:
@@ -48,7 +44,7 @@ def circle_loss(
 ):
     """Function behind `CircleLoss`."""
     distance = CosineSimilarity() if distance is None else distance
-    _check_distance(distance)
+    require(distance, "CircleLoss", (CosineSimilarity,))
     problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
     (positive, negative), (positives, negatives) = problem.reduce(
         _terms(m, gamma),
@@ -89,11 +85,13 @@ class CircleLoss(MetricLoss):
 
     def __init__(self, m: float = 0.4, gamma: float = 80, **kwargs) -> None:
         super().__init__(**kwargs)
-        _check_distance(self.distance)
         checks.number("m", m)
         checks.number("gamma", gamma, low=0.0, open_low=True)
         self.m = m
         self.gamma = gamma
+
+    def check_distance(self) -> None:
+        require(self.distance, "CircleLoss", (CosineSimilarity,))
 
     def get_default_reducer(self):
         return AvgNonZeroReducer()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..miners.selection import LazyTuple, MinedPairs, check_indices, listed
 from ..terms import Similarity
 from .geometry import Geometry
 from .peer import BaseCrossBatchMemory
@@ -18,11 +18,6 @@ _WITHOUT_MEMORY = {
     "BarlowTwinsLoss", "ClipLoss", "InfoNCELoss", "InstanceLoss", "ManifoldLoss", "NPairsLoss", "SelfSupervisedLoss",
     "SigLipLoss", "VICRegLoss",
 }  # fmt: skip
-
-
-def _positive_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
 class CrossBatchMemory(BaseCrossBatchMemory):
@@ -57,8 +52,8 @@ class CrossBatchMemory(BaseCrossBatchMemory):
     label_memory: Tensor  # (memory_size,) int64
 
     def __init__(self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner=None) -> None:
-        _positive_integer("embedding_size", embedding_size)
-        _positive_integer("memory_size", memory_size)
+        checks.count("embedding_size", embedding_size)
+        checks.count("memory_size", memory_size)
         self.check_loss_support(type(loss).__name__)
         super().__init__(loss=loss, embedding_size=embedding_size, memory_size=memory_size, miner=miner)
 
@@ -135,8 +130,7 @@ class CrossBatchMemory(BaseCrossBatchMemory):
         if indices_tuple is not None:
             filled = min(self.queue_idx + embeddings.shape[0], self.memory_size)
             columns = self.memory_size if self.has_been_filled else filled
-            if isinstance(indices_tuple, (MinedPairs, MinedTriplets)):
-                indices_tuple = indices_tuple.as_tuple()
+            indices_tuple = listed(indices_tuple)
             check_indices(indices_tuple, embeddings.shape[0], columns, embeddings.device)
         self.embedding_memory = self.embedding_memory.to(embeddings)
         self.label_memory = self.label_memory.to(labels.device)
@@ -161,7 +155,7 @@ class CrossBatchMemory(BaseCrossBatchMemory):
         mined = self.miner(embeddings, labels, memory, memory_labels)
         if own is None:
             return mined
-        if isinstance(mined, (MinedPairs, MinedTriplets)):
+        if isinstance(mined, LazyTuple):
             return mined.without(own)
         anchors, positives, *rest = mined
         keep = positives != own[anchors]

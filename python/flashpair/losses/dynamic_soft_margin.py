@@ -17,7 +17,6 @@ from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem, all_pairs, check_call, pair_problem
 from .ranks import sums_up_to
-from .sizes import check_count
 from .triplets import listed_triplets
 
 
@@ -55,10 +54,12 @@ class DynamicSoftMarginLoss(MetricLoss):
         0.0
     """
 
+    falls_back = False
+
     def __init__(self, min_val: float = -2.0, num_bins: int = 10, momentum: float = 0.01, **kwargs) -> None:
         super().__init__(**kwargs)
         checks.number("min_val", min_val, high=0.0)
-        check_count("num_bins", num_bins, low=2)
+        checks.count("num_bins", num_bins, low=2)
         checks.number("momentum", momentum, low=0.0, high=1.0)
         self.min_val, self.num_bins, self.momentum = min_val, num_bins, momentum
         self.delta = 2 * abs(min_val) / num_bins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..rows import RowPanel
 from .geometry import require
 from .metric import MetricLoss
@@ -12,7 +13,6 @@ from .peer import LpDistance
 from .problem import PairProblem
 from .ranks import soft_histogram
 from .reducers import reduce_values
-from .sizes import check_count
 
 
 class FastAPLoss(MetricLoss):
@@ -47,7 +47,7 @@ class FastAPLoss(MetricLoss):
 
     def __init__(self, num_bins: int = 10, **kwargs) -> None:
         super().__init__(**kwargs)
-        check_count("num_bins", num_bins)
+        checks.count("num_bins", num_bins)
         self.num_bins = num_bins
 
     def check_distance(self) -> None:

@@ -17,6 +17,8 @@ from .reducers import reduce_values
 class _FeatureLoss(MetricLoss):
     """Takes two views, row by row; no labels, miners or distances."""
 
+    falls_back = False
+
     def __init__(self, **kwargs) -> None:
         for refused in ("distance", "embedding_regularizer"):
             if refused in kwargs:

@@ -24,11 +24,15 @@ class Geometry:
         return 1 if self.similarity == Similarity.DOT else -1
 
 
+class NotFused(ValueError):
+    """A distance or a reducer that a loss is defined with, but has no fused form for."""
+
+
 def geometry_of(distance) -> Geometry:
     """The geometry of a distance object.
 
     Raises:
-        ValueError: on a distance that the engine cannot compute. Exact types only: a subclass may compute anything.
+        NotFused: on a distance that the engine cannot compute. Exact types only: a subclass may compute anything.
     """
     kind, power = type(distance), getattr(distance, "power", 1)
     if kind in (CosineSimilarity, DotProductSimilarity) and power == 1:
@@ -37,7 +41,7 @@ def geometry_of(distance) -> Geometry:
         similarity = Similarity.EUCLIDEAN if power == 1 else Similarity.SQUARED_EUCLIDEAN
         return Geometry(similarity, bool(distance.normalize_embeddings))
     shown = f"{kind.__name__}(p={getattr(distance, 'p', None)}, power={power})"
-    raise ValueError(
+    raise NotFused(
         "distance must be CosineSimilarity, DotProductSimilarity (power 1) or LpDistance (p=2, power 1 or 2); "
         f"got {shown}"
     )
@@ -49,7 +53,8 @@ def require(distance, loss: str, kinds: tuple[type, ...], *, normalized: bool = 
     Raises:
         ValueError: on another kind or power, or without normalisation where that is part of the definition.
     """
-    if type(distance) in kinds and distance.power in powers and (distance.normalize_embeddings or not normalized):
+    fits = type(distance) in kinds and distance.power in powers and getattr(distance, "p", 2) == 2
+    if fits and (distance.normalize_embeddings or not normalized):
         return geometry_of(distance)
     names = " or ".join(kind.__name__ for kind in kinds)
     wanted = f"{names} (power {' or '.join(map(str, powers))}{', of normalised embeddings' if normalized else ''})"

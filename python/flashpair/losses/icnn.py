@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..pairs import pair_similarity
 from ..primitives import mine
 from ..request import statistics_dtype
@@ -12,7 +13,6 @@ from ..terms import Extreme, Mask, Similarity
 from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem
-from .sizes import check_count
 
 _EPSILON = 1e-7
 
@@ -54,9 +54,9 @@ class ICNNLoss(MetricLoss):
                 "distance and reducer must not be given to ICNNLoss, which is one number with its own distance"
             )
         super().__init__(**kwargs)
-        check_count("k", k)
+        checks.count("k", k)
         if neighbours is not None:
-            check_count("neighbours", neighbours, low=k)
+            checks.count("neighbours", neighbours, low=k)
         self.k, self.neighbours = k, neighbours
 
     def get_default_distance(self):

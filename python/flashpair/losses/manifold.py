@@ -11,7 +11,6 @@ from .geometry import require
 from .metric import MetricLoss
 from .peer import CosineSimilarity
 from .problem import check_call
-from .sizes import check_count
 
 
 class ManifoldLoss(MetricLoss):
@@ -47,6 +46,8 @@ class ManifoldLoss(MetricLoss):
         torch.Size([])
     """
 
+    falls_back = False
+
     def __init__(
         self,
         l: int,  # noqa: E741
@@ -57,8 +58,8 @@ class ManifoldLoss(MetricLoss):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        check_count("l", l)
-        check_count("K", K)
+        checks.count("l", l)
+        checks.count("K", K)
         if not lambdaC >= 0:
             raise ValueError(f"lambdaC must not be negative; got {lambdaC}")
         checks.number("alpha", alpha, low=0.0, high=1.0)

@@ -50,6 +50,7 @@ class MarginLoss(MetricLoss):
         0.4142
     """
 
+    falls_back = False
     names_divisor = True
     collapse = False
 

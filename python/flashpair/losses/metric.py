@@ -7,7 +7,7 @@ import inspect
 from torch import Tensor
 
 from ..miners.selection import MinedPairs
-from .geometry import geometry_of
+from .geometry import NotFused, geometry_of
 from .peer import INSTALLED, BaseMetricLossFunction, CosineSimilarity, MeanReducer
 from .problem import PairProblem, pair_problem
 from .reducers import Rule, reducer_rule
@@ -37,6 +37,8 @@ class MetricLoss(BaseMetricLossFunction):
     names_divisor = False
     #: Whether a pair listed twice in an index tuple counts once.
     collapse = True
+    #: Whether the peer's class can stand in: not for losses with parameters or a state, which it would have of its own.
+    falls_back = True
     #: Whether an index tuple weights the anchors instead of choosing pairs.
     weighs_rows = False
 
@@ -61,8 +63,8 @@ class MetricLoss(BaseMetricLossFunction):
             self.check_distance()
             for part in self._sub_loss_names():
                 self.check_rule(reducer_rule(self.reducer, part, self.names_divisor))
-        except ValueError as error:
-            if not (INSTALLED and hasattr(peer_losses(), type(self).__name__)):
+        except NotFused as error:
+            if not (self.falls_back and INSTALLED and hasattr(peer_losses(), type(self).__name__)):
                 raise
             if not dense_fallback:
                 raise ValueError(
@@ -72,18 +74,30 @@ class MetricLoss(BaseMetricLossFunction):
             self.dense = True
 
     def check_distance(self) -> None:
-        """Raises ValueError on a distance that the loss has no fused form for."""
+        """Raises NotFused, or ValueError on a distance that the loss is not defined with."""
         geometry_of(self.distance)
 
     def check_rule(self, rule: Rule) -> None:
-        """Raises ValueError on a reducer that the loss has no fused form for."""
+        """Raises NotFused on a reducer that the loss has no fused form for."""
 
     def _dense_loss(self, *call):
-        """The loss by pytorch-metric-learning's class of the same name and arguments."""
-        names = [n for n in inspect.signature(type(self).__init__).parameters if n not in ("self", "kwargs")]
-        arguments = {n: getattr(self, n) for n in names if hasattr(self, n)}
+        """The loss by pytorch-metric-learning's class of the same name and arguments.
+
+        Raises:
+            ValueError: on an argument of this class that the peer's has not.
+        """
         peer = getattr(peer_losses(), type(self).__name__)
-        return peer(**arguments, distance=self.distance, reducer=self.reducer).to(call[0].device)(*call)
+        known, arguments = inspect.signature(peer.__init__).parameters, {}
+        shared = ("kwargs", *inspect.signature(MetricLoss.__init__).parameters)
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name in shared:
+                continue
+            value = getattr(self, name)
+            if name in known:
+                arguments[name] = value
+            elif value != parameter.default:
+                raise ValueError(f"{name} must be {parameter.default!r} with dense_fallback; got {value!r}")
+        return peer(**arguments, distance=self.distance, reducer=self.reducer)(*call)
 
     def _sub_loss_names(self) -> list[str]:
         return ["loss"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..label_order import label_order
+from ..request import statistics_dtype
 from ..terms import Mask
 from .problem import PairProblem
 from .reducers import Rule
@@ -39,7 +40,21 @@ def positive_pairs(problem: PairProblem, step: int, once: bool) -> Iterator[tupl
         row = torch.searchsorted(ends, pair, right=True)
         position = start[row] + pair - (ends[row] - count[row])
         position = position + (inside[row] & (position >= own[row])).long()  # step over the excluded column
-        yield row, order[position]
+        yield _within(problem, row, order[position])
+
+
+@torch.no_grad()
+def _within(problem: PairProblem, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs between the mined thresholds of their rows."""
+    bounds = problem.bounds.get(Mask.SAME, {})
+    if not bounds:
+        return rows, columns
+    s = problem.similarity(rows, columns)
+    keep = torch.ones_like(s, dtype=torch.bool)
+    for name, drops in (("above", torch.le), ("below", torch.ge)):
+        if name in bounds:
+            keep &= ~drops(s, bounds[name][rows])
+    return rows[keep], columns[keep]
 
 
 def sums_over_positive_pairs(
@@ -53,16 +68,16 @@ def sums_over_positive_pairs(
     Args:
         symmetric: the losses of (i, p) and (p, i) of a self-similarity are equal.
     """
-    once = symmetric and problem.y is None and problem.pairs is None
+    once = symmetric and problem.y is None and problem.pairs is None and not problem.bounds
     sums = counts = None
     for rows, columns in positive_pairs(problem, step, once):
-        found = checkpoint(losses, rows, columns, use_reentrant=False)
+        found = checkpoint(losses, rows, columns, use_reentrant=False, preserve_rng_state=False)
         if sums is None:
             sums, counts = (torch.zeros_like(problem.x[:, 0], dtype=v.dtype).detach() for v in found)
         for index in (rows, columns) if once else (rows,):
             sums, counts = sums.index_add(0, index, found[0]), counts.index_add(0, index, found[1].detach())
     if sums is None:
-        zero = problem.x.sum(1) * 0  # keeps the graph
+        zero = problem.x.sum(1, dtype=statistics_dtype(problem.x)) * 0  # keeps the graph
         return zero, zero.detach()
     return sums, counts
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..algebra import log_add_exp
-from ..miners.selection import MinedPairs, MinedTriplets, check_indices
+from ..miners.selection import MinedPairs, check_indices, listed
 from ..pairs import pair_similarity, segment_sum
 from ..primitives import pair_reduce
 from ..request import statistics_dtype
@@ -294,8 +294,7 @@ def pair_problem(
                 x, mined.columns, geometry, mined.labels, mined.ref_labels, mined.exclude, bounds,
                 anchor_labels=mined.labels if labels is None else labels,
             )  # fmt: skip
-    if isinstance(indices_tuple, (MinedPairs, MinedTriplets)):
-        indices_tuple = indices_tuple.as_tuple()
+    indices_tuple = listed(indices_tuple)
     if indices_tuple is not None:
         check_indices(indices_tuple, x.shape[0], (x if y is None else y).shape[0], x.device)
         return replace(_from_lists(x, y, geometry, indices_tuple, collapse), anchor_labels=labels)

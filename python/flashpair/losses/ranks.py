@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from ..rows import RowPanel
 
+#: Points of a row up to which each is compared with all columns; from there on bisection is faster (bench/rows.py).
+FEW = 8
+
 
 class Step(Enum):
     """The function of a difference that `soft_ranks` sums."""
@@ -120,14 +123,24 @@ def triplet_sums(
     return counts.sum(1), (sums - torch.where(some, counts * far, 0.0)).sum(1)
 
 
-def ranks_above(values: Tensor, keep: Tensor, points: Tensor) -> Tensor:
-    """(b, P) how many kept values of each row are above each point, one point at a time."""
-    values = values.detach().masked_fill(~keep, -torch.inf)
-    return torch.stack([(values > points[:, p : p + 1]).sum(1) for p in range(points.shape[1])], 1).to(values.dtype)
+def counts_below(values: Tensor, keep: Tensor, limits: Tensor, closed: bool = False) -> Tensor:
+    """(b, K) int64, how many kept values of each row are below each limit (`closed`: or level with it).
+
+    Args:
+        values: (b, n). keep: (b, n) bool. limits: (b, K) in any order. No gradients.
+    """
+    if limits.shape[1] > FEW:
+        return _reached(values, limits.detach(), keep.long(), right=not closed)
+    values = values.detach().masked_fill(~keep, torch.inf)
+    compare = torch.le if closed else torch.lt
+    counts = torch.empty_like(limits, dtype=torch.long)
+    for k in range(limits.shape[1]):
+        counts[:, k] = compare(values, limits[:, k : k + 1]).sum(1)
+    return counts
 
 
 def sums_up_to(values: Tensor, keep: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """How many kept values of each row are <= each limit, and their sum.
+    """How many kept values of each row are <= each limit, and their sum, which has a gradient in the values.
 
     Args:
         values: (b, n). keep: (b, n) bool. limits: (b, K) in any order, no gradient.
@@ -135,14 +148,18 @@ def sums_up_to(values: Tensor, keep: Tensor, limits: Tensor) -> tuple[Tensor, Te
     Returns:
         (counts (b, K), sums (b, K)); n log K a row.
     """
-    ordered, order = limits.detach().sort(dim=1)
-    place = torch.searchsorted(ordered, values.detach())  # the first limit that is not below
-    nodes = values.new_zeros(values.shape[0], limits.shape[1] + 1)
-    found = []
-    for weight in (keep.to(values.dtype), torch.where(keep, values, 0.0)):
-        reached = nodes.scatter_add(1, place, weight)[:, :-1].cumsum(1)
-        found.append(torch.empty_like(reached).scatter(1, order, reached))
-    return found[0].detach(), found[1]
+    weights = keep.to(values.dtype), torch.where(keep, values, 0.0)
+    counts, sums = (_reached(values, limits.detach(), w, right=False) for w in weights)
+    return counts, sums
+
+
+def _reached(values: Tensor, limits: Tensor, weight: Tensor, right: bool) -> Tensor:
+    """(b, K) weight (b, n) of the values that are <= each limit (`right`: <), by bisection."""
+    ordered, order = limits.sort(dim=1)
+    place = torch.searchsorted(ordered, values.detach(), right=right)  # how many limits a value is beyond
+    nodes = weight.new_zeros(limits.shape[0], limits.shape[1] + 1)
+    below = nodes.scatter_add(1, place, weight)[:, :-1].cumsum(1)
+    return torch.empty_like(below).scatter(1, order, below)
 
 
 def gathered(panel: RowPanel, own: bool = False) -> tuple[Tensor, Tensor]:

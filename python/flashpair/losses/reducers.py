@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..terms import Mask, Reduction, Score, Term
 from .arguments import constant
+from .geometry import NotFused
 from .peer import (
     AvgNonZeroReducer,
     ClassWeightedReducer,
@@ -42,7 +43,7 @@ def reducer_rule(reducer, part: str = "loss", divisor: bool = False) -> Rule:
     """The rule of a reducer object for one named part of a loss; `divisor`: the loss names a divisor.
 
     Raises:
-        ValueError: on a reducer that the losses cannot honour.
+        NotFused: on a reducer that the losses cannot honour.
     """
     if type(reducer) is MultipleReducers:
         known = part in reducer.reducers
@@ -62,19 +63,19 @@ def reducer_rule(reducer, part: str = "loss", divisor: bool = False) -> Rule:
         "MeanReducer, SumReducer, AvgNonZeroReducer, ThresholdReducer, ClassWeightedReducer, PerAnchorReducer (with "
         "its own mean)" + (", DivisorReducer" if divisor else "")
     )
-    raise ValueError(f"reducer must be {allowed}, or MultipleReducers of these; got {kind.__name__}")
+    raise NotFused(f"reducer must be {allowed}, or MultipleReducers of these; got {kind.__name__}")
 
 
 def refuse(rule: Rule, loss: str, *, bounds: bool = False, per_anchor: bool = False) -> None:
     """Reducers that a loss has no fused form for.
 
     Raises:
-        ValueError: where the rule is one of those named, saying what would serve.
+        NotFused: where the rule is one of those named, saying what would serve.
     """
     if bounds and ((rule.low is not None and rule.low != 0) or rule.high is not None):
-        raise ValueError(f"reducer of {loss} must not be a ThresholdReducer other than AvgNonZeroReducer; got one")
+        raise NotFused(f"reducer of {loss} must not be a ThresholdReducer other than AvgNonZeroReducer; got one")
     if per_anchor and rule.per_anchor is not None:
-        raise ValueError(f"reducer of {loss} must not be PerAnchorReducer, which is not defined for triplets; got one")
+        raise NotFused(f"reducer of {loss} must not be PerAnchorReducer, which is not defined for triplets; got one")
 
 
 def anchor_weights(rule: Rule, labels: Tensor | None, values: Tensor) -> Tensor | float:

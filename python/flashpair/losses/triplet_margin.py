@@ -21,13 +21,11 @@ from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
 from .positive_pairs import sums_over_positive_pairs
 from .problem import PairProblem, all_pairs, check_call, pair_problem
-from .ranks import Step, ranks_above, soft_ranks, triplet_sums
+from .ranks import FEW, Step, counts_below, soft_ranks, triplet_sums
 from .reducers import Rule, reduce_sums, reduce_values, reducer_rule, refuse
 from .statistics import PairStatistics, moments, single
 from .triplets import check_triplets_per_anchor, listed_triplets, random_triplets
 
-#: Positives of a row up to which each is compared with all columns, which is then faster than bisection.
-_FEW = 8
 #: Pairs × columns of a block where rows of both ends of a pair are compared.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -97,10 +95,10 @@ def _of_rows(problem: PairProblem, how: _Options, low: float | None = None, high
     def hinges(panel: RowPanel) -> list[Tensor]:
         position, valid = panel.members()
         near, far, keep = away * panel.s.gather(1, position), away * panel.s, panel.different
-        if plain and 0 < near.shape[1] <= _FEW:
+        if plain and near.shape[1] <= FEW:
             points = -(near + margin)
             sums = torch.where(valid, soft_ranks(-far, keep, points, 1.0, Step.HINGE), 0.0).sum(1)
-            counts = valid * (keep.sum(1, keepdim=True) if zeros_count else ranks_above(-far, keep, points.detach()))
+            counts = valid * (keep.sum(1, keepdim=True) if zeros_count else counts_below(far, keep, near + margin))
             return [sums, counts.sum(1).to(sums.dtype)]
         count, total = triplet_sums(near, valid, far, keep, least, most, closed)
         if zeros_count:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..label_order import label_order
-from ..miners.selection import MinedTriplets, check_indices
+from ..miners.selection import MinedTriplets, check_indices, listed
 from ..random import draw_seed, integers
 
 Triplets = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # anchors, positives, negatives, which exist (None: all)
@@ -33,8 +33,7 @@ def listed_triplets(indices_tuple, x: Tensor, columns: Tensor) -> Triplets:
         if columns.shape[0] > 0:
             return anchors, *found, indices_tuple.valid
         return anchors[:0], found[0][:0], found[1][:0], None
-    if hasattr(indices_tuple, "as_tuple"):
-        indices_tuple = indices_tuple.as_tuple()
+    indices_tuple = listed(indices_tuple)
     check_indices(indices_tuple, x.shape[0], columns.shape[0], x.device)
     return (*(join_pairs(indices_tuple) if len(indices_tuple) == 4 else indices_tuple), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..miners.selection import MinedPairs, check_indices
+from ..miners.selection import MinedPairs, check_indices, listed
 
 
 def row_weights(
@@ -21,8 +21,7 @@ def row_weights(
     """
     if indices_tuple is None or (isinstance(indices_tuple, MinedPairs) and not indices_tuple.bounds):
         return None  # all pairs: every row as often as the others
-    if hasattr(indices_tuple, "as_tuple"):
-        indices_tuple = indices_tuple.as_tuple()
+    indices_tuple = listed(indices_tuple)
     rows = labels.shape[0]
     check_indices(indices_tuple, rows, rows if columns is None else columns, labels.device)
     if anchors_only:

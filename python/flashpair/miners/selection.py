@@ -54,7 +54,7 @@ def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
     return same and a.data_ptr() == b.data_ptr() and a.numel() > 0
 
 
-class _LazyTuple:
+class LazyTuple:
     """The tuple protocol over `as_tuple`."""
 
     def as_tuple(self) -> tuple[Tensor, ...]:
@@ -67,8 +67,13 @@ class _LazyTuple:
         return self.as_tuple()[index]
 
 
+def listed(indices_tuple):
+    """Index tensors of what a miner returned; anything else as it is."""
+    return indices_tuple.as_tuple() if isinstance(indices_tuple, LazyTuple) else indices_tuple
+
+
 @dataclass(eq=False)
-class _OfEmbeddings(_LazyTuple):
+class _OfEmbeddings(LazyTuple):
     """What was mined, and how pairs were compared; subclasses have `exclude`, (B,) one column a row never meets."""
 
     embeddings: Tensor  # (B, D)
@@ -164,7 +169,7 @@ class MinedPairs(_OfEmbeddings):
 
 
 @dataclass(eq=False)
-class MinedTriplets(_LazyTuple):
+class MinedTriplets(LazyTuple):
     """One triplet (i, positives[i], negatives[i]) a row, absent where an index is -1.
 
     As `indices_tuple` of `flashpair.losses.TripletMarginLoss` it stays in this form, of fixed size; other losses

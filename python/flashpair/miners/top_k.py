@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .. import checks
 from ..losses.problem import PairProblem
-from ..losses.sizes import check_count
 from ..primitives import mine
 from ..terms import Extreme, Mask
 from .base import Miner, loosened
@@ -36,9 +36,7 @@ class TopKHardNegativesMiner(Miner):
 
     def __init__(self, k: int = 8, distance=None, collect_stats=None) -> None:
         super().__init__(distance=distance, collect_stats=collect_stats)
-        check_count("k", k)
-        if k > 64:
-            raise ValueError(f"k must be at most 64; got {k}")
+        checks.count("k", k, high=checks.MAX_K)
         self.k = k
 
     def select(self, problem: PairProblem) -> MinedPairs:

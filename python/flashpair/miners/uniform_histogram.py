@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..losses.problem import PairProblem
-from ..losses.sizes import check_count
 from ..random import draw_seed, integers
 from ..reference import similarity_matrix
 from ..rows import RowPanel, row_reduce
@@ -51,7 +51,7 @@ class UniformHistogramMiner(Miner):
     ) -> None:
         super().__init__(distance=distance, collect_stats=collect_stats)
         for name, value in (("num_bins", num_bins), ("pos_per_bin", pos_per_bin), ("neg_per_bin", neg_per_bin)):
-            check_count(name, value)
+            checks.count(name, value)
         self.num_bins, self.pos_per_bin, self.neg_per_bin = num_bins, pos_per_bin, neg_per_bin
 
     def select(self, problem: PairProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
