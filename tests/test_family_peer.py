@@ -299,7 +299,7 @@ def test_dense_fallback_of_every_loss(name):
     options = {"RankedListLoss": {"margin": 0.4, "Tn": 10}, "ManifoldLoss": {"l": 5}}.get(name, {})
     options = {**options, "reducer": _OwnMean()}
     if name in STATEFUL:
-        with pytest.raises(ValueError, match="reducer must be MeanReducer.*got _OwnMean$"):
+        with pytest.raises(ValueError, match=r"reducer must be MeanReducer.*got _OwnMean$"):
             getattr(losses, name)(**options, dense_fallback=True)
         return
     data = batch("random", False).to(torch.float64)
@@ -313,7 +313,7 @@ def test_dense_fallback_of_every_loss(name):
 
 def test_dense_fallback_takes_the_peers_arguments():
     loss = losses.SupConLoss(reducer=_OwnMean(), base_temperature=0.1, dense_fallback=True)
-    with pytest.raises(ValueError, match="base_temperature must be 0.07 with dense_fallback; got 0.1"):
+    with pytest.raises(ValueError, match=r"base_temperature must be 0\.07 with dense_fallback; got 0\.1"):
         loss(torch.eye(3), torch.tensor([0, 0, 1]))
 
 

@@ -26,7 +26,7 @@ from .terms import Precision, Similarity
 from .workspace import workspace_bytes
 
 #: Elements of a panel on a CPU, so that what a formula makes of it stays near the caches; and rows that it has in any
-#: case, since every panel costs a pass over dY. Of 2^16 to 2^21 elements 2^20 was best (B = 4096, D = 128, 2 threads).
+#: case, since every panel costs a pass over dY.
 _CPU_ELEMENTS, _CPU_ROWS = 1 << 20, 64
 
 
@@ -211,6 +211,12 @@ class _RowReduce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
+        # Whoever calls backward inside autocast would get half-precision products.
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _RowReduce._backward(ctx, cotangents)
+
+    @staticmethod
+    def _backward(ctx, cotangents):
         plan: _Plan = ctx.plan
         x, y, *inputs = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[1], y is not None and ctx.needs_input_grad[2]
@@ -229,8 +235,6 @@ class _RowReduce(torch.autograd.Function):
             ]
             s = panel.s
             with torch.enable_grad():
-                # A formula may write into s: give it a copy that is no leaf.
-                panel.s = s.view_as(s)
                 outputs = list(plan.formula(panel, *leaves))
             cut = len(outputs) - plan.totals
             pairs = [
@@ -353,8 +357,8 @@ def row_reduce(
         x: (B, D) float32, float64, bfloat16 or float16.
         y: (N, D) of the same dtype, or None for the pairs of x with itself.
         formula: called as `formula(panel, *rows of the panel, *shared)` with a `RowPanel` of b rows; returns tensors
-            (b, ...), then `totals` tensors that are summed over the panels. Plain differentiable PyTorch, without
-            randomness: it is called again in the backward pass.
+            (b, ...), then `totals` tensors that are summed over the panels. Plain differentiable PyTorch that writes
+            into nothing it was given and draws no random numbers: it is called again in the backward pass.
         rows: tensors (B, ...) of which the formula sees the panel's rows. Differentiable.
         shared: tensors that the formula sees whole. Differentiable.
         totals: how many of the results, the last ones, are sums over all rows.
@@ -389,9 +393,8 @@ def row_reduce(
             checks.same_device("x", x, **{f"{name}[{k}]": value})
             if name == "rows" and value.shape[:1] != x.shape[:1]:
                 raise ValueError(f"rows[{k}] must have {x.shape[0]} rows as x; got shape {tuple(value.shape)}")
-    for name, value, least in (("copies", copies, 1), ("per_member", per_member, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+    checks.count("copies", copies)
+    checks.count("per_member", per_member, low=0)
     budget = workspace_bytes(max_workspace_bytes) // (torch.finfo(statistics_dtype(x)).bits // 8 * copies)
     columns = (x if y is None else y).shape[0]
     if x.device.type == "cpu":

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rows import RowPanel
 
-#: Points of a row up to which each is compared with all columns; from there on bisection is faster (bench/rows.py).
+#: Points of a row up to which each is compared with all columns; more are found by bisection.
 FEW = 8
 
 
