@@ -53,11 +53,14 @@ def require(distance, loss: str, kinds: tuple[type, ...], *, normalized: bool = 
     Raises:
         ValueError: on another kind or power, or without normalisation where that is part of the definition.
     """
+    powers = powers if LpDistance in kinds else (1,)
     fits = type(distance) in kinds and distance.power in powers and getattr(distance, "p", 2) == 2
     if fits and (distance.normalize_embeddings or not normalized):
         return geometry_of(distance)
     names = " or ".join(kind.__name__ for kind in kinds)
-    wanted = f"{names} (power {' or '.join(map(str, powers))}{', of normalised embeddings' if normalized else ''})"
+    details = [f"power {' or '.join(map(str, powers))}"] * (LpDistance in kinds)
+    details += ["of normalised embeddings"] * normalized
+    wanted = f"{names} ({', '.join(details)})" if details else names
     shown = f"{type(distance).__name__}(power={getattr(distance, 'power', None)}, "
     shown += f"normalize_embeddings={getattr(distance, 'normalize_embeddings', None)})"
     raise ValueError(f"distance must be {wanted} for {loss}; got {shown}")
