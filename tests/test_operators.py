@@ -113,11 +113,11 @@ def test_opcheck_pair_similarity(similarity, side, normalize):
     rows, columns = torch.tensor([0, 5, 5, 2]), torch.tensor([1, 1, 4, 0])
     static = (rows, columns, int(similarity), normalize)
     y = data.y if side == "rectangle" else None
-    torch.library.opcheck(pairs._pair_similarity, (data.x, y, *static))
+    torch.library.opcheck(pairs.similarity_of_pairs, (data.x, y, *static))
     x, y = data.x.detach(), None if y is None else y.detach()
-    out = pairs._pair_similarity(x, y, *static)
+    out = pairs.similarity_of_pairs(x, y, *static)
     arguments = (torch.rand_like(out), out, x, y, *static)
-    torch.library.opcheck(pairs._pair_similarity_backward, arguments)
+    torch.library.opcheck(pairs.gradients_of_pairs, arguments)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["widest", "bfloat16"])

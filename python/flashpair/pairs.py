@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .distributed.sharded import Sharded
 from .request import FlatTerm, decode_terms, encode, statistics_dtype
 from .terms import Axis, Combine, Mask, Precision, Reduction, Similarity, Term
 
@@ -62,7 +63,7 @@ def _rows_at(x: Tensor, norms: Tensor | None, index: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("flashpair::pair_similarity", mutates_args=())
-def _pair_similarity(
+def similarity_of_pairs(
     x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int, normalize: bool
 ) -> Tensor:
     _refuse_negative(rows=rows, columns=columns)
@@ -81,13 +82,13 @@ def _pair_similarity(
     return out
 
 
-@_pair_similarity.register_fake
+@similarity_of_pairs.register_fake
 def _(x, y, rows, columns, similarity, normalize):
     return x.new_empty(rows.shape, dtype=statistics_dtype(x))
 
 
 @torch.library.custom_op("flashpair::pair_similarity_backward", mutates_args=())
-def _pair_similarity_backward(
+def gradients_of_pairs(
     grad: Tensor, out: Tensor, x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int,
     normalize: bool,
 ) -> list[Tensor]:  # dx, and dy where y is given  # fmt: skip
@@ -128,7 +129,7 @@ def _through_norm(gradient: Tensor, x: Tensor, norms: Tensor | None) -> Tensor:
     return gradient.div_(norms)
 
 
-@_pair_similarity_backward.register_fake
+@gradients_of_pairs.register_fake
 def _(grad, out, x, y, rows, columns, similarity, normalize):
     return [torch.empty_like(side) for side in (x, y) if side is not None]
 
@@ -137,7 +138,7 @@ def _backward_backward(ctx, *grads):
     raise RuntimeError("flashpair.pair_similarity cannot be differentiated twice")
 
 
-_pair_similarity_backward.register_autograd(_backward_backward)
+gradients_of_pairs.register_autograd(_backward_backward)
 
 
 def _setup(ctx, inputs, output):
@@ -147,11 +148,11 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grads = _pair_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.static)
+    grads = gradients_of_pairs(grad.contiguous(), *ctx.saved_tensors, *ctx.static)
     return grads[0], grads[1] if len(grads) > 1 else None, None, None, None, None
 
 
-_pair_similarity.register_autograd(_backward, setup_context=_setup)
+similarity_of_pairs.register_autograd(_backward, setup_context=_setup)
 
 
 def pair_similarity(
@@ -191,7 +192,11 @@ def pair_similarity(
     checks.indices("rows", rows)
     checks.indices("columns", columns, rows.shape[0])
     checks.same_device("x", x, rows=rows, columns=columns)
-    return _pair_similarity(x, y, rows, columns, int(similarity), normalize)
+    if any(isinstance(side, Sharded) and side.streams() for side in (x, y)):
+        from .distributed import passes
+
+        return passes.listed_similarity(x, y, rows, columns, int(similarity), normalize)
+    return similarity_of_pairs(x, y, rows, columns, int(similarity), normalize)
 
 
 def reduce_pairs(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
+from .distributed.sharded import current
 from .pairs import pair_similarity, reduce_pairs
 from .request import decode, encode
 from .terms import Extreme, Precision, Reduction, Similarity, Term
@@ -56,6 +57,13 @@ def _outside_autocast(primitive: Callable) -> Callable:
             return primitive(x, *args, **kwargs)
 
     return call
+
+
+def _divided():
+    """The same passes with their rows divided over the ranks of a group."""
+    from .distributed import passes
+
+    return passes
 
 
 def needs_grad(*tensors) -> bool:
@@ -141,9 +149,11 @@ def pair_reduce(
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
         results = reference.pair_reduce(request)
     else:
-        row_stats, column_stats = ops.pair_stats(
-            x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, workspace
-        )
+        call = x, y, labels, ref_labels, pair_mask, exclude, params
+        if current() is None:
+            row_stats, column_stats = ops.pair_stats(*call, spec, consts, backend, workspace)
+        else:
+            row_stats, column_stats = _divided().pair_statistics(*call, terms, spec, consts, backend, workspace)
         results = ops.statistics_of(terms, row_stats, column_stats)
     return tuple(_public(term, result) for term, result in zip(terms, results, strict=True))
 
@@ -201,10 +211,11 @@ def pair_sum(
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
         return torch.stack([r.sum() for r in reference.pair_reduce(request)]).sum()
-    return ops.pair_sum(
-        x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, workspace,
-        needs_grad(x), needs_grad(y), [needs_grad(p) for p in params],
-    )[0]  # fmt: skip
+    needs = needs_grad(x), needs_grad(y), [needs_grad(p) for p in params]
+    call = x, y, labels, ref_labels, pair_mask, exclude, params
+    if current() is None:
+        return ops.pair_sum(*call, spec, consts, backend, workspace, *needs)[0]
+    return _divided().pair_sum(*call, terms, spec, consts, backend, workspace, needs)[0]
 
 
 @_outside_autocast
@@ -264,10 +275,12 @@ def mine(
             spec.append(len(bounds) if is_tensor else -1)
             bounds += [bound.detach()] if is_tensor else []
             consts.append(absent if is_tensor or bound is None else float(bound))
-    columns_of = None if y is None else y.detach()
-    found = ops.pair_mine(
-        x.detach(), columns_of, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backend, workspace
-    )
+    call = labels, ref_labels, pair_mask, exclude, bounds
+    if current() is None:
+        columns_of = None if y is None else y.detach()
+        found = ops.pair_mine(x.detach(), columns_of, *call, spec, consts, backend, workspace)
+    else:
+        found = _divided().mine(x, y, *call, extremes, spec, consts, backend, workspace)
     return tuple(Mined(found[2 * e], found[2 * e + 1]) for e in range(len(extremes)))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributed.sharded import current
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # the multipliers of splitmix64
 
@@ -37,5 +39,10 @@ def integers(seed: int | Tensor, row: Tensor, column: Tensor, high: Tensor) -> T
 
 
 def draw_seed() -> int:
-    """A seed from torch's default CPU generator, so that `torch.manual_seed` decides."""
-    return int(torch.randint(-(1 << 62), 1 << 62, (), dtype=torch.int64))
+    """A seed from torch's default CPU generator, so that `torch.manual_seed` decides; in a group, of its first rank."""
+    seed = torch.randint(-(1 << 62), 1 << 62, (), dtype=torch.int64)
+    ranks = current()
+    if ranks is not None:
+        device = "cpu" if "cpu" in ranks.devices() else "cuda"
+        seed = ranks.gather(seed.reshape(1).to(device), [1] * ranks.size)[0]
+    return int(seed)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, dispatch, reference
+from .distributed.sharded import current
+from .eager import eagerly
 from .label_order import label_order, positions
 from .pairs import _norms, _through_norm
 from .panels import float32_products
@@ -92,15 +94,20 @@ class _Plan:
 
     formula: Formula
     row_inputs: int  # how many of the further tensors have a row for each row of x
+    first: int  # what a formula calls row 0 of x: other ranks hold the rows before it
     totals: int
     similarity: Similarity
     normalize: bool
-    row_order: Tensor  # (B,)
+    row_order: Tensor  # (B,) int64, by sorted row
     column_order: Tensor  # (N,)
     own: Tensor  # (B,) by sorted row: sorted position of the excluded column, -1: none
     start: Tensor  # (B,) by sorted row
     count: Tensor  # (B,)
     panels: list[_Bounds]
+
+    def rows(self, at: _Bounds) -> Tensor:
+        """(b,) which rows of x a panel has."""
+        return self.row_order[at.first : at.end]
 
 
 class _Bounds(NamedTuple):
@@ -165,7 +172,7 @@ class _Sides:
 
     def panel(self, at: _Bounds) -> RowPanel:
         plan = self.plan
-        row = plan.row_order[at.first : at.end]
+        row = plan.rows(at)
         x, columns = self.x[row], self.columns[at.low : at.high]
         with float32_products(self.x, Precision.IEEE):
             if plan.similarity == Similarity.DOT:
@@ -182,7 +189,7 @@ class _Sides:
         own = plan.own[at.first : at.end]
         own = torch.where((own >= at.low) & (own < at.high), own - at.low, -1)
         start, count = plan.start[at.first : at.end] - at.low, plan.count[at.first : at.end]
-        return RowPanel(s, row, plan.column_order[at.low : at.high], own, start, count, at.most)
+        return RowPanel(s, row + plan.first, plan.column_order[at.low : at.high], own, start, count, at.most)
 
 
 class _RowReduce(torch.autograd.Function):
@@ -191,8 +198,8 @@ class _RowReduce(torch.autograd.Function):
         sides = _Sides(x, y, plan)
         results: list[Tensor] = []
         for at in plan.panels:
-            panel = sides.panel(at)
-            outputs = list(_evaluate(plan, panel, inputs))
+            panel, row = sides.panel(at), plan.rows(at)
+            outputs = list(_evaluate(plan, panel, row, inputs))
             cut = len(outputs) - plan.totals
             if not results:
                 # Written in place: small tensors that stay between large ones that go would pin the heap.
@@ -200,7 +207,7 @@ class _RowReduce(torch.autograd.Function):
                 results += [torch.zeros_like(v) for v in outputs[cut:]]
             for k, value in enumerate(outputs):
                 if k < cut:
-                    results[k][panel.row] = value
+                    results[k][row] = value
                 else:
                     results[k] += value
             del panel, outputs
@@ -227,10 +234,10 @@ class _RowReduce(torch.autograd.Function):
             torch.zeros_like(v) if need else None for v, need in zip(inputs, ctx.needs_input_grad[3:], strict=True)
         ]
         for at in plan.panels:
-            panel = sides.panel(at)
+            panel, row = sides.panel(at), plan.rows(at)
             panel.s.requires_grad_(need_x or need_y)
             leaves = [
-                _slice(plan, panel, k, v).detach().requires_grad_(g is not None)
+                _slice(plan, row, k, v).detach().requires_grad_(g is not None)
                 for k, (v, g) in enumerate(zip(inputs, gradients, strict=True))
             ]
             s = panel.s
@@ -238,7 +245,7 @@ class _RowReduce(torch.autograd.Function):
                 outputs = list(plan.formula(panel, *leaves))
             cut = len(outputs) - plan.totals
             pairs = [
-                (output, g[panel.row] if k < cut else g)
+                (output, g[row] if k < cut else g)
                 for k, (output, g) in enumerate(zip(outputs, cotangents, strict=True))
                 if g is not None and output.requires_grad
             ]
@@ -253,20 +260,20 @@ class _RowReduce(torch.autograd.Function):
                 if value is None:
                     continue
                 if k < plan.row_inputs:
-                    gradient[panel.row] = value
+                    gradient[row] = value
                 else:
                     gradient += value
             if ds is not None:
-                _accumulate(sides, at, panel.row, s.detach(), ds, dx, dy)
+                _accumulate(sides, at, row, s.detach(), ds, dx, dy)
         return None, *_finish(sides, x, y, dx, dy, need_y), *gradients
 
 
-def _evaluate(plan: _Plan, panel: RowPanel, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    return plan.formula(panel, *(_slice(plan, panel, k, v) for k, v in enumerate(inputs)))
+def _evaluate(plan: _Plan, panel: RowPanel, row: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return plan.formula(panel, *(_slice(plan, row, k, v) for k, v in enumerate(inputs)))
 
 
-def _slice(plan: _Plan, panel: RowPanel, k: int, value: Tensor) -> Tensor:
-    return value[panel.row] if k < plan.row_inputs else value
+def _slice(plan: _Plan, row: Tensor, k: int, value: Tensor) -> Tensor:
+    return value[row] if k < plan.row_inputs else value
 
 
 def _accumulate(sides: _Sides, at: _Bounds, row: Tensor, s: Tensor, ds: Tensor, dx, dy) -> None:
@@ -294,7 +301,7 @@ def _dense(plan: _Plan, x: Tensor, y: Tensor | None, inputs: Sequence[Tensor]) -
     s = s[plan.row_order][:, plan.column_order]
     most = max((at.most for at in plan.panels), default=0)
     panel = RowPanel(s, plan.row_order, plan.column_order, plan.own, plan.start, plan.count, most)
-    outputs = list(_evaluate(plan, panel, inputs))
+    outputs = list(_evaluate(plan, panel, plan.row_order, inputs))
     place = torch.empty_like(plan.row_order)
     place[plan.row_order] = torch.arange(len(place), device=place.device)
     cut = len(outputs) - plan.totals
@@ -311,19 +318,7 @@ def _finish(sides: _Sides, x: Tensor, y: Tensor | None, dx, dy, need_y: bool) ->
     return dx, _through_norm(dy, y, sides.y_norms).to(y.dtype) if need_y else None
 
 
-def _eagerly(function: Callable) -> Callable:
-    """`torch.compiler.disable` on first use in a graph: its import of torch._dynamo would cost every user a second."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
-
-
-@_eagerly
+@eagerly
 @_outside_autocast
 def row_reduce(
     x: Tensor,
@@ -395,11 +390,25 @@ def row_reduce(
                 raise ValueError(f"rows[{k}] must have {x.shape[0]} rows as x; got shape {tuple(value.shape)}")
     checks.count("copies", copies)
     checks.count("per_member", per_member, low=0)
-    budget = workspace_bytes(max_workspace_bytes) // (torch.finfo(statistics_dtype(x)).bits // 8 * copies)
+    workspace = workspace_bytes(max_workspace_bytes)
+    excluded = torch.arange(x.shape[0], device=x.device) if exclude_self else exclude
+    settings = formula, totals, similarity, normalize, within_class, copies, per_member, workspace
+    ranks = current()
+    if ranks is None or dispatch.forced_name() == "reference":
+        return _row_reduce(settings, x, y, rows, shared, excluded, labels, ref_labels)
+    from .distributed import passes
+
+    run = functools.partial(_row_reduce, settings)
+    return passes.row_reduce(run, ranks, x, y, rows, shared, totals, excluded, labels, ref_labels)
+
+
+def _row_reduce(settings, x, y, rows, shared, excluded, labels, ref_labels, first: int = 0) -> tuple[Tensor, ...]:
+    """`row_reduce` of the rows that this process has, the first of which is row `first`."""
+    formula, totals, similarity, normalize, within_class, copies, per_member, workspace = settings
+    budget = workspace // (torch.finfo(statistics_dtype(x)).bits // 8 * copies)
     columns = (x if y is None else y).shape[0]
     if x.device.type == "cpu":
         budget = min(budget, max(_CPU_ELEMENTS, _CPU_ROWS * columns))
-    excluded = torch.arange(x.shape[0], device=x.device) if exclude_self else exclude
     row_order, column_order, own, start, count = _sorted(
         labels, ref_labels, excluded, x.shape[0], columns, x.device
     )  # fmt: skip
@@ -407,7 +416,7 @@ def row_reduce(
     if not cut:  # no rows: the formula still says what its results look like
         cut = [_Bounds(0, 0, 0, 0 if within_class else columns, 0)]
     plan = _Plan(
-        formula, len(rows), totals, similarity, normalize, row_order, column_order, own, start, count, cut
+        formula, len(rows), first, totals, similarity, normalize, row_order, column_order, own, start, count, cut
     )  # fmt: skip
     if dispatch.forced_name() == "reference":
         return _dense(plan, x, y, (*rows, *shared))

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from .. import checks
+from ..distributed.sharded import sum_of_entries
 
 
 def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
@@ -57,15 +58,5 @@ def check_matched(image_features: Tensor, text_features: Tensor, names=("image_f
 
 def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
     """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
-    total = sum(e.detach().sum(dtype=loss.dtype) for e in embeddings if e is not None)
+    total = sum_of_entries([e for e in embeddings if e is not None], loss.dtype)
     return loss * (0.0 * total + 1.0)
-
-
-def require_one_process(world_size: int) -> None:
-    """The losses compare what one process holds.
-
-    Raises:
-        ValueError: if there are several.
-    """
-    if world_size != 1:
-        raise ValueError(f"world_size must be 1: features of other processes are not gathered; got {world_size}")

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.sharded import Sharded, current
 from ..primitives import pair_reduce
 from ..terms import Axis, Mask, Reduction, Term
-from .arguments import as_scalar, check_matched, poisoned, require_one_process
+from .arguments import as_scalar, check_matched, poisoned
+from .group import OpenClipRanks, own_rows, with_value_of
 from .statistics import PairStatistics, moments
 
 
@@ -21,8 +23,12 @@ def clip_loss(
     *,
     labels: Tensor | None = None,
     return_stats: bool = False,
+    local_value: bool = False,
 ):
-    """Function behind `ClipLoss`; `labels` is `arange(B)` if somebody has it already."""
+    """Function behind `ClipLoss`; `labels` is `arange(B)` if somebody has it already.
+
+    `local_value`: in a group, the value is the mean over this rank's rows, the gradient that of the global loss.
+    """
     check_matched(image_features, text_features)
     scale = as_scalar("logit_scale", logit_scale)
     batch = image_features.shape[0]
@@ -43,10 +49,37 @@ def clip_loss(
     loss = poisoned(0.5 * gaps.sum() / max(batch, 1), image_features, text_features)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * as_scalar("logit_bias", logit_bias)  # a softmax does not see a shift
+    if local_value:
+        shown = gaps[own_rows(image_features)]
+        loss = with_value_of(loss, 0.5 * shown.sum() / max(shown.shape[0], 1))
     return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
 
 
-class ClipLoss(nn.Module):
+def _one_sided(queries: Tensor, keys: Tensor, scale: float | Tensor, labels: Tensor) -> Tensor:
+    """(B,) cross-entropies of queries among keys, which take no gradient."""
+    keys = keys.detached() if isinstance(keys, Sharded) else keys.detach()
+    terms = [
+        Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale),
+        Term(Reduction.SUM, mask=Mask.SAME, scale=scale),
+    ]
+    others, own = pair_reduce(queries, keys, terms, labels=labels, ref_labels=labels)
+    return F.softplus(others - own, threshold=40)
+
+
+class _Scaled(torch.autograd.Function):
+    """A tensor whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, value, factor):
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+class ClipLoss(OpenClipRanks, nn.Module):
     """Symmetric cross-entropy of image-text similarities, without the B×B logits.
 
         l_ij = t <image_i, text_j>
@@ -54,14 +87,27 @@ class ClipLoss(nn.Module):
 
     open_clip's class: same constructor, same call; features are used as they come (normalise them first).
 
+    With `group=` the loss is that of the batches of all ranks, equal on all of them, with the gradients of one process
+    that has the whole batch (after DDP's averaging). `rank=` and `world_size=` do what open_clip's do on all processes:
+
+        local_loss  gather_with_grad   value                  gradient of the features, after averaging
+        False       True               of the global batch    of the global batch
+        True        True               mean of the own rows   of the global batch
+        False       False              of the global batch    1 / world_size of that
+        True        False              mean of the own rows   as queries only, none as keys
+
+    Each rank computes its rows of S only, for both directions at once (in two passes in the last case).
+
     Args:
-        local_loss, gather_with_grad: meaningful with several processes only.
+        local_loss, gather_with_grad: see above; without effect on a single process.
         cache_labels: keep the labels between calls of one batch size.
         rank: of this process.
-        world_size: number of processes; only 1 is supported.
+        world_size: number of processes. Default 1: the batch of this process.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`. Default: none.
 
     Raises:
-        ValueError: if `world_size` is not 1.
+        ValueError: on ranks that are not those of the process group, or where `group` comes with `world_size`,
+            `local_loss` or `gather_with_grad`.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
 
@@ -80,14 +126,14 @@ class ClipLoss(nn.Module):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        group=None,
     ) -> None:
-        super().__init__()
-        require_one_process(world_size)
+        super().__init__(rank, world_size, group)
+        if group is not None and (local_loss or gather_with_grad):
+            raise ValueError("local_loss and gather_with_grad must be False with group, whose gradients are complete")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}
 
@@ -136,15 +182,47 @@ class ClipLoss(nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
+        if self.group is not None and current() is None:
+            return self._over_group(image_features, text_features, logit_scale, logit_bias, output_dict, return_stats)
         checks.embeddings("image_features", image_features)
-        result = clip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            labels=self.get_ground_truth(image_features.device, image_features.shape[0]),
-            return_stats=return_stats,
-        )
+        labels = self.get_ground_truth(image_features.device, image_features.shape[0])
+        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            result = self._loss_of_queries(image_features, text_features, logit_scale, labels, return_stats)
+        else:
+            result = clip_loss(
+                image_features,
+                text_features,
+                logit_scale,
+                logit_bias,
+                labels=labels,
+                return_stats=return_stats,
+                local_value=self.world_size > 1 and self.local_loss,
+            )
         loss, *extra = result if return_stats else (result,)
         named = {"contrastive_loss": loss} if output_dict else loss
         return (named, *extra) if return_stats else named
+
+    def _over_group(self, image_features, text_features, logit_scale, logit_bias, output_dict, return_stats):
+        tensors = {"image_features": image_features, "text_features": text_features}
+        if self.world_size > 1 and not self.local_loss and not self.gather_with_grad:
+            tensors = {k: _Scaled.apply(v, 1 / self.world_size) for k, v in tensors.items()}
+
+        def check() -> None:
+            self.check_ranks()
+            check_matched(image_features, text_features)
+
+        return self.over_group(
+            self.forward, tensors, check,
+            logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
+        )  # fmt: skip
+
+    def _loss_of_queries(self, image_features, text_features, logit_scale, labels, return_stats):
+        if return_stats:
+            raise ValueError("return_stats must be False with local_loss and without gather_with_grad; got True")
+        check_matched(image_features, text_features)
+        scale = as_scalar("logit_scale", logit_scale)
+        rows = _one_sided(image_features, text_features, scale, labels)
+        rows = rows + _one_sided(text_features, image_features, scale, labels)
+        loss = poisoned(0.5 * rows.sum() / max(rows.shape[0], 1), image_features, text_features)
+        shown = rows[own_rows(image_features)]
+        return with_value_of(loss, 0.5 * shown.sum() / max(shown.shape[0], 1))

@@ -18,6 +18,7 @@ class _FeatureLoss(MetricLoss):
     """Takes two views, row by row; no labels, miners or distances."""
 
     falls_back = False
+    row_groups = (("embeddings", "ref_emb"),)
 
     def __init__(self, **kwargs) -> None:
         for refused in ("distance", "embedding_regularizer"):

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..algebra import log_add_exp
+from ..distributed.sharded import current
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Mask, Reduction, Term
 from .arguments import check_matched, constant, inverse_temperature, poisoned
+from .group import InGroup
 from .statistics import PairStatistics, merge, moments, single
 
 
@@ -68,7 +70,7 @@ def info_nce_loss(
     return (loss, PairStatistics(*found)) if return_stats else loss
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(InGroup, nn.Module):
     """Cross-entropy of each query's own key among all keys, without the B×N logits.
 
         loss = 1/B  Σ_i [ LSE_{k in K_i} <q_i, k> / T  -  <q_i, k_i> / T ]
@@ -78,6 +80,8 @@ class InfoNCELoss(nn.Module):
         temperature: T, positive number or 0-d tensor (learnable). Default 0.1.
         normalize: normalise queries and keys first, gradient included. Default True.
         in_batch_negatives: whether other queries' keys are negatives. Default True; False with a queue is MoCo.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`: the loss of the queries and
+            keys of all its ranks, `negative_keys` included; `queue` is one queue that all ranks hold. Default: none.
 
     Raises:
         ValueError, TypeError: on a temperature that is not positive.
@@ -93,10 +97,12 @@ class InfoNCELoss(nn.Module):
         0.3408
     """
 
+    row_groups = (("query", "positive_key"),)
+
     def __init__(
-        self, temperature: float | Tensor = 0.1, normalize: bool = True, in_batch_negatives: bool = True
+        self, temperature: float | Tensor = 0.1, normalize: bool = True, in_batch_negatives: bool = True, group=None
     ) -> None:
-        super().__init__()
+        super().__init__(group=group)
         checks.temperature("temperature", temperature)
         self.temperature = temperature
         self.normalize = normalize
@@ -125,6 +131,9 @@ class InfoNCELoss(nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
+        if self.group is not None and current() is None:
+            tensors = {"query": query, "positive_key": positive_key, "negative_keys": negative_keys}
+            return self.over_group(self.forward, tensors, queue=queue, return_stats=return_stats)
         return info_nce_loss(
             query,
             positive_key,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.sharded import current
+from ..random import draw_seed
 from ..reference import normalized
 from .geometry import require
 from .metric import MetricLoss
@@ -47,6 +49,7 @@ class ManifoldLoss(MetricLoss):
     """
 
     falls_back = False
+    row_groups = (("embeddings", "meta_classes"),)
 
     def __init__(
         self,
@@ -84,12 +87,16 @@ class ManifoldLoss(MetricLoss):
             if value is not None:
                 raise ValueError(f"{name} must be None for ManifoldLoss; got one")
         meta = indices_tuple if meta_classes is None else meta_classes
+        if self.group is not None and current() is None:
+            return self.over_group(self.forward, {"embeddings": embeddings, "meta_classes": meta})
         rows = embeddings.shape[0]
         if meta is None:
             if rows < self.K:
                 raise ValueError(f"embeddings must have at least K={self.K} rows without meta_classes; got {rows}")
-            free = torch.randint(0, self.K, (rows - self.K,))
-            meta = torch.cat([torch.arange(self.K), free])[torch.randperm(rows)].to(embeddings.device)
+            drawn = torch.Generator().manual_seed(draw_seed() & (1 << 62) - 1)
+            free = torch.randint(0, self.K, (rows - self.K,), generator=drawn)
+            order = torch.randperm(rows, generator=drawn)
+            meta = torch.cat([torch.arange(self.K), free])[order].to(embeddings.device)
         check_call(embeddings, meta, None, None, None)
         if embeddings.shape[1] != self.l:
             raise ValueError(f"embeddings must have l={self.l} features; got {embeddings.shape[1]}")

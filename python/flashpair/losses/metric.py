@@ -6,8 +6,10 @@ import inspect
 
 from torch import Tensor
 
+from ..distributed.sharded import current
 from ..miners.selection import MinedPairs
 from .geometry import NotFused, geometry_of
+from .group import InGroup
 from .peer import INSTALLED, BaseMetricLossFunction, CosineSimilarity, MeanReducer
 from .problem import PairProblem, pair_problem
 from .reducers import Rule, reducer_rule
@@ -20,7 +22,7 @@ def peer_losses():
     return losses
 
 
-class MetricLoss(BaseMetricLossFunction):
+class MetricLoss(InGroup, BaseMetricLossFunction):
     """Base of the losses with pytorch-metric-learning's call; subclasses implement `fused`.
 
     Args:
@@ -31,6 +33,9 @@ class MetricLoss(BaseMetricLossFunction):
         collect_stats: accepted for compatibility; statistics come from `return_stats=True` at the call.
         dense_fallback: compute a distance or reducer that has no fused form with pytorch-metric-learning's class of the
             same name, whose memory grows with B × N (or with the number of triplets), instead of raising. Default: no.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`: the loss is that of the
+            batches of all its ranks, in rank order, and equal on all of them; index tuples and `ref_emb` are of the
+            global batch too. Default: the batch of this process.
     """
 
     #: Whether the loss says what DivisorReducer divides by.
@@ -50,8 +55,10 @@ class MetricLoss(BaseMetricLossFunction):
         embedding_reg_weight=1,
         collect_stats=None,
         dense_fallback: bool = False,
+        group=None,
     ) -> None:
         super().__init__(
+            group=group,
             distance=distance,
             reducer=reducer,
             embedding_regularizer=embedding_regularizer,
@@ -149,6 +156,9 @@ class MetricLoss(BaseMetricLossFunction):
         Returns:
             0-d loss in float32 (float64 for float64), or `(loss, PairStatistics)` with `return_stats=True`.
         """
+        if self.group is not None and current() is None:
+            tensors = {"embeddings": embeddings, "labels": labels, "ref_emb": ref_emb, "ref_labels": ref_labels}
+            return self.over_group(self.forward, tensors, indices_tuple=indices_tuple, return_stats=return_stats)
         if self.dense:
             if return_stats:
                 raise ValueError("return_stats must be False with dense_fallback; got True")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..distributed.sharded import bound
 from ..label_order import label_order
 from ..request import statistics_dtype
 from ..terms import Mask
@@ -70,6 +71,7 @@ def sums_over_positive_pairs(
     """
     once = symmetric and problem.y is None and problem.pairs is None and not problem.bounds
     sums = counts = None
+    losses = bound(losses)  # it runs again in the backward pass
     for rows, columns in positive_pairs(problem, step, once):
         found = checkpoint(losses, rows, columns, use_reentrant=False, preserve_rng_state=False)
         if sums is None:

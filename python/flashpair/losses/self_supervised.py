@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..distributed.sharded import Sharded, current, over_ranks
 from .arguments import check_matched
 
 
@@ -47,8 +48,19 @@ class SelfSupervisedLoss(nn.Module):
             ref_emb: (B, D), another view of the same samples.
             **kwargs: passed to the loss (`return_stats`).
         """
+        group = getattr(self.loss, "group", None)
+        if group is not None and current() is None:
+            from ..distributed.agreement import options_of
+
+            return over_ranks(
+                group, type(self).__name__, options_of(self), lambda **views: self.forward(**views, **kwargs),
+                {"embeddings": embeddings, "ref_emb": ref_emb}, [("embeddings", "ref_emb")],
+            )  # fmt: skip
         check_matched(embeddings, ref_emb, ("embeddings", "ref_emb"))
         labels = torch.arange(embeddings.shape[0], device=embeddings.device)
+        if self.symmetric and isinstance(embeddings, Sharded):  # each rank's views stay with it
+            parts = labels.split(embeddings.sizes)
+            return self.loss(embeddings.beside(ref_emb), torch.cat([p for p in parts for _ in range(2)]), **kwargs)
         if self.symmetric:
             return self.loss(torch.cat([embeddings, ref_emb]), labels.repeat(2), **kwargs)
         return self.loss(embeddings, labels, ref_emb=ref_emb, ref_labels=labels.clone(), **kwargs)

@@ -6,12 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed.ranks import Exchange
+from ..distributed.sharded import current
 from ..primitives import pair_reduce, pair_sum
 from ..terms import Mask, Reduction, Score, Term
-from .arguments import as_scalar, check_matched, poisoned, require_one_process
+from .arguments import as_scalar, check_matched, poisoned
+from .group import OpenClipRanks, own_rows, with_value_of
 from .statistics import PairStatistics, moments
 
-_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+#: open_clip's exchanges: all but one hold one other rank's texts at a time.
+_DIST_IMPLS = {
+    "bidir": Exchange.RING, "shift": Exchange.RING, "reduce": Exchange.RING, "gather": Exchange.GATHER
+}  # fmt: skip
 
 
 def siglip_loss(
@@ -21,8 +27,9 @@ def siglip_loss(
     logit_bias: float | Tensor | None = None,
     *,
     return_stats: bool = False,
+    local_value: bool = False,
 ):
-    """Function behind `SigLipLoss`."""
+    """Function behind `SigLipLoss`; `local_value` as in `clip_loss`."""
     check_matched(image_features, text_features)
     scale = as_scalar("logit_scale", logit_scale)
     bias = 0.0 if logit_bias is None else as_scalar("logit_bias", logit_bias)
@@ -34,15 +41,19 @@ def siglip_loss(
     ]
     features = image_features, text_features
     pairs = {"labels": labels, "ref_labels": labels}
-    if not return_stats:
+    if not return_stats and not local_value:
         return poisoned(pair_sum(*features, terms, **pairs) / max(batch, 1), *features)
-    terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
+    if return_stats:
+        terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
     negative, positive, *extra = pair_reduce(*features, terms, **pairs)
     loss = poisoned((positive + negative).sum() / max(batch, 1), *features)
-    return loss, PairStatistics(*map(moments, extra))
+    if local_value:
+        shown = (positive + negative)[own_rows(image_features)]
+        loss = with_value_of(loss, shown.sum() / max(shown.shape[0], 1))
+    return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(OpenClipRanks, nn.Module):
     """A logistic loss on every image-text pair, without the B×B logits; value and gradients in one pass.
 
         l_ij = t <image_i, text_j> + b
@@ -50,15 +61,21 @@ class SigLipLoss(nn.Module):
 
     open_clip's class: same constructor, same call; features are used as they come (normalise them first).
 
+    With `group=` the loss is that of the batches of all ranks, equal on all of them. With `rank=` and `world_size=` the
+    value is open_clip's, the mean over the rank's own images (which costs a second pass over S); the gradients are
+    those of the global batch, after averaging, in both cases.
+
     Args:
         cache_labels: accepted for compatibility; there is nothing to cache.
         rank: of this process.
-        world_size: number of processes; only 1 is supported.
-        dist_impl: None or one of "bidir", "shift", "reduce", "gather"; meaningful with several processes only.
+        world_size: number of processes. Default 1: the batch of this process.
+        dist_impl: None or one of "bidir", "shift", "reduce" (texts go round the ring) and "gather". Default: "bidir".
         chunk_size: accepted for compatibility; memory is bounded in any case.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`. Default: none.
 
     Raises:
-        ValueError: if `world_size` is not 1, or on an unknown `dist_impl`.
+        ValueError: on ranks that are not those of the process group, on an unknown `dist_impl`, or where `group` comes
+            with `world_size` or `dist_impl`.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, equation 1 and algorithm 1.
 
@@ -77,14 +94,14 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
+        group=None,
     ) -> None:
-        super().__init__()
-        require_one_process(world_size)
         if dist_impl is not None and dist_impl not in _DIST_IMPLS:
             raise ValueError(f"dist_impl must be None or one of {', '.join(_DIST_IMPLS)}; got {dist_impl!r}")
+        if group is not None and dist_impl is not None:
+            raise ValueError(f"dist_impl must be None with group, whose Group says the exchange; got {dist_impl!r}")
+        super().__init__(rank, world_size, group, exchange=_DIST_IMPLS[dist_impl or "bidir"])
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
         self.prev_num_logits = 0
@@ -133,7 +150,22 @@ class SigLipLoss(nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
-        result = siglip_loss(image_features, text_features, logit_scale, logit_bias, return_stats=return_stats)
+        if self.group is not None and current() is None:
+            return self._over_group(image_features, text_features, logit_scale, logit_bias, output_dict, return_stats)
+        result = siglip_loss(
+            image_features, text_features, logit_scale, logit_bias,
+            return_stats=return_stats, local_value=self.world_size > 1,
+        )  # fmt: skip
         loss, *extra = result if return_stats else (result,)
         named = {"contrastive_loss": loss} if output_dict else loss
         return (named, *extra) if return_stats else named
+
+    def _over_group(self, image_features, text_features, logit_scale, logit_bias, output_dict, return_stats):
+        def check() -> None:
+            self.check_ranks()
+            check_matched(image_features, text_features)
+
+        return self.over_group(
+            self.forward, {"image_features": image_features, "text_features": text_features}, check,
+            logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
+        )  # fmt: skip

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..algebra import merge_moments
+
 
 class Moments(NamedTuple):
     """Per row, in the loss's own similarity or distance; not differentiable. Empty rows: 0, 0, 0, +inf, -inf."""
@@ -31,12 +33,8 @@ def moments(slots: Tensor) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets of pairs (Chan, Golub, LeVeque 1983)."""
-    count = a.count + b.count
-    share = b.count / count.clamp_min(1)
-    delta = b.mean - a.mean
-    variance = (1 - share) * a.variance + share * b.variance + share * (1 - share) * delta * delta
-    return Moments(count, a.mean + share * delta, variance, torch.minimum(a.min, b.min), torch.maximum(a.max, b.max))
+    """Moments of the union of two disjoint sets of pairs."""
+    return Moments(*merge_moments(a, b))
 
 
 def single(value: Tensor, valid: Tensor) -> Moments:

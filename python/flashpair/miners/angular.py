@@ -45,8 +45,8 @@ class AngularMiner(Miner):
         [[0, 1], [1, 0], [2, 2]]
     """
 
-    def __init__(self, angle: float = 20, distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(self, angle: float = 20, distance=None, collect_stats=None, group=None) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.number("angle", angle, low=0.0, high=90.0)
         require(self.distance, "AngularMiner", (LpDistance,), normalized=True, powers=(1,))
         self.angle = angle

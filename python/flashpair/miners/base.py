@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed.sharded import current
 from ..losses.geometry import Geometry, geometry_of
+from ..losses.group import InGroup
 from ..losses.peer import BaseMiner
 from ..losses.problem import PairProblem, pair_problem
 from ..primitives import Mined, mine
 from ..terms import Extreme, Mask, Similarity
 
 
-class Miner(BaseMiner):
+class Miner(InGroup, BaseMiner):
     """Base of the miners with pytorch-metric-learning's call; subclasses implement `select`."""
 
-    def __init__(self, distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(self, distance=None, collect_stats=None, group=None) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         geometry_of(self.distance)
 
     def select(self, problem: PairProblem):
@@ -40,6 +42,11 @@ class Miner(BaseMiner):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
+        if self.group is not None and current() is None:
+            return self.over_group(
+                self.forward,
+                {"embeddings": embeddings, "labels": labels, "ref_emb": ref_emb, "ref_labels": ref_labels},
+            )
         with torch.no_grad():
             return self.select(pair_problem(embeddings, labels, None, ref_emb, ref_labels, self.distance))
 

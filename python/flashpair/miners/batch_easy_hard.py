@@ -59,8 +59,9 @@ class BatchEasyHardMiner(Miner):
         allowed_neg_range: tuple[float, float] | None = None,
         distance=None,
         collect_stats=None,
+        group=None,
     ) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         allowed = ", ".join(self.all_batch_mining_strategies)
         both = {"pos_strategy": pos_strategy, "neg_strategy": neg_strategy}
         for name, value in both.items():

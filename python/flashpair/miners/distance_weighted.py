@@ -45,9 +45,9 @@ class DistanceWeightedMiner(Miner):
     """
 
     def __init__(
-        self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, distance=None, collect_stats=None
+        self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, distance=None, collect_stats=None, group=None
     ) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.number("cutoff", cutoff, low=0.0, high=2.0, open_low=True)
         checks.number("nonzero_loss_cutoff", nonzero_loss_cutoff)
         require(self.distance, "DistanceWeightedMiner", (LpDistance,), normalized=True, powers=(1,))

@@ -43,8 +43,8 @@ class HDCMiner(Miner):
         [[2, 3], [3, 2], [0, 1, 2, 2], [2, 2, 1, 0]]
     """
 
-    def __init__(self, filter_percentage: float = 0.5, distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(self, filter_percentage: float = 0.5, distance=None, collect_stats=None, group=None) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.number("filter_percentage", filter_percentage, low=0.0, high=1.0, open_low=True)
         self.filter_percentage = filter_percentage
 

@@ -36,8 +36,8 @@ class MultiSimilarityMiner(Miner):
         [0, 1, 2, 3]
     """
 
-    def __init__(self, epsilon: float = 0.1, distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(self, epsilon: float = 0.1, distance=None, collect_stats=None, group=None) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.number("epsilon", epsilon)
         self.epsilon = epsilon
 

@@ -36,8 +36,10 @@ class PairMarginMiner(Miner):
         [[0, 1, 2, 3], [1, 0, 3, 2], [], []]
     """
 
-    def __init__(self, pos_margin: float = 0.2, neg_margin: float = 0.8, distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(
+        self, pos_margin: float = 0.2, neg_margin: float = 0.8, distance=None, collect_stats=None, group=None
+    ) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.number("pos_margin", pos_margin)
         checks.number("neg_margin", neg_margin)
         self.pos_margin = pos_margin

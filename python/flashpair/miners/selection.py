@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed.sharded import Sharded, local_rows
 from ..reference import similarity_matrix
 from ..terms import Mask
 
@@ -46,6 +47,9 @@ def check_indices(indices, rows: int, columns: int, device: torch.device) -> Non
 
 def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors are one, or views of the same memory that nobody wrote to in between."""
+    if isinstance(a, Sharded) != isinstance(b, Sharded):
+        return False
+    a, b = local_rows(a), local_rows(b)
     if a is b:
         return True
     if a is None or b is None or torch.compiler.is_compiling():
@@ -70,6 +74,11 @@ class LazyTuple:
 def listed(indices_tuple):
     """Index tensors of what a miner returned; anything else as it is."""
     return indices_tuple.as_tuple() if isinstance(indices_tuple, LazyTuple) else indices_tuple
+
+
+def may_be_global(indices_tuple) -> bool:
+    """Whether indices can be of a global batch: what a miner without a group found is of one process."""
+    return not isinstance(indices_tuple, _OfEmbeddings) or isinstance(indices_tuple.embeddings, Sharded)
 
 
 @dataclass(eq=False)

@@ -34,8 +34,8 @@ class TopKHardNegativesMiner(Miner):
         [[0, 1, 2, 3], [2, 2, 1, 1]]
     """
 
-    def __init__(self, k: int = 8, distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(self, k: int = 8, distance=None, collect_stats=None, group=None) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.count("k", k, high=checks.MAX_K)
         self.k = k
 

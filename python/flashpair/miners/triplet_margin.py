@@ -41,8 +41,10 @@ class TripletMarginMiner(Miner):
         [[0, 1], [1, 0], [2, 2]]
     """
 
-    def __init__(self, margin: float = 0.2, type_of_triplets: str = "all", distance=None, collect_stats=None) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+    def __init__(
+        self, margin: float = 0.2, type_of_triplets: str = "all", distance=None, collect_stats=None, group=None
+    ) -> None:
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         checks.number("margin", margin)
         if type_of_triplets not in _TYPES:
             raise ValueError(f"type_of_triplets must be one of {', '.join(_TYPES)}; got {type_of_triplets!r}")

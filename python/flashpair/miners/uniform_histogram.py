@@ -48,8 +48,9 @@ class UniformHistogramMiner(Miner):
         neg_per_bin: int = 10,
         distance=None,
         collect_stats=None,
+        group=None,
     ) -> None:
-        super().__init__(distance=distance, collect_stats=collect_stats)
+        super().__init__(distance=distance, collect_stats=collect_stats, group=group)
         for name, value in (("num_bins", num_bins), ("pos_per_bin", pos_per_bin), ("neg_per_bin", neg_per_bin)):
             checks.count(name, value)
         self.num_bins, self.pos_per_bin, self.neg_per_bin = num_bins, pos_per_bin, neg_per_bin

@@ -1,0 +1,122 @@
+"""Every loss on a batch that ranks share, and on one process: the same call, with and without a group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashpair import losses, miners
+from flashpair.distributed import Exchange, Group
+from flashpair.losses.metric import MetricLoss
+
+
+def pull(s: Tensor, mask: Tensor) -> Tensor:
+    return torch.exp(-2 * s)
+
+
+def push(s: Tensor, mask: Tensor) -> Tensor:
+    return torch.exp(3 * s)
+
+
+OPTIONS = {
+    "RankedListLoss": {"margin": 0.4, "Tn": 10},
+    "MarginLoss": {"beta": 1.25, "learn_beta": True, "num_classes": 4},
+    "ManifoldLoss": {"l": 5, "K": 3},
+    "GeneralPairWeightingLoss": {"positive_weight": pull, "negative_weight": push},
+}
+#: Losses that compare whole rows, classes or features: they gather.
+VIEWS = {"VICRegLoss", "BarlowTwinsLoss"}
+ONE_SIDED = {"NPairsLoss", "InstanceLoss", "ManifoldLoss"}
+METRIC = sorted(
+    n for n in losses.__all__
+    if isinstance(getattr(losses, n), type) and issubclass(getattr(losses, n), MetricLoss)
+)  # fmt: skip
+TOWERS = ["ClipLoss", "SigLipLoss", "InfoNCELoss"]
+MINED = {
+    "MultiSimilarityLoss mined": ("MultiSimilarityLoss", lambda g: miners.MultiSimilarityMiner(group=g)),
+    "SupConLoss mined": ("SupConLoss", lambda g: miners.MultiSimilarityMiner(group=g)),
+    "TripletMarginLoss hard": ("TripletMarginLoss", lambda g: miners.BatchHardMiner(group=g)),
+    "TripletMarginLoss band": ("TripletMarginLoss", lambda g: miners.TripletMarginMiner(0.2, "semihard", group=g)),
+    "AngularLoss mined": ("AngularLoss", lambda g: miners.PairMarginMiner(group=g)),
+    "MarginLoss weighted": ("MarginLoss", lambda g: miners.DistanceWeightedMiner(group=g)),
+}
+CASES = [
+    *(f"{n} self" for n in METRIC if n not in VIEWS),
+    *(f"{n} refs" for n in METRIC if n not in ONE_SIDED),
+    *TOWERS,
+    *MINED,
+    "SelfSupervisedLoss",
+    "SupConLoss stats",
+]
+
+
+def build(case: str, group) -> tuple[torch.nn.Module, object]:
+    """The loss and the miner of a case, in double precision."""
+    torch.manual_seed(0)
+    name, miner = MINED.get(case, (case.split()[0], lambda g: None))
+    if name == "SelfSupervisedLoss":
+        return losses.SelfSupervisedLoss(losses.NTXentLoss(group=group)).double(), None
+    return getattr(losses, name)(**OPTIONS.get(name, {}), group=group).double(), miner(group)
+
+
+def data(rows: int, columns: int, seed: int = 0) -> dict[str, Tensor]:
+    """A global batch."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(rows, 5, generator=g).double(), torch.randn(columns, 5, generator=g).double()
+    x = x + 0.5 * x.mean(1, keepdim=True)
+    labels, refs = (torch.randint(0, 4, (k,), generator=g) for k in (rows, columns))
+    return {"x": x, "y": y, "labels": labels, "ref_labels": refs}
+
+
+def call(case: str, loss, miner, x, y, labels, ref_labels, scale, bias):
+    """The loss of (a part of) a batch, and statistics where the case has them."""
+    name = case.split()[0]
+    if name in ("ClipLoss", "SigLipLoss"):
+        return loss(x, y, scale, bias), None
+    if name == "InfoNCELoss":
+        return loss(x, y, negative_keys=x.flip(1) * 0.5), None
+    if name == "SelfSupervisedLoss":
+        return loss(x, y), None
+    if name == "ManifoldLoss":
+        return loss(x, meta_classes=labels % 3), None
+    if name in VIEWS:
+        return loss(x, ref_emb=y), None
+    if case.endswith("refs"):
+        return loss(x, labels, None, y, ref_labels), None
+    if case.endswith("stats"):
+        return loss(x, labels, return_stats=True)
+    return loss(x, labels, None if miner is None else miner(x, labels)), None
+
+
+def matched(case: str) -> bool:
+    """Whether the rows of x and y belong together."""
+    return case.split()[0] in {*TOWERS, *VIEWS, "SelfSupervisedLoss"}
+
+
+def evaluate(case: str, sizes: tuple[list[int], list[int]], group=None, rank: int | None = None) -> dict:
+    """Value, gradients of the embeddings (averaged over the ranks) and of everything that is learned."""
+    whole = data(sum(sizes[0]), sum(sizes[1]))
+    parts = slice(None), slice(None)
+    if rank is not None:
+        parts = tuple(slice(sum(s[:rank]), sum(s[: rank + 1])) for s in sizes)
+    x, y = (whole[k][p].clone().requires_grad_() for k, p in zip(("x", "y"), parts, strict=True))
+    labels, ref_labels = whole["labels"][parts[0]], whole["ref_labels"][parts[1]]
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (7.0, -1.5))
+    loss, miner = build(case, group)
+    torch.manual_seed(7)
+    value, statistics = call(case, loss, miner, x, y, labels, ref_labels, scale, bias)
+    value.backward()
+    ranks = 1 if group is None else dist.get_world_size()
+    found = {"value": value.detach()}
+    found |= {k: torch.zeros_like(v) if v.grad is None else v.grad / ranks for k, v in (("dx", x), ("dy", y))}
+    learned = {"scale": scale, "bias": bias, **dict(loss.named_parameters())}
+    found["learned"] = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in learned.items()}
+    found["buffers"] = dict(loss.named_buffers())
+    found["statistics"] = [] if statistics is None else [v for side in statistics for v in side]
+    return found
+
+
+def evaluate_here(case: str, sizes: tuple[list[int], list[int]], exchange: str = "GATHER") -> dict:
+    """`evaluate` on a rank of the default group."""
+    return evaluate(case, sizes, Group(exchange=Exchange[exchange]), dist.get_rank())
