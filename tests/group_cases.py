@@ -60,10 +60,10 @@ def build(case: str, group) -> tuple[torch.nn.Module, object]:
     return getattr(losses, name)(**OPTIONS.get(name, {}), group=group).double(), miner(group)
 
 
-def data(rows: int, columns: int, seed: int = 0) -> dict[str, Tensor]:
+def data(rows: int, columns: int, features: int = 5, seed: int = 0) -> dict[str, Tensor]:
     """A global batch."""
     g = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(rows, 5, generator=g).double(), torch.randn(columns, 5, generator=g).double()
+    x, y = (torch.randn(n, features, generator=g).double() for n in (rows, columns))
     x = x + 0.5 * x.mean(1, keepdim=True)
     labels, refs = (torch.randint(0, 4, (k,), generator=g) for k in (rows, columns))
     return {"x": x, "y": y, "labels": labels, "ref_labels": refs}
@@ -94,9 +94,11 @@ def matched(case: str) -> bool:
     return case.split()[0] in {*TOWERS, *VIEWS, "SelfSupervisedLoss"}
 
 
-def evaluate(case: str, sizes: tuple[list[int], list[int]], group=None, rank: int | None = None) -> dict:
+def evaluate(
+    case: str, sizes: tuple[list[int], list[int]], group=None, rank: int | None = None, features: int = 5
+) -> dict:
     """Value, gradients of the embeddings (averaged over the ranks) and of everything that is learned."""
-    whole = data(sum(sizes[0]), sum(sizes[1]))
+    whole = data(sum(sizes[0]), sum(sizes[1]), features)
     parts = slice(None), slice(None)
     if rank is not None:
         parts = tuple(slice(sum(s[:rank]), sum(s[: rank + 1])) for s in sizes)

@@ -19,14 +19,19 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.in
 _ABSENT = -1
 
 
+#: Attributes of a module that are its own affair.
+_OWN = {"training", "rank", "prev_num_logits"}
+
+
 def options_of(module: nn.Module) -> str:
     """The settings of a loss that must not differ between ranks."""
     plain = (bool, int, float, str, type(None), Enum)
     parts = []
     for name, part in sorted(module.named_modules()):
-        settings = {k: v for k, v in vars(part).items() if isinstance(v, plain) and k != "training"}
-        parts.append(f"{name}:{type(part).__name__}({sorted(settings.items(), key=lambda item: item[0])})")
-    return ";".join(parts)
+        settings = sorted(vars(part).items(), key=lambda item: item[0])
+        shown = [f"{k}={v!r}" for k, v in settings if isinstance(v, plain) and k[0] != "_" and k not in _OWN]
+        parts.append(f"{name + ' ' if name else ''}{type(part).__name__}({', '.join(shown)})")
+    return "; ".join(parts)
 
 
 def _describe(value: Tensor | None) -> list[int]:

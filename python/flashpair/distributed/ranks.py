@@ -166,13 +166,19 @@ class Ranks:
         """(sizes[rank], ...) this rank's rows of the sum of `value` (Σ sizes, ...) over the ranks."""
         if self.size == 1:
             return value
-        most, own = max(sizes), sizes[self.rank]
-        if most == 0 or value.numel() == 0:
+        own = sizes[self.rank]
+        if value.numel() == 0:
             return value[:own]
+        if dist.get_backend(self.members) == "gloo":
+            # gloo's reduce-scatter sends as much as an all-reduce, twice what is needed.
+            parts = value.new_empty((self.size * own, *value.shape[1:]))
+            with self._told("summing rows over the ranks"):
+                dist.all_to_all_single(parts, value.contiguous(), [own] * self.size, list(sizes), group=self.members)
+            return parts.view(self.size, own, *value.shape[1:]).sum(0)
+        most = max(sizes)
         if min(sizes) < most:
-            parts = value.split(list(sizes))
             padded = value.new_zeros((self.size, most, *value.shape[1:]))
-            for r, part in enumerate(parts):
+            for r, part in enumerate(value.split(list(sizes))):
                 padded[r, : len(part)] = part
             value = padded.flatten(0, 1)
         result = value.new_empty((most, *value.shape[1:]))

@@ -211,6 +211,7 @@ def over_ranks(
             check()
     except (TypeError, ValueError) as error:
         refusal = error
+    options += f"; {group.exchange}, workspace of {workspace_bytes(None)} bytes"
     sizes = agree(ranks, what, options, tensors, refusal)
     known: dict[int, Tensor] = {}
     for name, value in tensors.items():

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..distributed.sharded import Sharded, over_ranks
 from ..miners.selection import may_be_global
-from ..workspace import workspace_bytes
 
 
 class InGroup:
@@ -32,7 +31,7 @@ class InGroup:
         from ..distributed.agreement import options_of
 
         name, indices_tuple = type(self).__name__, kwargs.get("indices_tuple")
-        options = f"{options_of(self)}; workspace of {workspace_bytes(None)} bytes"
+        options = options_of(self)
         if indices_tuple is not None:
             options += f"; indices_tuple {_shape_of(indices_tuple)}"
 
