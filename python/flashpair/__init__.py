@@ -1,6 +1,6 @@
 """flashpair: pair-based and contrastive losses whose similarity matrix is never stored."""
 
-from . import heads, losses, miners
+from . import distributed, heads, losses, miners
 from .dispatch import BackendError, backends, use_backend
 from .primitives import Mined, mine, pair_reduce, pair_similarity, pair_sum
 from .rows import RowPanel, row_reduce
@@ -9,9 +9,13 @@ from .workspace import release_workspace, set_max_workspace_bytes
 
 
 def __getattr__(name: str):
-    """`linear_cross_entropy` loads the heads on first use."""
+    """`linear_cross_entropy` loads the heads on first use, `GradientCache` torch's data parallelism."""
     if name == "linear_cross_entropy":
         return heads.linear_cross_entropy
+    if name == "GradientCache":
+        from .gradient_cache import GradientCache
+
+        return GradientCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -22,6 +26,7 @@ __all__ = [
     "BackendError",
     "Combine",
     "Extreme",
+    "GradientCache",
     "Mask",
     "Mined",
     "Precision",
@@ -31,6 +36,7 @@ __all__ = [
     "Similarity",
     "Term",
     "backends",
+    "distributed",
     "heads",
     "linear_cross_entropy",
     "losses",
