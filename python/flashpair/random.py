@@ -38,6 +38,13 @@ def integers(seed: int | Tensor, row: Tensor, column: Tensor, high: Tensor) -> T
     return (uniform(seed, row, column, torch.float64) * high).long().minimum((high - 1).clamp_min(0))
 
 
+def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal numbers of the shape of a tensor, equal on all ranks that share a call."""
+    if generator is None and current() is not None:
+        generator = torch.Generator(like.device).manual_seed(draw_seed() & ((1 << 62) - 1))
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
 def draw_seed() -> int:
     """A seed from torch's default CPU generator, so that `torch.manual_seed` decides; in a group, of its first rank."""
     seed = torch.randint(-(1 << 62), 1 << 62, (), dtype=torch.int64)

@@ -392,7 +392,7 @@ def _pairs_in(side: Side, rows: Tensor, columns: Tensor, low: int, high: int) ->
 # --- whole rows -------------------------------------------------------------------------------------------------------
 
 
-class _Enter(torch.autograd.Function):
+class Enter(torch.autograd.Function):
     """A value as this rank's share of the work needs it; `back` says what its gradient is made of."""
 
     @staticmethod
@@ -419,14 +419,14 @@ def row_reduce(run: Callable, ranks: Ranks, x, y, rows, shared, totals: int, exc
         columns.value.whole()  # gathers, or says what the exchange must be
     wide = statistics_dtype(side.tensor)
     own = slice(side.first, side.end)
-    mine = _Enter.apply(side.tensor, lambda v: v if side.sharded else v[own], side.gradient_of_own)
-    everyone = _Enter.apply(
+    mine = Enter.apply(side.tensor, lambda v: v if side.sharded else v[own], side.gradient_of_own)
+    everyone = Enter.apply(
         columns.tensor,
         lambda v: columns.value.data_of_all() if columns.sharded else v,
-        lambda g: _summed(columns, g, wide),
+        lambda g: summed_columns(columns, g, wide),
     )
-    cut = [_Enter.apply(v, lambda v: v[own], lambda g: ranks.gather(g, side.sizes)) for v in rows]
-    whole = [_Enter.apply(v, lambda v: v, ranks.total) if v.is_floating_point() else v for v in shared]
+    cut = [Enter.apply(v, lambda v: v[own], lambda g: ranks.gather(g, side.sizes)) for v in rows]
+    whole = [Enter.apply(v, lambda v: v, ranks.total) if v.is_floating_point() else v for v in shared]
     if y is None:
         ref_labels = labels
     with alone():
@@ -435,11 +435,12 @@ def row_reduce(run: Callable, ranks: Ranks, x, y, rows, shared, totals: int, exc
             None if labels is None else labels[own], ref_labels, side.first,
         )  # fmt: skip
     last = len(found) - totals
-    out = [_Enter.apply(v, lambda v: ranks.gather(v, side.sizes), lambda g: g[own]) for v in found[:last]]
-    return (*out, *(_Enter.apply(v, ranks.total, lambda g: g) for v in found[last:]))
+    out = [Enter.apply(v, lambda v: ranks.gather(v, side.sizes), lambda g: g[own]) for v in found[:last]]
+    return (*out, *(Enter.apply(v, ranks.total, lambda g: g) for v in found[last:]))
 
 
-def _summed(columns: Side, gradient: Tensor, wide: torch.dtype) -> Tensor:
+def summed_columns(columns: Side, gradient: Tensor, wide: torch.dtype) -> Tensor:
+    """Gradient of a side's tensor from what each rank says of all its rows."""
     if not columns.sharded:
         return columns.ranks.total(gradient)
     found = columns.ranks.scatter_total(gradient.to(wide), columns.sizes) * columns.ranks.size

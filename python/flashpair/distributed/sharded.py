@@ -37,7 +37,8 @@ def current() -> Ranks | None:
 
 
 @contextlib.contextmanager
-def _scope(ranks: Ranks | None) -> Iterator[None]:
+def shared_by(ranks: Ranks | None) -> Iterator[None]:
+    """What runs inside is one call of these ranks."""
     token = _current.set(ranks)
     try:
         yield
@@ -47,7 +48,7 @@ def _scope(ranks: Ranks | None) -> Iterator[None]:
 
 def alone():
     """What runs inside is this rank's own affair."""
-    return _scope(None)
+    return shared_by(None)
 
 
 def bound(function: Callable) -> Callable:
@@ -55,7 +56,7 @@ def bound(function: Callable) -> Callable:
     ranks = current()
 
     def call(*args, **kwargs):
-        with _scope(ranks):
+        with shared_by(ranks):
             return function(*args, **kwargs)
 
     return function if ranks is None else call
@@ -124,6 +125,10 @@ class Sharded(Tensor):
         """Each rank's rows of both, one after the other."""
         sizes = [a + b for a, b in zip(self.sizes, other.sizes, strict=True)]
         return Sharded(torch.cat([self.local, other.local]), sizes, self.ranks)
+
+    def cast(self, dtype: torch.dtype) -> Sharded:
+        """The same rows in another dtype."""
+        return self if dtype == self.dtype else Sharded(self.local.to(dtype), self.sizes, self.ranks)
 
     def detached(self) -> Sharded:
         """The same rows without gradient."""
@@ -216,11 +221,17 @@ def over_ranks(
     known: dict[int, Tensor] = {}
     for name, value in tensors.items():
         if value is not None and id(value) not in known:
-            known[id(value)] = (
-                Sharded(value, sizes[name], ranks) if value.dim() == 2 else ranks.gather(value, sizes[name])
-            )
-    with _scope(ranks):
+            known[id(value)] = _of_all(value, sizes[name], ranks)
+    with shared_by(ranks):
         return function(**{n: None if v is None else known[id(v)] for n, v in tensors.items()})
+
+
+def _of_all(value: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    if value.dim() == 2:
+        return Sharded(value, sizes, ranks)
+    if value.requires_grad and torch.is_grad_enabled():
+        return _Whole.apply(value, Sharded(value, sizes, ranks))
+    return ranks.gather(value, sizes)
 
 
 def _check_local(ranks: Ranks, tensors: dict[str, Tensor | None], rows: Sequence[tuple[str, ...]]) -> None:

@@ -59,7 +59,7 @@ _HOME = {
     "binary_gap_distillation_loss": "distillation",
     "class_logits": "logits",
     "class_loss": "cross_entropy",
-    "class_range": "partial_fc",
+    "class_range": "head",
     "class_statistics": "statistics",
     "distillation_loss": "distillation",
     "ens_loss": "loss_ensemble",

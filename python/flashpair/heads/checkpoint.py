@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .head import ClassHead
-from .partial_fc import class_range
+from .head import ClassHead, class_range
 
 _KEYS = ("num_classes", "first_class", "classes", "rest")
 
 
-def save_shard(head: ClassHead, first_class: int = 0, num_classes: int | None = None) -> dict:
+def save_shard(head: ClassHead, first_class: int | None = None, num_classes: int | None = None) -> dict:
     """What a head holds of its classes: weights, bias and the state of its fused optimiser, all by class, and the rest.
 
     Args:
         head: its weights are the classes from `first_class` on.
-        first_class: 0 on a single process.
+        first_class: default: where the head's own classes begin, 0 without a group.
         num_classes: of all ranks. Default: those of the head.
 
     Returns:
@@ -35,14 +34,15 @@ def save_shard(head: ClassHead, first_class: int = 0, num_classes: int | None = 
     """
     checks.count("num_classes", head.num_classes if num_classes is None else num_classes)
     classes, rest = {}, {}
+    by_class = ("weight", "bias", "class_weight") if head.group is None else ("weight",)  # the rest is whole there
     for name, value in head.state_dict().items():
-        (classes if name in ("weight", "bias", "class_weight") else rest)[name] = value
+        (classes if name in by_class else rest)[name] = value
     for name, value in _optimizer_rows(head).items():
         classes[f"optimizer.{name}"] = value
     copied = lambda state: {name: value.detach().cpu().clone() for name, value in state.items()}  # noqa: E731
     return {
         "num_classes": head.num_classes if num_classes is None else num_classes,
-        "first_class": first_class,
+        "first_class": head.classes.start if first_class is None else first_class,
         "classes": copied(classes),
         "rest": copied(rest),
     }

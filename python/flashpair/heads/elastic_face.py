@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..random import normal
 from .head import ClassHead
 from .margins import Margin, add_angle
 
@@ -28,7 +29,7 @@ class ElasticFaceMargin(Margin):
         plus: see above. Default False.
         public_order: see above. Default False.
         scale: s > 0. Default 64.
-        generator: of the margins; default torch's own.
+        generator: of the margins, in a group with one seed on all ranks; default torch's own.
 
     Raises:
         TypeError, ValueError: on a bad argument, naming it.
@@ -58,8 +59,7 @@ class ElasticFaceMargin(Margin):
     def draw(self, cosine: Tensor) -> Tensor:
         """(B,) margins of the rows."""
         cosine = cosine.detach()
-        noise = torch.randn(cosine.shape, dtype=cosine.dtype, device=cosine.device, generator=self.generator)
-        margins = self.m + self.std * noise
+        margins = self.m + self.std * normal(cosine, self.generator)
         if not self.plus:
             return margins
         hardest_last = cosine.argsort(descending=True)

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.ranks import Ranks
+from ..distributed.sharded import Sharded, current, shared_by
+from ..losses.group import InGroup
 from ..primitives import mine
+from ..random import draw_seed
 from ..terms import Extreme, Precision
 from .cross_entropy import CrossEntropy, logits_loss
 from .formula import Formula
@@ -16,7 +20,25 @@ from .optim import FusedOptimizer, HeadUpdate
 from .statistics import check_classes
 
 
-class ClassHead(nn.Module):
+def class_range(num_classes: int, rank: int, world_size: int) -> range:
+    """The classes that one of `world_size` ranks holds: contiguous, the first ranks one more where they do not divide.
+
+    Raises:
+        ValueError: on a rank outside the world.
+
+    Example:
+        >>> from flashpair.heads import class_range
+        >>> [list(class_range(5, rank, 2)) for rank in range(2)]
+        [[0, 1, 2], [3, 4]]
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size); got rank {rank} of {world_size}")
+    whole, rest = divmod(num_classes, world_size)
+    first = rank * whole + min(rank, rest)
+    return range(first, first + whole + (rank < rest))
+
+
+class ClassHead(InGroup, nn.Module):
     """Class weights and a loss over their logits, which are never stored; `nn.Linear` and its loss in one.
 
         z_ij = scale <x_i, w_j> + b_j        loss = reduce_i formula(z_i, y_i)
@@ -37,9 +59,14 @@ class ClassHead(nn.Module):
         init_std: standard deviation of the initial weights. Default 0.01.
         precision, max_workspace_bytes: see `pair_reduce`.
         device, dtype: of the weights.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group` over whose ranks the classes
+            are spread: `weight` holds those of `classes`, about C / ranks of them, and the batch is that of all ranks.
+            The loss is equal on all ranks. Gradients of the embeddings are for a backbone under DDP; those of `weight`
+            are complete, so the head itself is not to be wrapped. A bias is held whole by every rank. Default: none.
 
     Raises:
-        TypeError, ValueError: on a bad argument, naming it.
+        TypeError, ValueError: on a bad argument, naming it. RuntimeError: on a group before
+            `torch.distributed.init_process_group`.
 
     Example:
         >>> import torch
@@ -71,8 +98,9 @@ class ClassHead(nn.Module):
         max_workspace_bytes: int | None = None,
         device=None,
         dtype=None,
+        group=None,
     ) -> None:
-        super().__init__()
+        super().__init__(group=group)
         checks.count("num_classes", num_classes)
         checks.count("embedding_size", embedding_size)
         check_reduction(reduction)
@@ -85,7 +113,8 @@ class ClassHead(nn.Module):
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.formula = CrossEntropy() if formula is None else formula
         self.margin = margin
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        self.shares = self._shares()
+        self.weight = nn.Parameter(torch.empty(len(self.classes), embedding_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
         self.scale, self.normalize, self.softcap = scale, normalize or margin is not None, softcap
         self.register_buffer("class_weight", class_weight)
@@ -94,11 +123,49 @@ class ClassHead(nn.Module):
         self.init_std, self.precision, self.max_workspace_bytes = init_std, precision, max_workspace_bytes
         self.reset_parameters()
 
+    row_groups = (("embeddings", "labels", "sample_weight"),)
+
+    def _shares(self) -> list[int]:
+        """Numbers of classes of the ranks of the group."""
+        if self.group is None:
+            return [self.num_classes]
+        if not self.spreads:
+            raise ValueError(f"group must be None for {type(self).__name__}, whose classes cannot be spread over ranks")
+        ranks = Ranks(self.group)
+        if ranks.size > self.num_classes:
+            raise ValueError(f"num_classes must be at least one for each of {ranks.size} ranks; got {self.num_classes}")
+        self._rank = ranks.rank
+        return [len(class_range(self.num_classes, r, ranks.size)) for r in range(ranks.size)]
+
+    @property
+    def classes(self) -> range:
+        """The classes whose weights this process holds."""
+        if self.group is None:
+            return range(self.num_classes)
+        return class_range(self.num_classes, self._rank, len(self.shares))
+
+    def spread_weight(self, **how) -> Tensor:
+        """The weights as a pass takes them: in a call of a group, as part of those of all ranks."""
+        ranks = current()
+        if self.group is None or ranks is None:
+            return self.weight
+        from ..distributed.classes import ShardedClasses
+
+        return ShardedClasses.of(self.weight, self.shares, ranks, **how)
+
     def reset_parameters(self) -> None:
-        """Weights from N(0, init_std²), bias 0."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        """Weights from N(0, init_std²), other ones on each rank of a group; bias 0."""
+        generator = None
+        if self.group is not None:
+            with shared_by(Ranks(self.group)):
+                seed = draw_seed() & ((1 << 62) - 1)
+            generator = torch.Generator(self.weight.device).manual_seed(seed + self._rank)
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    #: Whether the classes can be spread over the ranks of a group.
+    spreads = True
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, reduction={self.reduction!r}"
@@ -134,13 +201,17 @@ class ClassHead(nn.Module):
 
         Embeddings of a narrower dtype than the weights are read in the weights' (autocast, for instance).
         """
+        if self.group is not None and current() is None:
+            return self.over_group(self.logits, {"embeddings": embeddings, "labels": labels})
         x, options = self.as_embeddings(embeddings), self.options()
-        if self.updates:
-            options["update"] = HeadUpdate(self.fused, self.weight)
+        update = HeadUpdate(self.fused, self.weight) if self.updates else None
+        weight = self.spread_weight(update=update)
+        if weight is self.weight:
+            options["update"] = update
         if self.margin is not None:
-            return self.margin.logits(x, self.weight, labels, **options)
+            return self.margin.logits(x, weight, labels, **options)
         return class_logits(
-            x, self.weight, labels,
+            x, weight, labels,
             bias=self.bias, scale=self.scale, normalize=self.normalize, softcap=self.softcap, **options,
         )  # fmt: skip
 
@@ -168,6 +239,8 @@ class ClassHead(nn.Module):
             raise TypeError(
                 f"embeddings must not be wider than the weights, {self.weight.dtype}; got {embeddings.dtype}"
             )
+        if isinstance(embeddings, Sharded):
+            return embeddings.cast(self.weight.dtype)
         return embeddings.to(self.weight.dtype)
 
     def forward(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -184,6 +257,9 @@ class ClassHead(nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument, before any work.
         """
+        if self.group is not None and current() is None:
+            tensors = {"embeddings": embeddings, "labels": labels, "sample_weight": sample_weight}
+            return self.over_group(self.forward, tensors)
         return self.finish(self.logits(embeddings, labels), embeddings, sample_weight)
 
     def finish(self, logits: ClassLogits, embeddings: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -197,6 +273,8 @@ class ClassHead(nn.Module):
     @torch.no_grad()
     def accuracy(self, embeddings: Tensor, labels: Tensor, k: int = 1) -> Tensor:
         """Share of the rows with a class for which it is among the k of highest logit; 0 without any row."""
+        if self.group is not None and current() is None:
+            return self.over_group(self.accuracy, {"embeddings": embeddings, "labels": labels}, k=k)
         self.check_labels(labels, embeddings)
         valid = torch.ones_like(labels, dtype=torch.bool) if self.ignore_index is None else labels != self.ignore_index
         hit = (self.predict(embeddings, k)[1] == labels[:, None]).any(1) & valid
@@ -213,16 +291,26 @@ class ClassHead(nn.Module):
         Returns:
             logits (B, k) and classes (B, k), the highest first; ties go to the lowest class.
         """
+        ranks = current()
+        if self.group is not None and ranks is None:
+            return self.over_group(self.predict, {"embeddings": embeddings}, k=k)
         x = self.as_embeddings(embeddings)
         scale = self.scale if self.margin is None else self.margin.scale
         weight = self.weight
+        x = x.whole() if isinstance(x, Sharded) else x
         if self.bias is not None:
             # <x, w> + b / scale orders as the logits do.
             weight = nn.functional.normalize(weight, dim=1) if self.normalize else weight
             x = nn.functional.normalize(x, dim=1) if self.normalize else x
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-            weight = torch.cat([weight, (self.bias / scale)[:, None].to(weight.dtype)], dim=1)
-        normalize = self.normalize and self.bias is None
-        (found,) = mine(x, weight, [Extreme(k=k)], normalize=normalize, precision=self.precision)
-        z = scale * found.values
-        return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)), found.indices
+            own = self.bias[self.classes.start : self.classes.stop]
+            weight = torch.cat([weight, (own / scale)[:, None].to(weight.dtype)], dim=1)
+        how = {"normalize": self.normalize and self.bias is None, "precision": self.precision}
+        if self.group is None:
+            (found,) = mine(x, weight, [Extreme(k=k)], **how)
+        else:
+            from ..distributed.classes import highest
+
+            found = highest(x, weight, k, self.classes.start, ranks, **how)
+        z, classes = scale * found[0], found[1]
+        return (z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)), classes

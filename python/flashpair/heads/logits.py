@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..algebra import log_add_exp
+from ..distributed.sharded import Sharded
 from ..losses.arguments import constant
 from ..request import statistics_dtype
 from ..terms import Precision, Reduction, Score, Term
@@ -155,6 +156,8 @@ def class_logits(
         raise ValueError("class_scale excludes a fused optimiser: its gradient is of the scaled weights")
     if softcap is not None:
         checks.number("softcap", softcap, low=0.0, open_low=True)
+    if isinstance(weight, Sharded) and (class_scale is not None or {"spread", "mean"} & set(extras)):
+        raise ValueError("class_scale and formulas that need 'mean' or 'spread' of the logits exclude group")
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     own = torch.where(valid, labels, -1)
     if class_scale is not None:

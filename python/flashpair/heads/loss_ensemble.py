@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..random import normal
 from .logits import reduce_rows
 
 
@@ -49,7 +50,7 @@ def ens_loss(
     checks.number("power", power)
     with torch.no_grad():
         z = margins
-        draw = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        draw = normal(z, generator)
         if power == 0:
             weights = -torch.exp(draw)
         else:

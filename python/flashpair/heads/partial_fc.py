@@ -7,27 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..distributed.sharded import current
 from .head import ClassHead
 from .margins import Margin
 from .optim import HeadUpdate
-
-
-def class_range(num_classes: int, rank: int, world_size: int) -> range:
-    """The classes that one of `world_size` ranks holds: contiguous, the first ranks one more where they do not divide.
-
-    Raises:
-        ValueError: on a rank outside the world.
-
-    Example:
-        >>> from flashpair.heads import class_range
-        >>> [list(class_range(5, rank, 2)) for rank in range(2)]
-        [[0, 1, 2], [3, 4]]
-    """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in [0, world_size); got rank {rank} of {world_size}")
-    whole, rest = divmod(num_classes, world_size)
-    first = rank * whole + min(rank, rest)
-    return range(first, first + whole + (rank < rest))
 
 
 class PartialFC_V2(ClassHead):
@@ -44,7 +27,8 @@ class PartialFC_V2(ClassHead):
             logits cannot be streamed.
         embedding_size: D.
         num_classes: C.
-        sample_rate: rate in (0, 1]. Default 1, all classes. In evaluation mode all classes count.
+        sample_rate: rate in (0, 1]. Default 1, all classes. In evaluation mode all classes count. In a group each rank
+            samples among its own.
         fp16: read embeddings and weights in float16, as under insightface's flag; float32 accumulation. Default False.
         sparse_grad: the weights' gradient is a sparse tensor of the sampled rows, for optimisers that take these.
             Default False: a dense gradient. `fuse` avoids both.
@@ -92,19 +76,21 @@ class PartialFC_V2(ClassHead):
         self.sampled: Tensor | None = None  # (S,) classes of the last forward pass, ascending; None: all
 
     def sample(self, labels: Tensor) -> Tensor:
-        """(S,) ascending classes: those of `labels` (B,) and random others."""
-        count = max(int(self.sample_rate * self.num_classes), 1)
+        """(S,) ascending classes of this process: those of `labels` (B,) and random others."""
+        count = max(int(self.sample_rate * len(self.classes)), 1)
         if labels.shape[0] > count:
             present = labels[labels >= 0].unique()
             if present.shape[0] >= count:
                 return present
-        priority = torch.rand(self.num_classes, device=labels.device, generator=self.generator)
+        priority = torch.rand(len(self.classes), device=labels.device, generator=self.generator)
         # Rows without a class raise the priority of class 0 by nothing.
         priority.scatter_reduce_(0, labels.clamp_min(0), torch.where(labels >= 0, 2.0, 0.0), reduce="amax")
         return priority.topk(count, sorted=False).indices.sort().values
 
     def logits(self, embeddings: Tensor, labels: Tensor):
         """As in `ClassHead`, over the sampled classes; the labels of the result count among them."""
+        if self.group is not None:
+            return self._spread_logits(embeddings, labels)
         x = self.as_embeddings(embeddings)
         self.check_labels(labels, x)
         weight, options = self.weight, self.options()
@@ -126,3 +112,25 @@ class PartialFC_V2(ClassHead):
                 raise ValueError("fp16=True excludes a fused optimiser: its steps are in the weights' own dtype")
             x, weight = x.half(), weight.half()
         return self.margin.logits(x, weight, labels, **options)
+
+    def _spread_logits(self, embeddings: Tensor, labels: Tensor):
+        """Each rank samples among its own classes; labels count among all of them."""
+        if current() is None:
+            return self.over_group(self.logits, {"embeddings": embeddings, "labels": labels})
+        x = self.as_embeddings(embeddings)
+        self.check_labels(labels, x)
+        self.sampled = rows = None
+        if self.training and self.sample_rate < 1.0:
+            first, end = self.classes.start, self.classes.stop
+            self.sampled = self.sample(torch.where((labels >= first) & (labels < end), labels - first, -1))
+            if self.fused is None:
+                rows = F.embedding(self.sampled, self.weight, sparse=self.sparse_grad)
+            elif not self.updates:
+                rows = self.weight[self.sampled]
+        update = HeadUpdate(self.fused, self.weight, self.sampled) if self.updates else None
+        weight = self.spread_weight(selected=self.sampled, rows=rows, update=update)
+        if self.fp16:
+            if update is not None:
+                raise ValueError("fp16=True excludes a fused optimiser: its steps are in the weights' own dtype")
+            x, weight = x.cast(torch.float16), weight.cast(torch.float16)
+        return self.margin.logits(x, weight, labels, **self.options())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import checks, dispatch, ops, reference
 from ..algebra import merge
+from ..distributed.sharded import Sharded
 from ..ops import Needs
 from ..pairs import EPSILON, accumulate
 from ..primitives import needs_grad
@@ -134,6 +135,10 @@ def _through(gradient: Tensor, unit: Tensor, norms: Tensor | None) -> Tensor:
 
 def listed_similarity(x: Tensor, weight: Tensor, index: Tensor, normalize: bool) -> Tensor:
     """(B, K) similarities of each row with the classes `index` (B, K); 0 where that is -1."""
+    if isinstance(weight, Sharded):
+        from ..distributed import classes
+
+        return classes.listed_similarity(x, weight, index, normalize)
     rows, _ = _unit(x, normalize)
     found = []
     for column in index.unbind(1):
@@ -419,6 +424,13 @@ def class_statistics(
     listed = labels[:, None] if index is None else index
     if index is not None:
         check_listed(index, x, classes)
+    if isinstance(weight, Sharded):
+        from ..distributed.classes import class_statistics as over_ranks
+
+        return over_ranks(
+            x, weight, labels, terms, index, normalize=normalize, gradient_filter=gradient_filter,
+            precision=precision, max_workspace_bytes=max_workspace_bytes,
+        )  # fmt: skip
     workspace = workspace_bytes(max_workspace_bytes)
     with torch.autocast(x.device.type, enabled=False):
         backend = dispatch.choose(x, x.shape[0] * classes)

@@ -78,6 +78,8 @@ class SubCenterArcFace(ClassHead):
             raise ValueError("SubCenterArcFace offers neither formulas with extras nor gradient_filter")
         self.num_classes, self.sub_centers = num_classes, sub_centers
 
+    spreads = False
+
     def fuse(self, optimizer) -> None:
         if optimizer is not None:
             raise ValueError("SubCenterArcFace cannot be fused with an optimiser")
