@@ -18,7 +18,7 @@ PACKAGING := constraints.txt pyproject.toml
 SOURCES := setup.py $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: demo faces test bench gpu lint format clean
+.PHONY: demo faces towers test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native $(VENV)/.demo
@@ -26,6 +26,9 @@ demo: $(VENV)/.native $(VENV)/.demo
 
 faces: $(VENV)/.native $(VENV)/.demo
 	$(BIN)/python examples/faces.py $(FACES)
+
+towers: $(VENV)/.native $(VENV)/.demo
+	$(BIN)/torchrun --nproc-per-node=2 examples/two_towers.py $(TOWERS)
 
 test: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m flashpair

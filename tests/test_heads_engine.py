@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from head_cases import D64, backend, check  # noqa: F401
 
 import flashpair
-from flashpair import Reduction, Term, heads
-from flashpair.algebra import merge
+from flashpair import Extreme, Reduction, Term, heads
+from flashpair.algebra import merge, merge_extremes
 from flashpair.heads import statistics, streaming
 
 ROWS, FEATURES, CLASSES = 6, 4, 11
@@ -286,7 +286,7 @@ def test_blocks_of_classes_are_one_pass(normalize, monkeypatch):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("reduction", [Reduction.SUM, Reduction.COUNT, Reduction.LOGSUMEXP, Reduction.SOFTMAX_MEAN])
+@pytest.mark.parametrize("reduction", list(Reduction))
 @pytest.mark.parametrize("at", [0, 1, 4, 9])
 def test_merged_statistics_are_those_of_the_union(reduction, at):
     """Also where one of the parts, or one row of it, is empty."""
@@ -295,11 +295,17 @@ def test_merged_statistics_are_those_of_the_union(reduction, at):
 
     def slots(columns):
         if len(columns) == 0:
-            empty = {Reduction.LOGSUMEXP: [-math.inf], Reduction.SOFTMAX_MEAN: [0.0, -math.inf]}.get(reduction, [0.0])
+            empty = {
+                Reduction.LOGSUMEXP: [-math.inf],
+                Reduction.SOFTMAX_MEAN: [0.0, -math.inf],
+                Reduction.MOMENTS: [0.0, 0.0, 0.0, math.inf, -math.inf],
+            }.get(reduction, [0.0])
             return torch.tensor(empty, dtype=D64)[:, None].expand(-1, 5)
         term = Term(reduction, scale=2.0, above=1.0)
         with flashpair.use_backend("reference"):
             (value,) = flashpair.pair_reduce(x, columns, [term])
+            if reduction == Reduction.MOMENTS:
+                return value
             if reduction != Reduction.SOFTMAX_MEAN:
                 return value[None]
             (lse,) = flashpair.pair_reduce(x, columns, [Term(Reduction.LOGSUMEXP, scale=2.0, above=1.0)])
@@ -308,9 +314,27 @@ def test_merged_statistics_are_those_of_the_union(reduction, at):
     torch.testing.assert_close(merge(reduction, slots(y[:at]), slots(y[at:])), slots(y), rtol=1e-12, atol=1e-12)
 
 
-def test_moments_do_not_merge():
-    with pytest.raises(ValueError, match="MOMENTS"):
-        merge(Reduction.MOMENTS, torch.zeros(5, 2), torch.zeros(5, 2))
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 4, 9])
+def test_merged_extremes_are_those_of_the_union(at, largest):
+    """Ties, NaN, infinities and rows with fewer entries than k."""
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [math.inf, 1.0]], dtype=D64)
+    y = torch.tensor([[1.0, 1], [2, 1], [1, 1], [math.nan, 0], [2, 0], [0, 2], [1, 2], [-1, 1], [2, 2]], dtype=D64)
+    extreme = Extreme(largest=largest, k=3, above=0.5)
+
+    def found(first, end):
+        if first == end:
+            missing = -math.inf if largest else math.inf
+            return torch.full((3, 3), missing, dtype=D64), torch.full((3, 3), -1)
+        k = min(3, end - first)
+        with flashpair.use_backend("reference"):
+            (mined,) = flashpair.mine(x, y[first:end], [Extreme(largest=largest, k=k, above=0.5)])
+        return mined.values, torch.where(mined.indices < 0, -1, mined.indices + first)
+
+    merged = merge_extremes(extreme, found(0, at), found(at, 9))
+    want = found(0, 9)
+    assert torch.equal(merged[1], want[1])
+    torch.testing.assert_close(merged[0], want[0], equal_nan=True)
 
 
 # --- dense code on blocks ---------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class Sharded(Tensor):
         Raises:
             ValueError: where the exchange must not hold all rows at once.
         """
-        if self.ranks.group.exchange == Exchange.RING:
+        if self.ranks.group.exchange == Exchange.RING and self.ranks.size > 1:
             raise ValueError(
                 "exchange must be GATHER or AUTO for this loss, which needs all embeddings at once; got RING"
             )

@@ -31,6 +31,7 @@ _HOME = {
     "InfoNCELoss": "info_nce",
     "InstanceLoss": "instance",
     "IntraPairVarianceLoss": "intra_pair_variance",
+    "KeyQueue": "key_queue",
     "LiftedStructureLoss": "lifted_structure",
     "LpDistance": "peer",
     "ManifoldLoss": "manifold",

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.sharded import current, over_ranks
 from ..miners.selection import LazyTuple, MinedPairs, check_indices, listed
 from ..terms import Similarity
 from .geometry import Geometry
+from .key_queue import held, kept_rows, load_whole_state, own_places, put, whole_state
 from .peer import BaseCrossBatchMemory
 from .problem import check_call
 from .triplets import join_pairs
@@ -26,6 +28,9 @@ class CrossBatchMemory(BaseCrossBatchMemory):
     A call first enqueues the batch, then takes the loss of the batch against the whole queue; the copies of the
     batch's own rows are left out by index. pytorch-metric-learning's class: same constructor, same call. A miner of
     this library stays lazy, and so does the choice of all pairs; `indices_tuple` turns both into index tensors.
+
+    With a loss that has a group, the batch is that of all its ranks and the queue that of one process with it, in rank
+    order; each rank holds memory_size / ranks of its places. `indices_tuple` and the miner's selection are then global.
 
     Args:
         loss: a metric-learning loss that takes labels and references: all but InstanceLoss, ManifoldLoss and
@@ -75,7 +80,14 @@ class CrossBatchMemory(BaseCrossBatchMemory):
 
     def reset_queue(self) -> None:
         """Forget all embeddings."""
-        self.register_buffer("embedding_memory", torch.zeros(self.memory_size, self.embedding_size))
+        group = getattr(self.loss, "group", None)
+        self.shares = own_places(self.memory_size, group)
+        own = self.shares[0]
+        if group is not None:
+            from ..distributed.ranks import Ranks
+
+            own = self.shares[Ranks(group).rank]
+        self.register_buffer("embedding_memory", torch.zeros(own, self.embedding_size))
         self.register_buffer("label_memory", torch.zeros(self.memory_size, dtype=torch.int64))
         self.has_been_filled = False
         self.queue_idx = 0
@@ -84,7 +96,7 @@ class CrossBatchMemory(BaseCrossBatchMemory):
         """Enqueue `batch_size` rows, over the oldest ones once the queue is full."""
         first = self.queue_idx
         self.curr_batch_idx = torch.arange(first, first + batch_size, device=labels.device) % self.memory_size
-        self.embedding_memory[self.curr_batch_idx] = embeddings.detach()
+        put(self.embedding_memory, self.shares, embeddings, self.curr_batch_idx)
         self.label_memory[self.curr_batch_idx] = labels
         self.has_been_filled = self.has_been_filled or first + batch_size >= self.memory_size
         self.queue_idx = (first + batch_size) % self.memory_size
@@ -126,27 +138,60 @@ class CrossBatchMemory(BaseCrossBatchMemory):
         Raises:
             TypeError, ValueError: on bad input, naming the argument, before anything is enqueued.
         """
+        group = getattr(self.loss, "group", None)
+        if group is not None and current() is None:
+            return self._over_group(group, embeddings, labels, indices_tuple, enqueue_mask, kwargs)
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         if indices_tuple is not None:
             filled = min(self.queue_idx + embeddings.shape[0], self.memory_size)
             columns = self.memory_size if self.has_been_filled else filled
             indices_tuple = listed(indices_tuple)
             check_indices(indices_tuple, embeddings.shape[0], columns, embeddings.device)
-        self.embedding_memory = self.embedding_memory.to(embeddings)
+        self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
         self.label_memory = self.label_memory.to(labels.device)
         queued, queued_labels = embeddings, labels
         if enqueue_mask is not None:
-            queued, queued_labels = embeddings[enqueue_mask], labels[enqueue_mask]
-            embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+            queued, queued_labels = kept_rows(embeddings, enqueue_mask), labels[enqueue_mask]
+            embeddings, labels = kept_rows(embeddings, ~enqueue_mask), labels[~enqueue_mask]
         self.add_to_memory(queued, queued_labels, queued.shape[0])
         size = self.memory_size if self.has_been_filled else self.queue_idx
         # Copies: the next batch overwrites the queue, perhaps before this loss has gone backward.
-        memory, memory_labels = self.embedding_memory[:size].clone(), self.label_memory[:size].clone()
+        memory, memory_labels = (
+            held(self.embedding_memory, self.shares, size, current()),
+            self.label_memory[:size].clone(),
+        )
         own = self.curr_batch_idx if enqueue_mask is None else None
         selection = self._select(embeddings, labels, memory, memory_labels, own)
         if indices_tuple is not None:
             selection = _joined(tuple(selection), indices_tuple)
         return self.loss(embeddings, labels, selection, memory, memory_labels, **kwargs)
+
+    def _over_group(self, group, embeddings, labels, indices_tuple, enqueue_mask, kwargs):
+        from ..distributed.agreement import options_of
+
+        run = lambda embeddings, labels, enqueue_mask: self.forward(  # noqa: E731
+            embeddings, labels, indices_tuple, enqueue_mask, **kwargs
+        )
+        tensors = {"embeddings": embeddings, "labels": labels, "enqueue_mask": enqueue_mask}
+        return over_ranks(group, type(self).__name__, options_of(self), run, tensors, [tuple(tensors)])
+
+    def whole_state(self) -> dict:
+        """The memory of all ranks, equal on each: what `load_whole_state` takes with any number of ranks."""
+        group = getattr(self.loss, "group", None)
+        buffers = {"embedding_memory": self.embedding_memory, "label_memory": self.label_memory}
+        counters = {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}
+        return {**whole_state(group, self.shares, **buffers), **counters}
+
+    def load_whole_state(self, state: dict) -> None:
+        """Takes this rank's part of what `whole_state` gave.
+
+        Raises:
+            ValueError: on a state that does not fit, before anything changes.
+        """
+        group = getattr(self.loss, "group", None)
+        buffers = {"embedding_memory": self.embedding_memory, "label_memory": self.label_memory}
+        load_whole_state(group, self.shares, state, **buffers)
+        self.queue_idx, self.has_been_filled = state["queue_idx"], state["has_been_filled"]
 
     def _select(self, embeddings, labels, memory, memory_labels, own: Tensor | None):
         if self.miner is None:

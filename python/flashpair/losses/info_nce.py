@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..algebra import log_add_exp
-from ..distributed.sharded import current
+from ..distributed.sharded import Sharded, current
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Mask, Reduction, Term
@@ -56,7 +56,9 @@ def info_nce_loss(
         rivals = torch.full_like(own, -torch.inf)
         none = torch.zeros_like(index, dtype=torch.bool)
         found = [single(similarity, ~none), single(similarity, none)]
-    for others in (negative_keys, None if queue is None else queue.detach()):
+    if queue is not None:
+        queue = queue.detached() if isinstance(queue, Sharded) else queue.detach()
+    for others in (negative_keys, queue):
         if others is not None:
             more, *slots = pair_reduce(
                 query, others, [Term(Reduction.LOGSUMEXP, **logits), *spread], normalize=normalize
@@ -81,7 +83,8 @@ class InfoNCELoss(InGroup, nn.Module):
         normalize: normalise queries and keys first, gradient included. Default True.
         in_batch_negatives: whether other queries' keys are negatives. Default True; False with a queue is MoCo.
         group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`: the loss of the queries and
-            keys of all its ranks, `negative_keys` included; `queue` is one queue that all ranks hold. Default: none.
+            keys of all its ranks, `negative_keys` included; `queue` is a `KeyQueue` with the same group, or a tensor
+            that all ranks hold alike. Default: none.
 
     Raises:
         ValueError, TypeError: on a temperature that is not positive.
