@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -43,3 +44,33 @@ def test_the_capacity_table_is_its_arithmetic():
     free = 8 * 2**30 - 256 * 2**20
     bytes_of = (4 * (3 * 512 + 4 * 1024), 4 * 2 * 512, 4 * 512)
     assert [float(cell) for cell in row] == [round(free / each / 1e6, 2) for each in bytes_of]
+
+
+def towers_here(steps: int, state: dict | None) -> dict:
+    import torch.distributed as dist
+
+    run = load("two_towers").Run(dist.group.WORLD)
+    if state is not None:
+        run.load(state)
+    run.train(*sys.modules["two_towers"].halves(), steps, "")
+    return run.state()
+
+
+def test_towers_follow_one_process_and_resume_on_another_number_of_ranks():
+    for module in ("sklearn", "tqdm"):
+        pytest.importorskip(module)
+    towers = load("two_towers")
+    upper, lower = towers.halves()
+    alone = towers.Run()
+    alone.train(upper, lower, 8, "")
+    state = None
+    for ranks, steps in ((2, 4), (3, 8)):
+        pool = processes.Pool(ranks)
+        try:
+            state = pool.values(towers_here, steps, state)[0]
+        finally:
+            pool.close()
+    torch.testing.assert_close(state["curve"], alone.curve, rtol=1e-9, atol=0)
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(state["model"][name], value, rtol=1e-6, atol=1e-9)
+    assert alone.curve[-1] < 0.9 * alone.curve[0]

@@ -10,8 +10,8 @@ from ..distributed.sharded import current, over_ranks
 from ..miners.selection import LazyTuple, MinedPairs, check_indices, listed
 from ..terms import Similarity
 from .geometry import Geometry
-from .key_queue import held, kept_rows, load_whole_state, own_places, put, whole_state
 from .peer import BaseCrossBatchMemory
+from .places import held, kept_rows, load_whole_state, put, shares_of, whole_state
 from .problem import check_call
 from .triplets import join_pairs
 
@@ -80,13 +80,7 @@ class CrossBatchMemory(BaseCrossBatchMemory):
 
     def reset_queue(self) -> None:
         """Forget all embeddings."""
-        group = getattr(self.loss, "group", None)
-        self.shares = own_places(self.memory_size, group)
-        own = self.shares[0]
-        if group is not None:
-            from ..distributed.ranks import Ranks
-
-            own = self.shares[Ranks(group).rank]
+        self.shares, own = shares_of(self.memory_size, getattr(self.loss, "group", None))
         self.register_buffer("embedding_memory", torch.zeros(own, self.embedding_size))
         self.register_buffer("label_memory", torch.zeros(self.memory_size, dtype=torch.int64))
         self.has_been_filled = False

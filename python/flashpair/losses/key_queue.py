@@ -1,4 +1,4 @@
-"""The latest rows of many batches, first in, first out; over ranks, each holds some of the places."""
+"""A queue of keys, first in, first out."""
 
 from __future__ import annotations
 
@@ -6,57 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..distributed.sharded import Sharded, current, even_sizes, offsets
-from ..distributed.sides import Side
+from ..distributed.sharded import current
 from .group import InGroup
-
-
-def own_places(size: int, group) -> list[int]:
-    """Places of each rank of a group, of all without one."""
-    if group is None:
-        return [size]
-    from ..distributed.ranks import Ranks
-
-    return even_sizes(size, Ranks(group).size)
-
-
-@torch.no_grad()
-def put(buffer: Tensor, shares: list[int], rows: Tensor, places: Tensor) -> None:
-    """Writes rows to places, each on the rank that has it.
-
-    Args:
-        buffer: (shares[rank], D) of this rank. shares: places of each rank.
-        rows: (B, D), of all ranks in a group. places: (B,) int64, where they go.
-    """
-    if not isinstance(rows, Sharded):
-        buffer[places] = rows.detach().to(buffer.dtype)
-        return
-    starts = offsets(shares)
-    first, end = starts[rows.ranks.rank : rows.ranks.rank + 2]
-
-    def visit(block: Tensor, low: int, high: int) -> None:
-        at = places[low:high]
-        mine = (at >= first) & (at < end)
-        buffer[at[mine] - first] = block[mine].to(buffer.dtype)
-
-    Side(rows.detached(), rows.ranks).visit(visit)
-
-
-def held(buffer: Tensor, shares: list[int], size: int, ranks) -> Tensor:
-    """The first `size` places of all ranks, in order: copies, since the next batch overwrites them."""
-    if ranks is None:
-        return buffer[:size].clone()
-    starts = offsets(shares)
-    sizes = [max(min(size, starts[r + 1]) - starts[r], 0) for r in range(len(shares))]
-    return Sharded(buffer[: sizes[ranks.rank]].clone(), sizes, ranks)
-
-
-def kept_rows(rows: Tensor, keep: Tensor) -> Tensor:
-    """The rows (B, D) where `keep` (B,) is True; each rank's stay with it."""
-    if not isinstance(rows, Sharded):
-        return rows[keep]
-    parts = keep.split(rows.sizes)
-    return Sharded(rows.local[parts[rows.ranks.rank]], [int(p.sum()) for p in parts], rows.ranks)
+from .places import held, load_whole_state, put, shares_of, whole_state
 
 
 class KeyQueue(InGroup, nn.Module):
@@ -96,12 +48,7 @@ class KeyQueue(InGroup, nn.Module):
         checks.count("size", size)
         checks.count("embedding_size", embedding_size)
         self.size, self.embedding_size = size, embedding_size
-        self.shares = own_places(size, self.group)
-        own = self.shares[0]
-        if self.group is not None:
-            from ..distributed.ranks import Ranks
-
-            own = self.shares[Ranks(self.group).rank]
+        self.shares, own = shares_of(size, self.group)
         self.register_buffer("keys", torch.zeros(own, embedding_size, device=device, dtype=dtype))
         self.count = 0  # keys enqueued so far
 
@@ -149,39 +96,3 @@ class KeyQueue(InGroup, nn.Module):
         """Takes this rank's part of what `whole_state` gave."""
         load_whole_state(self.group, self.shares, state, keys=self.keys)
         self.count = int(state["count"])
-
-
-def whole_state(group, shares: list[int], **buffers: Tensor) -> dict[str, Tensor]:
-    """Copies on the CPU: (places, D) buffers of all ranks, other ones as they are."""
-    ranks = None
-    if group is not None:
-        from ..distributed.ranks import Ranks
-
-        ranks = Ranks(group)
-    gathered = lambda v: v if ranks is None or v.dim() < 2 else ranks.gather(v, shares)  # noqa: E731
-    return {name: gathered(value).detach().cpu().clone() for name, value in buffers.items()}
-
-
-@torch.no_grad()
-def load_whole_state(group, shares: list[int], state: dict[str, Tensor], **buffers: Tensor) -> None:
-    """Copies this rank's part of `whole_state` into buffers; everything is checked first.
-
-    Raises:
-        ValueError: on a state that does not fit.
-    """
-    first, end = 0, shares[0]
-    if group is not None:
-        from ..distributed.ranks import Ranks
-
-        first, end = offsets(shares)[Ranks(group).rank :][:2]
-    parts = {}
-    for name, buffer in buffers.items():
-        if name not in state:
-            raise ValueError(f"state must hold {', '.join(buffers)}; {name} is missing")
-        value = state[name]
-        wanted = (sum(shares), *buffer.shape[1:]) if buffer.dim() == 2 else tuple(buffer.shape)
-        if tuple(value.shape) != wanted:
-            raise ValueError(f"{name} of the state must have shape {wanted}; got {tuple(value.shape)}")
-        parts[name] = value[first:end] if buffer.dim() == 2 else value
-    for name, buffer in buffers.items():
-        buffer.copy_(parts[name])
