@@ -64,9 +64,30 @@ def test_every_public_head_is_in_its_table():
 
 
 def test_every_file_the_readme_links_is_there():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+    count = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+        assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == [], page
+        count += len(links)
+    assert count > 10
+
+
+def test_the_cost_table_is_what_its_command_prints(capsys):
+    from flashpair.distributed import cost
+
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    command, table = re.search(
+        r"<!-- python -m flashpair.distributed.cost (.*?) -->\n(.*?)\n\n", text, re.DOTALL
+    ).groups()
+    cost.main(command.split())
+    assert capsys.readouterr().out.strip() == table
+
+
+def test_losses_that_gather_in_any_case_are_named():
+    from test_distributed import WHOLE
+
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    assert [n for n in WHOLE if f"`{n}`" not in text] == []
 
 
 def test_make_targets_named_in_the_readme_exist():

@@ -29,6 +29,7 @@ class AngularMiner(Miner):
     Args:
         angle: degrees. Default 20.
         distance: LpDistance of normalised embeddings, power 1.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Returns:
         Index tensors (anchors, positives, negatives) in ascending order.

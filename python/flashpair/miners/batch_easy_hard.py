@@ -29,6 +29,7 @@ class BatchEasyHardMiner(Miner):
         allowed_pos_range, allowed_neg_range: (lowest, highest) distance or similarity that may be chosen.
         distance: LpDistance of normalised embeddings (default; p=2, power 1 or 2), CosineSimilarity or
             DotProductSimilarity.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Returns:
         Index tensors (anchors, positives, anchors, negatives); lazily `MinedPairs` where both strategies are "all".

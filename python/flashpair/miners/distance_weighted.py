@@ -29,6 +29,7 @@ class DistanceWeightedMiner(Miner):
         cutoff: default 0.5.
         nonzero_loss_cutoff: default 1.4.
         distance: LpDistance of normalised embeddings, power 1.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Raises:
         TypeError, ValueError: on a bad number or another distance.

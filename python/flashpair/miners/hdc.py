@@ -27,6 +27,7 @@ class HDCMiner(Miner):
         filter_percentage: the share, in (0, 1]. Default 0.5.
         distance: LpDistance of normalised embeddings (default; p=2, power 1 or 2), CosineSimilarity or
             DotProductSimilarity.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Raises:
         TypeError, ValueError: on a share out of range or another distance.

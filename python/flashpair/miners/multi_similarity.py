@@ -19,6 +19,7 @@ class MultiSimilarityMiner(Miner):
     Args:
         epsilon: slack. Default 0.1.
         distance: CosineSimilarity (default), DotProductSimilarity or LpDistance (p=2, power 1 or 2).
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Raises:
         TypeError, ValueError: on a bad epsilon or distance.

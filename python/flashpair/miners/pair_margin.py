@@ -24,6 +24,7 @@ class PairMarginMiner(Miner):
         neg_margin: default 0.8.
         distance: LpDistance of normalised embeddings (default; p=2, power 1 or 2), CosineSimilarity or
             DotProductSimilarity.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Raises:
         TypeError, ValueError: on a margin that is not a number, or another distance.

@@ -20,6 +20,7 @@ class TopKHardNegativesMiner(Miner):
         k: 1 to 64. Default 8.
         distance: LpDistance of normalised embeddings (default; p=2, power 1 or 2), CosineSimilarity or
             DotProductSimilarity.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Raises:
         ValueError: on a bad k or another distance.

@@ -23,6 +23,7 @@ class TripletMarginMiner(Miner):
         type_of_triplets: default "all".
         distance: LpDistance of normalised embeddings (default; p=2, power 1 or 2), CosineSimilarity or
             DotProductSimilarity.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Raises:
         TypeError, ValueError: on a margin that is not a number, an unknown type, or another distance.

@@ -26,6 +26,7 @@ class UniformHistogramMiner(Miner):
         pos_per_bin, neg_per_bin: default 10.
         distance: LpDistance of normalised embeddings (default; p=2, power 1 or 2), CosineSimilarity or
             DotProductSimilarity.
+        group: ranks whose batches are mined as one, as in `MetricLoss`; the selection is of all of them. Default: none.
 
     Returns:
         Index tensors (anchors, positives, anchors, negatives), interval by interval.
