@@ -364,7 +364,7 @@ def test_the_family_is_gated_and_timed(tmp_path):
 
 def test_results_of_other_kinds_are_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    for name in ("speed", "memory", "family", "nvidia-nothing"):
+    for name in ("speed", "memory", "family", "distributed", "nvidia-nothing"):
         (tmp_path / f"{name}.json").write_text("[]")
     assert list(report.gpu_results()) == ["nvidia-nothing"]
 
@@ -376,3 +376,21 @@ def test_every_loss_of_the_family_is_in_its_benchmark():
     dense = {"VICRegLoss", "BarlowTwinsLoss", "GeneralPairWeightingLoss"}  # features, or the user's functions
     names = {c.name.split()[0] for c in FAMILY} - dense
     assert names <= {n.split()[0] for n in family.LOSSES}
+
+
+def test_distributed_losses_are_gated_and_timed(tmp_path):
+    out = tmp_path / "distributed.json"
+    pytest.importorskip("tqdm")
+    done = command(
+        sys.executable, "bench/distributed.py", "Clip", "--quick", "--out", str(out), FLASHPAIR_BACKEND="cpu"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["case"]: row for row in json.loads(out.read_text())}
+    import distributed
+
+    assert set(rows) == {"ClipLoss"}
+    for row in rows.values():
+        assert {"flashpair, gather", "flashpair, ring", "dense gather"} <= set(row["times"])
+        assert all(found["seconds"] > 0 for found in row["times"].values())
+        assert row["times"]["flashpair, gather"]["growth"] >= 0
+    assert len(distributed.table(list(rows.values()))) >= 2 + 2 + 3
