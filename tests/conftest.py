@@ -1,9 +1,22 @@
 import dense_backend
+import own_process
 import pytest
 import support
 import torch
 
 from flashpair import dispatch
+
+
+def pytest_collection_finish(session):
+    """Files that run again in a process of their own begin now, if that was asked for."""
+    for item in session.items:
+        environment = getattr(getattr(item, "module", None), "OWN_PROCESS", None)
+        if environment and item.name == "test_in_a_process_of_its_own" and not session.config.option.collectonly:
+            own_process.start(item.module.__file__, **environment)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    own_process.stop()
 
 
 @pytest.fixture(autouse=True)

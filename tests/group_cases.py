@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashpair import losses, miners
+from flashpair import heads, losses, miners
 from flashpair.distributed import Exchange, Group
 from flashpair.losses.metric import MetricLoss
 
@@ -32,6 +32,7 @@ METRIC = sorted(
     n for n in losses.__all__
     if isinstance(getattr(losses, n), type) and issubclass(getattr(losses, n), MetricLoss)
 )  # fmt: skip
+PROXIES = ["NormalizedSoftmaxLoss", "ProxyAnchorLoss", "ProxyNCALoss", "SoftTripleLoss"]
 TOWERS = ["ClipLoss", "SigLipLoss", "InfoNCELoss"]
 MINED = {
     "MultiSimilarityLoss mined": ("MultiSimilarityLoss", lambda g: miners.MultiSimilarityMiner(group=g)),
@@ -46,6 +47,7 @@ CASES = [
     *(f"{n} refs" for n in METRIC if n not in ONE_SIDED),
     *TOWERS,
     *MINED,
+    *PROXIES,
     "SelfSupervisedLoss",
     "SupConLoss stats",
 ]
@@ -57,6 +59,8 @@ def build(case: str, group) -> tuple[torch.nn.Module, object]:
     name, miner = MINED.get(case, (case.split()[0], lambda g: None))
     if name == "SelfSupervisedLoss":
         return losses.SelfSupervisedLoss(losses.NTXentLoss(group=group)).double(), None
+    if name in PROXIES:
+        return getattr(heads, name)(num_classes=4, embedding_size=5, group=group).double(), None
     return getattr(losses, name)(**OPTIONS.get(name, {}), group=group).double(), miner(group)
 
 

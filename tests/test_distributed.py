@@ -24,7 +24,7 @@ WHOLE = {
     "AngularLoss", "BarlowTwinsLoss", "CentroidTripletLoss", "DynamicSoftMarginLoss", "FastAPLoss",
     "GeneralPairWeightingLoss", "HistogramLoss", "ManifoldLoss", "NPairsLoss", "PNPLoss", "ProtoTripletLoss",
     "SignalToNoiseRatioContrastiveLoss", "SmoothAPLoss", "TripletMarginLoss", "TripletSemiHardLoss",
-    "TupletMarginLoss", "VICRegLoss",
+    "TupletMarginLoss", "VICRegLoss", "NormalizedSoftmaxLoss", "ProxyNCALoss", "SoftTripleLoss",
 }  # fmt: skip
 STREAMED_ALL_THE_SAME = {"TripletMarginLoss hard"}  # one listed triplet a row
 ALSO_WHOLE = {"MarginLoss weighted"}  # the miner draws from whole rows
@@ -70,6 +70,7 @@ def compare(ranks: list[dict], whole: dict) -> None:
 
 def test_no_loss_is_left_out():
     covered = {case.split()[0] for case in group_cases.CASES}
+    covered |= {"SogCLRLoss", "ISogCLRLoss"}  # with their states, in test_sog_clr.py
     assert {n for n in losses.__all__ if n.endswith("Loss")} <= covered
 
 
@@ -349,6 +350,11 @@ def _miner_of_one_process(rank: int):
     return losses.SupConLoss(group=dist.group.WORLD)(x, labels, miners.MultiSimilarityMiner()(x, labels))
 
 
+def _triplets_of_one_process(rank: int):
+    x, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    return losses.TripletMarginLoss(group=dist.group.WORLD)(x, labels, miners.BatchHardMiner()(x, labels))
+
+
 BAD = [
     (_features, "embeddings must be alike on all ranks; got 4 features on rank 0 and 5 features on rank 2"),
     (_dtype, "embeddings must be alike on all ranks; got torch.float32 on rank 0 and torch.float64 on rank 1"),
@@ -360,6 +366,7 @@ BAD = [
     (_rows_on_one_rank, "text_features must have as many rows as image_features on each rank, 3; got 2"),
     (_exchange, "same options on all ranks"),
     (_miner_of_one_process, "must be of the global batch: give the miner the group too"),
+    (_triplets_of_one_process, "mined in these 12 rows (in a group: by a miner with that group); got triplets of 4"),
 ]
 
 

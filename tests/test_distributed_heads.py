@@ -29,6 +29,7 @@ HEADS = {
     "MagFace": lambda **k: heads.MagFace(CLASSES, FEATURES, **k),
     "CurricularFace": lambda **k: heads.CurricularFace(CLASSES, FEATURES, **k),
     "P2SGrad": lambda **k: heads.P2SGrad(CLASSES, FEATURES, **k),
+    "unified": lambda **k: heads.UNPG(heads.CosFace(CLASSES, FEATURES, **k)),
     "PartialFC_V2": lambda **k: heads.PartialFC_V2(heads.ArcFace(1, 1).margin, FEATURES, CLASSES, **k),
 }
 SIZES = {1: [9], 2: [6, 3], 3: [4, 0, 5], 4: [2, 3, 1, 3]}
@@ -59,18 +60,19 @@ def evaluate(name: str, sizes: list[int], group=None, rank: int | None = None, w
     x, weight, labels, sample = data(sum(sizes))
     own = slice(None) if rank is None else slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     head = HEADS[name](group=group).double()
+    layer = getattr(head, "head", head)
     with torch.no_grad():
-        head.weight.copy_(weight[head.classes.start : head.classes.stop])
-        if head.bias is not None:
-            head.bias.copy_(torch.linspace(-1, 1, CLASSES))
+        layer.weight.copy_(weight[layer.classes.start : layer.classes.stop])
+        if layer.bias is not None:
+            layer.bias.copy_(torch.linspace(-1, 1, CLASSES))
     x, sample = x[own].clone().requires_grad_(), sample[own].clone().requires_grad_()
     value = head(x, labels[own], sample if weighted else None)
     value.backward()
     ranks = 1 if group is None else dist.get_world_size()
-    learned = {n: p.grad for n, p in head.named_parameters() if n != "weight"}
+    learned = {n: p.grad for n, p in head.named_parameters() if p is not layer.weight}
     none = torch.zeros_like(sample)
     return {
-        "value": value.detach(), "dx": x.grad / ranks, "dw": head.weight.grad, "learned": learned,
+        "value": value.detach(), "dx": x.grad / ranks, "dw": layer.weight.grad, "learned": learned,
         "dsample": sample.grad / ranks if weighted else none, "buffers": dict(head.named_buffers()),
     }  # fmt: skip
 
@@ -246,6 +248,25 @@ def test_checkpoints_go_on_with_another_number_of_ranks(pools):
         else:
             curves.append(pools(2).values(train_here, True, starts)[0][0])
     torch.testing.assert_close(curves[0], curves[1], rtol=1e-10, atol=1e-12)
+
+
+def step_with_a_bad_weight(rank_of_it: int) -> bool:
+    """Whether a fused step left this rank's weights as they were, where one rank holds an infinite one."""
+    x, weight, labels, _ = data(6)
+    head = heads.ClassHead(CLASSES, FEATURES, group=dist.group.WORLD).double()
+    with torch.no_grad():
+        head.weight.copy_(weight[head.classes.start : head.classes.stop])
+        if dist.get_rank() == rank_of_it:
+            head.weight[0, 0] = torch.inf
+    head.fuse(heads.FusedSGD([head.weight], lr=0.1))
+    before = head.weight.detach().clone()
+    head(x.requires_grad_(), labels).backward()
+    return torch.equal(before, head.weight)
+
+
+def test_all_ranks_step_or_none(pools):
+    assert pools(3).values(step_with_a_bad_weight, -1) == [False] * 3
+    assert pools(3).values(step_with_a_bad_weight, 1) == [True] * 3
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

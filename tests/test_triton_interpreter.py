@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import own_process
 import pytest
 import support
 import torch
@@ -47,13 +48,14 @@ if INTERPRETED:
     SMALL = configs.TileConfig(16, 32, 16, warps=4, stages=1, parts=2, group=2)
 
 
+#: Minutes on one core: conftest.py starts it when the tests begin.
+OWN_PROCESS = {} if INTERPRETED else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_of_its_own():
-    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    own_process.start(__file__, **OWN_PROCESS)
+    own_process.finish(__file__)
 
 
 def _poisoned(*shape, **options):

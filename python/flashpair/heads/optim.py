@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.sharded import current
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -228,6 +229,11 @@ class HeadUpdate:
 
     def __init__(self, optimizer: FusedOptimizer, weight: nn.Parameter, selected: Tensor | None = None) -> None:
         self.optimizer, self.weight, self.selected = optimizer, weight, selected
+        self.ranks = current()
+
+    def agreed(self, finite: Tensor) -> Tensor:
+        """The same answer on all ranks; a rank that is gone raises here, before any weight changes."""
+        return finite if self.ranks is None else self.ranks.total((~finite).float()) == 0
 
     def step(self, classes: slice | Tensor, gradient: Tensor, finite: Tensor) -> None:
         """One step on some rows."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.sharded import Sharded
 from ..losses.metric import MetricLoss
 from ..losses.weights import row_weights
 from ..request import statistics_dtype
@@ -70,7 +71,8 @@ class ProxyLoss(MetricLoss):
         check_classes(labels, embeddings, self.num_classes)
         proxies = self.by_class()
         dtype = torch.promote_types(embeddings.dtype, proxies.dtype)
-        loss = self.of_rows(embeddings.to(dtype), proxies.to(dtype), labels, indices_tuple)
+        x = embeddings.cast(dtype) if isinstance(embeddings, Sharded) else embeddings.to(dtype)
+        loss = self.of_rows(x, proxies.to(dtype), labels, indices_tuple)
         if self.weight_regularizer is None:
             return loss
         return loss + self.weight_reg_weight * self.weight_regularizer(proxies)

@@ -298,6 +298,9 @@ class WeightUpdate(Protocol):
     def step(self, classes: slice | Tensor, gradient: Tensor, finite: Tensor) -> None:
         """Update the rows `classes` of the weights, or nothing where `finite` () is False."""
 
+    def agreed(self, finite: Tensor) -> Tensor:
+        """`finite` on all ranks that hold classes: all of them step, or none does."""
+
 
 class _Updating(torch.autograd.Function):
     """`class_stats` whose backward pass updates the weights instead of returning their gradient.
@@ -327,7 +330,7 @@ class _Updating(torch.autograd.Function):
             own = list(listed_gradients(grad_listed, x, weight, full_index(update, index), bool(spec[1])))
             # A logsumexp over no class is -inf; NaN compares false.
             finite = torch.stack([(rows < torch.inf).all(), *(t.isfinite().all() for t in (x, grad_rows, grad_listed))])
-            finite = finite.all()
+            finite = update.agreed(finite.all())
 
             def take(block: slice, gradient: Tensor) -> None:
                 for (_, _, rows_of_dw), column in zip(own, index.unbind(1), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..algebra import log_add_exp
+from ..distributed.sharded import current
 from ..losses.arguments import constant
 from ..order_statistics import count_pairs, order_statistics
 from ..primitives import pair_reduce
@@ -107,6 +108,9 @@ class UNPG(nn.Module):
         """The loss of a batch; arguments as the head's. Rows of `ignore_index` are in no pair: finding them waits for a
         GPU, unless the head has none (`ignore_index=None`).
         """
+        if self.head.group is not None and current() is None:
+            tensors = {"embeddings": embeddings, "labels": labels, "sample_weight": sample_weight}
+            return self.head.over_group(self.forward, tensors)
         logits = self.head.logits(embeddings, labels)
         scale = self.head.scale if self.head.margin is None else self.head.margin.row_scale(embeddings)
         if isinstance(scale, Tensor) and scale.dim():

@@ -51,7 +51,8 @@ def _shape_of(indices_tuple) -> str:
     """What ranks can compare of index tuples without reading them."""
     if isinstance(indices_tuple, (tuple, list)):
         return str([getattr(index, "shape", None) for index in indices_tuple])
-    return type(indices_tuple).__name__
+    rows = getattr(indices_tuple, "positives", None)
+    return f"{type(indices_tuple).__name__} {None if rows is None else rows.shape}"
 
 
 def with_value_of(loss: Tensor, shown: Tensor) -> Tensor:

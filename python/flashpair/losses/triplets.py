@@ -28,6 +28,11 @@ def join_pairs(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 def listed_triplets(indices_tuple, x: Tensor, columns: Tensor) -> Triplets:
     """The triplets of an index tuple or of what a miner returned; pairs are joined by their anchors."""
     if isinstance(indices_tuple, MinedTriplets):
+        if indices_tuple.positives.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"indices_tuple must be mined in these {x.shape[0]} rows (in a group: by a miner with that group); "
+                f"got triplets of {indices_tuple.positives.shape[0]} rows"
+            )
         anchors = torch.arange(indices_tuple.positives.shape[0], device=x.device)
         found = indices_tuple.positives.clamp_min(0), indices_tuple.negatives.clamp_min(0)
         if columns.shape[0] > 0:
