@@ -17,6 +17,7 @@ import flashpair
 from flashpair import losses, miners
 from flashpair.distributed import DistributedError, Exchange, Group
 from flashpair.distributed.cost import LOSSES, Step, main, simulate
+from flashpair.distributed.sharded import over_ranks
 
 SIZES = {1: ([12], [9]), 2: ([7, 5], [5, 4]), 3: ([4, 0, 8], [2, 7, 0]), 4: ([3, 2, 6, 1], [3, 1, 2, 3])}
 #: Losses whose formula sees whole rows of S, class means or features: they cannot take columns block by block.
@@ -185,6 +186,49 @@ def nan_in_a_rank(exchange: str) -> tuple:
 def test_nan_of_one_rank_reaches_all(pools, exchange):
     for loss, gradient in pools(3).values(nan_in_a_rank, exchange):
         assert loss.isnan() and gradient.isnan().any()
+
+
+def nan_that_no_pair_meets() -> torch.Tensor:
+    x = torch.eye(3)
+    x = torch.full_like(x, torch.nan) if dist.get_rank() == 1 else x
+    pairs = tuple(torch.tensor(v) for v in ([0, 1], [1, 0], [0, 1], [2, 2]))  # of the first rank's rows alone
+    return losses.ContrastiveLoss(group=dist.group.WORLD)(x, torch.arange(3), pairs)
+
+
+def test_nan_that_no_pair_meets(pools):
+    assert all(loss.isnan() for loss in pools(2).values(nan_that_no_pair_meets))
+
+
+def row_formula(panel, row: torch.Tensor, shared: torch.Tensor) -> list[torch.Tensor]:
+    """Results by row, a total, and gradients in what belongs to rows and in what all share."""
+    z = shared[0] * panel.s * row[:, None]
+    return [torch.where(panel.allowed, z, 0.0).sum(1) + panel.row, (shared[1] * z * z).sum()]
+
+
+def row_reduce_of(x: torch.Tensor) -> list[torch.Tensor]:
+    row = torch.linspace(1, 2, x.shape[0], dtype=torch.float64).requires_grad_()
+    shared = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    by_row, total = flashpair.row_reduce(x, None, row_formula, rows=[row], shared=[shared], totals=1, normalize=True)
+    value = (by_row * by_row).sum() + total
+    return [by_row.detach(), total.detach(), *torch.autograd.grad(value, (row, shared), retain_graph=True), value]
+
+
+def row_reduce_here(sizes: list[int]) -> list[torch.Tensor]:
+    whole, rank = group_cases.data(sum(sizes), 1)["x"], dist.get_rank()
+    x = whole[sum(sizes[:rank]) : sum(sizes[: rank + 1])].clone().requires_grad_()
+    *found, value = over_ranks(Group(), "row_reduce", "", row_reduce_of, {"x": x}, [])
+    return [*found, torch.autograd.grad(value, x)[0] / dist.get_world_size()]
+
+
+def test_row_reduce(pools):
+    """The primitive by itself: results, totals, and gradients of its row inputs and shared ones, whole on each rank."""
+    sizes = SIZES[3][0]
+    x = group_cases.data(sum(sizes), 1)["x"].requires_grad_()
+    *want, value = row_reduce_of(x)
+    ranks = pools(3).values(row_reduce_here, sizes)
+    for found in ranks:
+        torch.testing.assert_close(found[:4], want)
+    torch.testing.assert_close(torch.cat([f[4] for f in ranks]), torch.autograd.grad(value, x)[0])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class GradientCache:
                     [_run(encoder, part) for part in parts]
                     for encoder, parts in zip(self.encoders, chunks, strict=True)
                 ]
-            # Autocast keeps the narrow copies of weights that it made, here without a graph.
+            # Versions of torch keep autocast's narrow copies of weights, here made without a graph.
             torch.clear_autocast_cache()
             loss, gradients = self._loss([[value for value, _ in run] for run in runs], kwargs)
             with _unmoved(self.modules):
