@@ -1,5 +1,6 @@
 import dense_backend
 import own_process
+import processes
 import pytest
 import support
 import torch
@@ -33,6 +34,21 @@ def _dense_backend():
     dispatch.TABLE = (*table, support.DENSE)
     yield
     dispatch.TABLE = table
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """Processes that share a group, `pools(size)`; they start on first use and end with the module."""
+    started: dict[int, processes.Pool] = {}
+
+    def pool(size: int) -> processes.Pool:
+        if size not in started:
+            started[size] = processes.Pool(size)
+        return started[size]
+
+    yield pool
+    for found in started.values():
+        found.close()
 
 
 @pytest.fixture(params=["dense", *support.FUSED])

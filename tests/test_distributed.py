@@ -31,21 +31,6 @@ STREAMED_ALL_THE_SAME = {"TripletMarginLoss hard"}  # one listed triplet a row
 ALSO_WHOLE = {"MarginLoss weighted"}  # the miner draws from whole rows
 
 
-@pytest.fixture(scope="module")
-def pools():
-    """Pools by size, started on first use."""
-    started = {}
-
-    def pool(size: int) -> processes.Pool:
-        if size not in started:
-            started[size] = processes.Pool(size)
-        return started[size]
-
-    yield pool
-    for found in started.values():
-        found.close()
-
-
 @functools.cache
 def on_one_process(case: str, rows: int, columns: int) -> dict:
     return group_cases.evaluate(case, ([rows], [columns]))

@@ -2,7 +2,6 @@
 
 import functools
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,20 +32,6 @@ HEADS = {
     "PartialFC_V2": lambda **k: heads.PartialFC_V2(heads.ArcFace(1, 1).margin, FEATURES, CLASSES, **k),
 }
 SIZES = {1: [9], 2: [6, 3], 3: [4, 0, 5], 4: [2, 3, 1, 3]}
-
-
-@pytest.fixture(scope="module")
-def pools():
-    started = {}
-
-    def pool(size: int) -> processes.Pool:
-        if size not in started:
-            started[size] = processes.Pool(size)
-        return started[size]
-
-    yield pool
-    for found in started.values():
-        found.close()
 
 
 def data(rows: int) -> tuple:

@@ -2,7 +2,6 @@
 
 import functools
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,20 +18,6 @@ CASES = {
     "triplets": (lambda g: losses.NTXentLoss(group=g), lambda g: miners.TripletMarginMiner(group=g)),
     "whole rows": (lambda g: losses.FastAPLoss(group=g), lambda g: None),
 }
-
-
-@pytest.fixture(scope="module")
-def pools():
-    started = {}
-
-    def pool(size: int) -> processes.Pool:
-        if size not in started:
-            started[size] = processes.Pool(size)
-        return started[size]
-
-    yield pool
-    for found in started.values():
-        found.close()
 
 
 def shares(rows: list[int], ranks: int) -> list[int]:

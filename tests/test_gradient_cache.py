@@ -1,6 +1,5 @@
 """Chunked encoders: gradients of the whole batch, on one process and on several."""
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -187,17 +186,13 @@ def in_group(kind: str) -> tuple:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_on_several_processes(size, kind):
+def test_on_several_processes(pools, size, kind):
     images, texts = batch(12)
     model = towers()
     loss = losses.ClipLoss()(model.image(images), model.text(texts), model.scale.exp())
     loss.backward()
-    pool = processes.Pool(size)
-    try:
-        for value, found, calls in pool.values(in_group, kind):
-            torch.testing.assert_close(value, loss.detach())
-            torch.testing.assert_close(found, gradients(model), rtol=1e-10, atol=1e-12)
-            # One of the loss's sums in each direction, and one exchange of the parameters.
-            assert calls <= 5
-    finally:
-        pool.close()
+    for value, found, calls in pools(size).values(in_group, kind):
+        torch.testing.assert_close(value, loss.detach())
+        torch.testing.assert_close(found, gradients(model), rtol=1e-10, atol=1e-12)
+        # One of the loss's sums in each direction, and one exchange of the parameters.
+        assert calls <= 5

@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import math
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -176,20 +175,6 @@ def test_peer(towers, individual):
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pools():
-    started = {}
-
-    def pool(size: int) -> processes.Pool:
-        if size not in started:
-            started[size] = processes.Pool(size)
-        return started[size]
-
-    yield pool
-    for found in started.values():
-        found.close()
 
 
 def run(individual: bool, towers: bool, group, rank: int, ranks: int, state=None, first: int = 0, end: int = 5):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..distributed.agreement import options_of
 from ..distributed.sharded import current, over_ranks
 from ..miners.selection import LazyTuple, MinedPairs, check_indices, listed
 from ..terms import Similarity
@@ -161,8 +162,6 @@ class CrossBatchMemory(BaseCrossBatchMemory):
         return self.loss(embeddings, labels, selection, memory, memory_labels, **kwargs)
 
     def _over_group(self, group, embeddings, labels, indices_tuple, enqueue_mask, kwargs):
-        from ..distributed.agreement import options_of
-
         run = lambda embeddings, labels, enqueue_mask: self.forward(  # noqa: E731
             embeddings, labels, indices_tuple, enqueue_mask, **kwargs
         )

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+from torch import distributed as dist
 
+from .. import checks
+from ..distributed.agreement import options_of
+from ..distributed.ranks import Group, as_group
 from ..distributed.sharded import Sharded, over_ranks
 from ..miners.selection import may_be_global
 
@@ -18,18 +22,12 @@ class InGroup:
 
     def __init__(self, *args, group=None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.group = None
-        if group is not None:
-            from ..distributed.ranks import as_group
-
-            self.group = as_group(group)
+        self.group = as_group(group)
 
     def over_group(
         self, function: Callable, tensors: dict[str, Tensor | None], check: Callable | None = None, **kwargs
     ):
         """`function` of the tensors of all ranks, see `flashpair.distributed.sharded.over_ranks`."""
-        from ..distributed.agreement import options_of
-
         name, indices_tuple = type(self).__name__, kwargs.get("indices_tuple")
         options = options_of(self)
         if indices_tuple is not None:
@@ -71,15 +69,11 @@ class OpenClipRanks(InGroup):
     row_groups = (("image_features", "text_features"),)
 
     def __init__(self, rank: int, world_size: int, group, **exchange) -> None:
-        from .. import checks
-
         checks.count("world_size", world_size)
         checks.count("rank", rank, low=0, high=world_size - 1)
         if group is not None and world_size > 1:
             raise ValueError(f"group and world_size exclude each other; got a group and world_size={world_size}")
         if world_size > 1:
-            from ..distributed.ranks import Group
-
             group = Group(**exchange)
         super().__init__(group=group)
         self.rank, self.world_size = rank, world_size
@@ -90,8 +84,6 @@ class OpenClipRanks(InGroup):
         Raises:
             ValueError: naming the argument.
         """
-        from torch import distributed as dist
-
         if self.world_size > 1:
             for name, value, real in (
                 ("world_size", self.world_size, dist.get_world_size()),

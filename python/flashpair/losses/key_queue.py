@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..distributed.sharded import current
 from .group import InGroup
-from .places import held, load_whole_state, put, shares_of, whole_state
+from .places import held, load_whole_state, put, ranks_of, shares_of, whole_state
 
 
 class KeyQueue(InGroup, nn.Module):
@@ -61,12 +61,7 @@ class KeyQueue(InGroup, nn.Module):
 
     def rows(self) -> Tensor:
         """(n, D) the keys, by place; in a group those of all ranks, for a loss of the group."""
-        ranks = None
-        if self.group is not None:
-            from ..distributed.ranks import Ranks
-
-            ranks = Ranks(self.group)
-        return held(self.keys, self.shares, min(self.count, self.size), ranks)
+        return held(self.keys, self.shares, min(self.count, self.size), ranks_of(self.group))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed.ranks import Group, Ranks
 from ..distributed.sharded import Sharded, current, even_sizes, offsets
 from ..distributed.sides import Side
 
 
-def _ranks(group):
-    from ..distributed.ranks import Ranks
-
+def ranks_of(group: Group | None) -> Ranks | None:
+    """A group as this process sees it, None without one."""
     return None if group is None else Ranks(group)
 
 
-def shares_of(places: int, group) -> tuple[list[int], int]:
+def shares_of(places: int, group: Group | None) -> tuple[list[int], int]:
     """Places of each rank of a group, and of this one; of all without a group."""
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     shares = [places] if ranks is None else even_sizes(places, ranks.size)
     return shares, shares[0 if ranks is None else ranks.rank]
 
@@ -93,21 +93,21 @@ def write(buffer: Tensor, shares: list[int], index: Tensor, values: Tensor) -> N
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def whole_state(group, shares: list[int], **buffers: Tensor) -> dict[str, Tensor]:
+def whole_state(group: Group | None, shares: list[int], **buffers: Tensor) -> dict[str, Tensor]:
     """Copies on the CPU: (places, k) buffers of all ranks, other ones as they are."""
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     gathered = lambda v: v if ranks is None or v.dim() < 2 else ranks.gather(v, shares)  # noqa: E731
     return {name: gathered(value).detach().cpu().clone() for name, value in buffers.items()}
 
 
 @torch.no_grad()
-def load_whole_state(group, shares: list[int], state: dict, **buffers: Tensor) -> None:
+def load_whole_state(group: Group | None, shares: list[int], state: dict, **buffers: Tensor) -> None:
     """Copies this rank's part of `whole_state` into buffers; everything is checked first.
 
     Raises:
         ValueError: on a state that does not fit.
     """
-    first, end = _own(shares, _ranks(group))
+    first, end = _own(shares, ranks_of(group))
     parts = {}
     for name, buffer in buffers.items():
         if name not in state:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..distributed.agreement import options_of
 from ..distributed.sharded import Sharded, current, over_ranks
 from .arguments import check_matched
 
@@ -50,8 +51,6 @@ class SelfSupervisedLoss(nn.Module):
         """
         group = getattr(self.loss, "group", None)
         if group is not None and current() is None:
-            from ..distributed.agreement import options_of
-
             return over_ranks(
                 group, type(self).__name__, options_of(self), lambda **views: self.forward(**views, **kwargs),
                 {"embeddings": embeddings, "ref_emb": ref_emb}, [("embeddings", "ref_emb")],
