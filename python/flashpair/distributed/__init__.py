@@ -8,20 +8,6 @@ averaging makes them those of one process with the whole batch.
 
 from __future__ import annotations
 
-from importlib import import_module
+from .ranks import DistributedError, Exchange, Group
 
-_HOME = {"DistributedError": "ranks", "Exchange": "ranks", "Group": "ranks"}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = ["DistributedError", "Exchange", "Group"]
