@@ -36,9 +36,9 @@ def _dense_backend():
     dispatch.TABLE = table
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pools():
-    """Processes that share a group, `pools(size)`; they start on first use and end with the module."""
+    """Processes that share a group, `pools(size)`; they start on first use and end with the session."""
     started: dict[int, processes.Pool] = {}
 
     def pool(size: int) -> processes.Pool:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 
@@ -56,7 +55,7 @@ def towers_here(steps: int, state: dict | None) -> dict:
     return run.state()
 
 
-def test_towers_follow_one_process_and_resume_on_another_number_of_ranks():
+def test_towers_follow_one_process_and_resume_on_another_number_of_ranks(pools):
     for module in ("sklearn", "tqdm"):
         pytest.importorskip(module)
     towers = load("two_towers")
@@ -65,11 +64,7 @@ def test_towers_follow_one_process_and_resume_on_another_number_of_ranks():
     alone.train(upper, lower, 8, "")
     state = None
     for ranks, steps in ((2, 4), (3, 8)):
-        pool = processes.Pool(ranks)
-        try:
-            state = pool.values(towers_here, steps, state)[0]
-        finally:
-            pool.close()
+        state = pools(ranks).values(towers_here, steps, state)[0]
     torch.testing.assert_close(state["curve"], alone.curve, rtol=1e-9, atol=0)
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(state["model"][name], value, rtol=1e-6, atol=1e-9)
