@@ -3,6 +3,7 @@
 import functools
 import os
 import statistics
+import weakref
 from unittest import mock
 
 import group_cases
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import flashpair
 from flashpair import losses, miners
-from flashpair.distributed import DistributedError, Exchange, Group
+from flashpair.distributed import DistributedError, Exchange, Group, sharded
 from flashpair.distributed.cost import LOSSES, Step, main, simulate
 from flashpair.distributed.sharded import over_ranks
 
@@ -214,6 +215,30 @@ def test_row_reduce(pools):
     for found in ranks:
         torch.testing.assert_close(found[:4], want)
     torch.testing.assert_close(torch.cat([f[4] for f in ranks]), torch.autograd.grad(value, x)[0])
+
+
+def kept_after(cases: list[str]) -> list[str]:
+    """Cases of which a batch outlives its step."""
+    born, new = [], sharded.Sharded.__new__
+
+    def noted(cls, *args, **kwargs):
+        found = new(cls, *args, **kwargs)
+        born.append(weakref.ref(found))
+        return found
+
+    left = []
+    with mock.patch.object(sharded.Sharded, "__new__", staticmethod(noted)):
+        for case in cases:
+            born.clear()
+            group_cases.evaluate_here(case, sizes_of(case, 2))
+            assert born
+            if any(batch() is not None for batch in born):
+                left.append(case)
+    return left
+
+
+def test_nothing_of_a_batch_outlives_its_step(pools):
+    assert pools(2).values(kept_after, group_cases.CASES) == [[], []]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -155,21 +155,22 @@ class Sharded(Tensor):
         if not self.requires_grad or not torch.is_grad_enabled():
             return self.data_of_all()
         if self._with_gradient is None:
-            self._with_gradient = _Whole.apply(self.local, self)
+            self._with_gradient = _Whole.apply(self.local, (self.data_of_all(), *self.range, self.ranks.size))
         return self._with_gradient
 
 
 class _Whole(torch.autograd.Function):
+    """The node must not hold the `Sharded`, which holds the result: such a circle through autograd is never freed."""
+
     @staticmethod
-    def forward(ctx, local, sharded):
-        ctx.sharded = sharded
-        data = sharded.data_of_all()
+    def forward(ctx, local, whole: tuple[Tensor, int, int, int]):
+        data, *ctx.part = whole
         return data.view_as(data)
 
     @staticmethod
     def backward(ctx, gradient):
-        first, end = ctx.sharded.range
-        return gradient[first:end] * ctx.sharded.ranks.size, None
+        first, end, ranks = ctx.part
+        return gradient[first:end] * ranks, None
 
 
 def sum_of_entries(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor | int:
@@ -229,9 +230,11 @@ def over_ranks(
 def _of_all(value: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     if value.dim() == 2:
         return Sharded(value, sizes, ranks)
+    data = ranks.gather(value.detach(), sizes)
     if value.requires_grad and torch.is_grad_enabled():
-        return _Whole.apply(value, Sharded(value, sizes, ranks))
-    return ranks.gather(value, sizes)
+        first = offsets(sizes)[ranks.rank]
+        return _Whole.apply(value, (data, first, first + value.shape[0], ranks.size))
+    return data
 
 
 def _check_local(ranks: Ranks, tensors: dict[str, Tensor | None], rows: Sequence[tuple[str, ...]]) -> None:
