@@ -149,8 +149,7 @@ class SogCLRLoss(InGroup, nn.Module):
     @torch.no_grad()
     def _average(self, log_g: Tensor, index: Tensor) -> Tensor:
         """(B, 2) log u after this batch, which is kept while training; views share one average."""
-        known = read(_finite(self.log_average), self.shares, index)
-        old = torch.where(known == _LOWEST, _UNSEEN, known).to(log_g.dtype)
+        old = read(self.log_average, self.shares, index).to(log_g.dtype)
         faded = old + (math.log1p(-self.gamma) if self.gamma < 1 else _UNSEEN)
         moved = torch.logaddexp(faded, log_g + math.log(self.gamma))
         log_u = torch.where(old == _UNSEEN, log_g, moved)
@@ -243,14 +242,6 @@ class ISogCLRLoss(SogCLRLoss):
         moved = (temperatures - self.step * gradient).clamp(self.temperature_min, self.temperature_max)
         write(self.gradient_of, self.shares, index, gradient)
         write(self.temperature_of, self.shares, index, moved)
-
-
-_LOWEST = torch.finfo(torch.float32).min
-
-
-def _finite(value: Tensor) -> Tensor:
-    """-inf as a number that survives a sum over ranks."""
-    return value.clamp_min(_LOWEST)
 
 
 def _in_range(index: Tensor, samples: int) -> None:
