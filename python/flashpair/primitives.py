@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
-from .distributed.sharded import current
+from .distributed.sharded import Sharded, current
 from .pairs import pair_similarity, reduce_pairs
 from .request import decode, encode
-from .terms import Extreme, Precision, Reduction, Similarity, Term
+from .terms import Axis, Extreme, Precision, Reduction, Similarity, Term
 from .workspace import workspace_bytes
 
 
@@ -198,6 +198,16 @@ def pair_sum(
         >>> float(pair_sum(x, terms=[Term(Reduction.SUM, Score.HINGE, offset=0.5)]))  # six pairs with s = 0
         3.0
     """
+    how = exclude_self, exclude, similarity, normalize, precision, max_workspace_bytes
+    return sum_and_own(x, y, terms, labels, ref_labels, pair_mask, *how)[0]
+
+
+@_outside_autocast
+def sum_and_own(
+    x, y, terms, labels=None, ref_labels=None, pair_mask=None, exclude_self=None, exclude=None,
+    similarity=Similarity.DOT, normalize=False, precision=Precision.IEEE, max_workspace_bytes=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`pair_sum`, and what of it the rows of this process contribute, without gradient: all outside of a group."""
     exclude_self = (y is None) if exclude_self is None else exclude_self
     _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
     rows, columns = x.shape[0], (x if y is None else y).shape[0]
@@ -210,12 +220,16 @@ def pair_sum(
     params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision)
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
-        return torch.stack([r.sum() for r in reference.pair_reduce(request)]).sum()
+        results = reference.pair_reduce(request)
+        own = [r[0, slice(*x.range)] if isinstance(x, Sharded) and t.axis == Axis.ROWS else r
+               for t, r in zip(terms, results, strict=True)]  # fmt: skip
+        return tuple(torch.stack([r.sum() for r in of]).sum() for of in (results, [r.detach() for r in own]))
     needs = needs_grad(x), needs_grad(y), [needs_grad(p) for p in params]
     call = x, y, labels, ref_labels, pair_mask, exclude, params
     if current() is None:
-        return ops.pair_sum(*call, spec, consts, backend, workspace, *needs)[0]
-    return _divided().pair_sum(*call, terms, spec, consts, backend, workspace, needs)[0]
+        total = ops.pair_sum(*call, spec, consts, backend, workspace, *needs)[0]
+        return total, total.detach()
+    return _divided().pair_sum(*call, terms, spec, consts, backend, workspace, needs)
 
 
 @_outside_autocast

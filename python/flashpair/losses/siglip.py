@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..distributed.ranks import Exchange
 from ..distributed.sharded import current
-from ..primitives import pair_reduce, pair_sum
+from ..primitives import pair_reduce, sum_and_own
 from ..terms import Mask, Reduction, Score, Term
 from .arguments import as_scalar, check_matched, poisoned
 from .group import OpenClipRanks, own_rows, with_value_of
@@ -41,15 +41,17 @@ def siglip_loss(
     ]
     features = image_features, text_features
     pairs = {"labels": labels, "ref_labels": labels}
-    if not return_stats and not local_value:
-        return poisoned(pair_sum(*features, terms, **pairs) / max(batch, 1), *features)
+    own = own_rows(image_features)
     if return_stats:
         terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
-    negative, positive, *extra = pair_reduce(*features, terms, **pairs)
-    loss = poisoned((positive + negative).sum() / max(batch, 1), *features)
+        negative, positive, *extra = pair_reduce(*features, terms, **pairs)
+        rows = positive + negative
+        total, of_own = rows.sum(), rows[own].sum()
+    else:
+        total, of_own = sum_and_own(*features, terms, **pairs)
+    loss = poisoned(total / max(batch, 1), *features)
     if local_value:
-        shown = (positive + negative)[own_rows(image_features)]
-        loss = with_value_of(loss, shown.sum() / max(shown.shape[0], 1))
+        loss = with_value_of(loss, of_own / max(len(range(batch)[own]), 1))
     return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
 
 
@@ -62,8 +64,8 @@ class SigLipLoss(OpenClipRanks, nn.Module):
     open_clip's class: same constructor, same call; features are used as they come (normalise them first).
 
     With `group=` the loss is that of the batches of all ranks, equal on all of them. With `rank=` and `world_size=` the
-    value is open_clip's, the mean over the rank's own images (which costs a second pass over S); the gradients are
-    those of the global batch, after averaging, in both cases.
+    value is open_clip's, the mean over the rank's own images; the gradients are those of the global batch, after
+    averaging, in both cases.
 
     Args:
         cache_labels: accepted for compatibility; there is nothing to cache.
