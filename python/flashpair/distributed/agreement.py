@@ -82,11 +82,11 @@ def agree(
     refused = [r for r, row in enumerate(table) if row[0]]
     if refused:
         _raise_refusals(ranks, refused, refusal, device)
-    _compare(what, "must be the same call", [f"{what if row[1] == codes[1] else 'another'}" for row in table])
-    if len({row[2] for row in table}) > 1:
-        groups = [r for r, row in enumerate(table) if row[2] != table[0][2]]
+    _compare(what, "must be the same call", [what if row[1] == codes[1] else "another" for row in table])
+    other = next((r for r, row in enumerate(table) if row[2] != table[0][2]), None)
+    if other is not None:
         raise DistributedError(
-            f"{what} must have the same options on all ranks; rank 0 and rank {groups[0]} differ (here: {options})"
+            f"{what} must have the same options on all ranks; rank 0 and rank {other} differ (here: {options})"
         )
     sizes = {}
     for k, name in enumerate(tensors):

@@ -82,22 +82,6 @@ class _Call:
             exclude,
         )
 
-    def sum_parameters(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of the parameters, complete on every rank, from one exchange."""
-        kept = [t for t in totals if t is not None]
-        if not kept:
-            return list(totals)
-        flat = self.ranks.total(torch.cat([t.reshape(-1) for t in kept]))
-        pieces = iter(flat.split([t.numel() for t in kept]))
-        return [None if t is None else next(pieces).reshape(t.shape) for t in totals]
-
-    def add_parameters(self, totals, gradients, low: int, high: int) -> None:
-        """Adds a block's gradients of local parameters, in the dtype of statistics."""
-        spans = {_ROWS: (self.rows.first, self.rows.end), _COLUMNS: (low, high)}
-        for (p, how), gradient in zip(self.uses, gradients, strict=True):
-            if totals[p] is not None and gradient.numel():
-                (totals[p] if how == _SCALAR else totals[p][slice(*spans[how])]).add_(gradient)
-
 
 def _call(x, y, labels, ref_labels, pair_mask, exclude, params, terms, spec, consts, backend, workspace) -> _Call:
     ranks = next((v.ranks for v in (x, y) if isinstance(v, Sharded)), None) or current()
@@ -113,20 +97,41 @@ def _call(x, y, labels, ref_labels, pair_mask, exclude, params, terms, spec, con
     return call
 
 
-def _empty_totals(params: Sequence[Tensor], needs: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
-    return [torch.zeros_like(p, dtype=dtype) if need else None for p, need in zip(params, needs, strict=True)]
+class _Gradients:
+    """What a rank's rows say of all inputs, added up block by block in the dtype of statistics."""
 
+    def __init__(self, call: _Call, params: Sequence[Tensor], x: bool, y: bool, needs: Sequence[bool]) -> None:
+        self.call, self.params, self.x = call, params, bool(x)
+        self.columns = self.x if call.symmetric else bool(y)
+        self.local = [bool(needs[p]) for p, _ in call.uses]  # of the local parameters
+        self.dtype = statistics_dtype(call.rows.tensor)
+        self.dx: Tensor | None = None
+        self.totals = [
+            torch.zeros_like(p, dtype=self.dtype) if need else None for p, need in zip(params, needs, strict=True)
+        ]
 
-def _needs_of(call: _Call, needs: Sequence[bool]) -> list[bool]:
-    return [bool(needs[p]) for p, _ in call.uses]
+    def add(self, found: Sequence[Tensor], low: int, high: int) -> Tensor | None:
+        """Takes dx, dy, *dparams of a block of columns; returns dy."""
+        if self.x:
+            self.dx = found[0].to(self.dtype) if self.dx is None else self.dx.add_(found[0])
+        spans = {_ROWS: (self.call.rows.first, self.call.rows.end), _COLUMNS: (low, high)}
+        for (p, how), gradient in zip(self.call.uses, found[2:], strict=True):
+            if self.totals[p] is not None and gradient.numel():
+                total = self.totals[p]
+                (total if how == _SCALAR else total[slice(*spans[how])]).add_(gradient)
+        return found[1].to(self.dtype) if self.columns else None
 
-
-def _returned(call: _Call, dx: Tensor | None, dy: Tensor | None, dtype: torch.dtype):
-    """Gradients of the two autograd inputs; a self-similarity has one."""
-    dx = None if dx is None else call.rows.gradient_of_own(dx)
-    if call.symmetric:
-        return (None if dx is None else (dx + dy).to(dtype)), None
-    return (None if dx is None else dx.to(dtype)), (None if dy is None else dy.to(dtype))
+    def finish(self, dy: Tensor | None) -> list[Tensor | None]:
+        """dx, dy and the parameters' gradients, complete on every rank, these from one exchange."""
+        dx = None if self.dx is None else self.call.rows.gradient_of_own(self.dx)
+        if self.call.symmetric:
+            dx, dy = None if dx is None else dx + dy, None
+        kept = [t for t in self.totals if t is not None]
+        pieces = iter(())
+        if kept:
+            flat = self.call.ranks.total(torch.cat([t.reshape(-1) for t in kept]))
+            pieces = iter(flat.split([t.numel() for t in kept]))
+        return [dx, dy, *(None if t is None else next(pieces).reshape(t.shape) for t in self.totals)]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -166,31 +171,23 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx, grad_rows, grad_columns):
         call: _Call = ctx.call
         x, _, rows, columns, *params = ctx.saved_tensors
-        need_x, need_y = ctx.needs_input_grad[1:3]
-        need_columns = need_x if call.symmetric else need_y
-        needs, dtype = list(ctx.needs_input_grad[3:]), rows.dtype
-        totals, dx = _empty_totals(params, needs, dtype), None
+        gradients = _Gradients(call, params, *ctx.needs_input_grad[1:3], ctx.needs_input_grad[3:])
         own = slice(call.rows.first, call.rows.end)
         of_rows = [v[:, own].contiguous() for v in (grad_rows, rows)]
 
         def visit(block: Tensor, low: int, high: int) -> Tensor | None:
-            nonlocal dx
             of_columns = [v[:, low:high].contiguous() for v in (grad_columns, columns)]
             found = ops.pair_weights(
                 of_rows[0], of_columns[0], of_rows[1], of_columns[1],
                 *call.operands(block, low, high), call.cut(params, low, high),
                 call.spec, call.consts, call.backend, call.workspace,
-                bool(need_x), bool(need_columns), _needs_of(call, needs),
+                gradients.x, gradients.columns, gradients.local,
             )  # fmt: skip
-            if need_x:
-                dx = found[0].to(dtype) if dx is None else dx.add_(found[0])
-            call.add_parameters(totals, found[2:], low, high)
-            return found[1].to(dtype) if need_columns else None
+            return gradients.add(found, low, high)
 
-        dy = call.columns.visit(visit)
-        totals = call.sum_parameters(totals)
-        dparams = [None if t is None else t.to(p.dtype) for t, p in zip(totals, params, strict=True)]
-        return None, *_returned(call, dx, dy, x.dtype), *dparams
+        found = gradients.finish(call.columns.visit(visit))
+        inputs = (x, x, *params)
+        return None, *(None if g is None else g.to(v.dtype) for g, v in zip(found, inputs, strict=True))
 
 
 def _slots(terms: Sequence[Term], axis: Axis) -> int:
@@ -222,8 +219,7 @@ def _over_ranks(call: _Call, columns: Tensor) -> Tensor:
         for other in all_of[1:]:
             found = _merged(call.terms, found, other, Axis.COLUMNS)
         return found
-    logs = {at.stop - 1 for term, at in parts if term.reduction in (Reduction.LOGSUMEXP, Reduction.SOFTMAX_MEAN)}
-    logs = sorted(logs)
+    logs = [at.stop - 1 for term, at in parts if term.reduction in (Reduction.LOGSUMEXP, Reduction.SOFTMAX_MEAN)]
     result = columns.clone()
     if logs:
         top = call.ranks.total(columns[logs], largest=True)
@@ -256,30 +252,23 @@ def pair_sum(
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, needs, x, y, *params):
-        need_x, need_y, need_params = needs
-        need_columns = need_x if call.symmetric else need_y
-        dtype = statistics_dtype(x)
-        totals, dx, own = _empty_totals(params, need_params, dtype), None, torch.zeros((), dtype=dtype, device=x.device)
+        gradients = _Gradients(call, params, *needs)
+        own = torch.zeros((), dtype=gradients.dtype, device=x.device)
 
         def visit(block: Tensor, low: int, high: int) -> Tensor | None:
-            nonlocal dx, own
+            nonlocal own
             value, *found = ops.pair_sum(
                 *call.operands(block, low, high), call.cut(params, low, high),
                 call.spec, call.consts, call.backend, call.workspace,
-                need_x, need_columns, _needs_of(call, need_params),
+                gradients.x, gradients.columns, gradients.local,
             )  # fmt: skip
             own = own + value
-            if need_x:
-                dx = found[0].to(dtype) if dx is None else dx.add_(found[0])
-            call.add_parameters(totals, found[2:], low, high)
-            return found[1].to(dtype) if need_columns else None
+            return gradients.add(found, low, high)
 
-        dy = call.columns.visit(visit)
-        totals = call.sum_parameters(totals)
-        gradients = (*_returned(call, dx, dy, dtype), *totals)
-        ctx.present = [g is not None for g in gradients]
+        found = gradients.finish(call.columns.visit(visit))
+        ctx.present = [g is not None for g in found]
         ctx.dtypes = [v.dtype for v in (x, x, *params)]
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
+        ctx.save_for_backward(*(g for g in found if g is not None))
         total = call.ranks.total(own).clone()
         ctx.mark_non_differentiable(own)
         return total, own

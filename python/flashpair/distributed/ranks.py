@@ -46,8 +46,9 @@ class Group:
             False: the ranks' batches are promised to be of one size and kind. Default: True.
 
     Raises:
-        TypeError: on something that is no group. RuntimeError: before `torch.distributed.init_process_group`.
-        ValueError: in a process that is not in the group, or on a mesh of several dimensions.
+        TypeError: on something that is no group. At the call, RuntimeError: before
+            `torch.distributed.init_process_group`; ValueError: in a process that is not in the group, or on a mesh of
+            several dimensions.
 
     Example:
         >>> from flashpair.distributed import Exchange, Group
@@ -60,6 +61,13 @@ class Group:
     check: bool = True
 
     def __post_init__(self) -> None:
+        members = self.process_group
+        known = members is None or hasattr(members, "get_group") or isinstance(members, dist.ProcessGroup)
+        if not known and members is not dist.GroupMember.NON_GROUP_MEMBER:
+            raise TypeError(
+                "group must be None, a process group, a one-dimensional DeviceMesh or a flashpair.distributed.Group; "
+                f"got {type(members).__name__}"
+            )
         if not isinstance(self.exchange, Exchange):
             raise TypeError(f"exchange must be a flashpair.distributed.Exchange; got {self.exchange!r}")
 
@@ -70,18 +78,7 @@ def as_group(group) -> Group | None:
     Raises:
         TypeError: on anything else.
     """
-    if group is None or isinstance(group, Group):
-        return group
-    if (
-        isinstance(group, dist.ProcessGroup)
-        or hasattr(group, "get_group")
-        or group is dist.GroupMember.NON_GROUP_MEMBER
-    ):
-        return Group(group)
-    raise TypeError(
-        "group must be None, a process group, a one-dimensional DeviceMesh or a flashpair.distributed.Group; "
-        f"got {type(group).__name__}"
-    )
+    return group if group is None or isinstance(group, Group) else Group(group)
 
 
 class Ranks:

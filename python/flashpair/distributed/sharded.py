@@ -266,5 +266,6 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 
 
 def even_sizes(rows: int, parts: int) -> list[int]:
-    """Rows of a replicated tensor that each rank looks after."""
-    return [rows * (r + 1) // parts - rows * r // parts for r in range(parts)]
+    """Shares of each rank where nothing else decides: contiguous, the first ranks one more where they do not divide."""
+    whole, rest = divmod(rows, parts)
+    return [whole + (r < rest) for r in range(parts)]

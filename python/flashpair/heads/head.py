@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..distributed.ranks import Ranks
-from ..distributed.sharded import Sharded, current, shared_by
+from ..distributed.sharded import Sharded, current, even_sizes, offsets, shared_by
 from ..losses.group import InGroup
 from ..primitives import mine
 from ..random import draw_seed
@@ -33,9 +33,8 @@ def class_range(num_classes: int, rank: int, world_size: int) -> range:
     """
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size); got rank {rank} of {world_size}")
-    whole, rest = divmod(num_classes, world_size)
-    first = rank * whole + min(rank, rest)
-    return range(first, first + whole + (rank < rest))
+    starts = offsets(even_sizes(num_classes, world_size))
+    return range(starts[rank], starts[rank + 1])
 
 
 class ClassHead(InGroup, nn.Module):
@@ -135,7 +134,7 @@ class ClassHead(InGroup, nn.Module):
         if ranks.size > self.num_classes:
             raise ValueError(f"num_classes must be at least one for each of {ranks.size} ranks; got {self.num_classes}")
         self._rank = ranks.rank
-        return [len(class_range(self.num_classes, r, ranks.size)) for r in range(ranks.size)]
+        return even_sizes(self.num_classes, ranks.size)
 
     @property
     def classes(self) -> range:
