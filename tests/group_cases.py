@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -126,3 +128,40 @@ def evaluate(
 def evaluate_here(case: str, sizes: tuple[list[int], list[int]], exchange: str = "GATHER") -> dict:
     """`evaluate` on a rank of the default group."""
     return evaluate(case, sizes, Group(exchange=Exchange[exchange]), dist.get_rank())
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+SIZES = {1: ([12], [9]), 2: ([7, 5], [5, 4]), 3: ([4, 0, 8], [2, 7, 0]), 4: ([3, 2, 6, 1], [3, 1, 2, 3])}
+#: Losses whose formula sees whole rows of S, class means or features: they cannot take columns block by block.
+WHOLE = {
+    "AngularLoss", "BarlowTwinsLoss", "CentroidTripletLoss", "DynamicSoftMarginLoss", "FastAPLoss",
+    "GeneralPairWeightingLoss", "HistogramLoss", "ManifoldLoss", "NPairsLoss", "PNPLoss", "ProtoTripletLoss",
+    "SignalToNoiseRatioContrastiveLoss", "SmoothAPLoss", "TripletMarginLoss", "TripletSemiHardLoss",
+    "TupletMarginLoss", "VICRegLoss", "NormalizedSoftmaxLoss", "ProxyNCALoss", "SoftTripleLoss",
+}  # fmt: skip
+STREAMED_ALL_THE_SAME = {"TripletMarginLoss hard"}  # one listed triplet a row
+ALSO_WHOLE = {"MarginLoss weighted"}  # the miner draws from whole rows
+
+
+@functools.cache
+def on_one_process(case: str, rows: int, columns: int) -> dict:
+    return evaluate(case, ([rows], [columns]))
+
+
+def sizes_of(case: str, size: int) -> tuple[list[int], list[int]]:
+    rows, columns = SIZES[size]
+    return (rows, rows) if matched(case) else (rows, columns)
+
+
+def compare(ranks: list[dict], whole: dict) -> None:
+    """Equal values on all ranks; values and gradients of one process."""
+    close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
+    for found in ranks:
+        assert torch.equal(found["value"], ranks[0]["value"]) or found["value"].isnan()
+        close(found["learned"], whole["learned"])
+        close(found["statistics"], whole["statistics"])
+        close(found["buffers"], whole["buffers"])
+    close(ranks[0]["value"], whole["value"])
+    for name in ("dx", "dy"):
+        close(torch.cat([found[name] for found in ranks]), whole[name])

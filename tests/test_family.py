@@ -364,6 +364,7 @@ def test_row_reduce_checks_its_input():
         ({"rows": [torch.ones(3)]}, r"rows\[0\] must have 4 rows"),
         ({"copies": 0}, "copies must be"),
         ({"exclude_self": True, "y": x}, "exclude_self=True needs y=None"),
+        ({"exclude": torch.arange(4)}, "exclude and exclude_self=True exclude each other"),
         ({"labels": torch.arange(3)}, "labels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -84,7 +84,7 @@ def test_the_cost_table_is_what_its_command_prints(capsys):
 
 
 def test_losses_that_gather_in_any_case_are_named():
-    from test_distributed import WHOLE
+    from group_cases import WHOLE
 
     text = (ROOT / "docs" / "distributed.md").read_text()
     assert [n for n in WHOLE if f"`{n}`" not in text] == []

@@ -359,7 +359,7 @@ def row_reduce(
         totals: how many of the results, the last ones, are sums over all rows.
         labels: (B,) int64. ref_labels: (N,) int64. Without labels all columns are members of every row.
         exclude: (B,) int64, one column that row i never meets (-1: none).
-        exclude_self: drop the pairs (i, i). Default: True when y is None.
+        exclude_self: drop the pairs (i, i). Default: True when y is None. Excludes `exclude`.
         similarity: dot product, squared or plain Euclidean distance.
         normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
         within_class: the formula only looks at columns that share a row's label; others may be missing.
@@ -388,6 +388,8 @@ def row_reduce(
             checks.same_device("x", x, **{f"{name}[{k}]": value})
             if name == "rows" and value.shape[:1] != x.shape[:1]:
                 raise ValueError(f"rows[{k}] must have {x.shape[0]} rows as x; got shape {tuple(value.shape)}")
+    if exclude_self and exclude is not None:
+        raise ValueError("exclude and exclude_self=True exclude each other in row_reduce: a row leaves out one column")
     checks.count("copies", copies)
     checks.count("per_member", per_member, low=0)
     workspace = workspace_bytes(max_workspace_bytes)

@@ -18,12 +18,12 @@ from .. import ops
 from .. import pairs as pairs_of
 from ..algebra import merge, merge_extremes
 from ..request import HEADER, PARAMETERS, PER_TERM, statistics_dtype
-from ..terms import Axis, Extreme, Reduction, Term
+from ..terms import Axis, Extreme, Reduction, Score, Term
 from .ranks import Ranks
 from .sharded import Sharded, alone, current
 from .sides import Side
 
-_SCALAR, _ROWS, _COLUMNS = range(3)  # how a parameter is cut for a block
+_ROWS, _COLUMNS, _SCALAR = range(3)  # how a parameter is cut for a block; the first two are `Axis`
 _OWNER = ("scale", "offset", "above", "below")  # parameters along the side that owns the statistic
 
 
@@ -44,11 +44,14 @@ class _Call:
     consts: list[float]
     backend: str
     workspace: int
-    uses: list[tuple[int, int]] = field(default_factory=list)  # (parameter, cut) of each local parameter
+    #: (parameter, cut, whether it only shifts a logsumexp) of each local parameter
+    uses: list[tuple[int, int, bool]] = field(default_factory=list)
+    shifts: list[tuple[int, int, int]] = field(default_factory=list)  # (parameter, axis, slot of the logsumexp)
 
     def localize(self, params: Sequence[Tensor]) -> None:
         """Parameters by the way they are cut: one tensor may be along the rows here, the columns there."""
         self.spec[2] = 0  # exclude_self has become `exclude`
+        slots = [0, 0]
         for t, term in enumerate(self.terms):
             at = HEADER + t * PER_TERM + 6
             for k, name in enumerate(PARAMETERS):
@@ -56,15 +59,19 @@ class _Call:
                 if p < 0:
                     continue
                 along = int(term.axis) if name in _OWNER else 1 - int(term.axis)
-                use = (p, _SCALAR if params[p].dim() == 0 else (_ROWS, _COLUMNS)[along])
+                shift = name == "offset" and _shifts(term)
+                use = (p, _SCALAR if params[p].dim() == 0 else along, shift)
                 if use not in self.uses:
                     self.uses.append(use)
                 self.spec[at + k] = self.uses.index(use)
+                if shift:
+                    self.shifts.append((p, along, slots[along]))
+            slots[term.axis] += term.reduction.slots
 
     def cut(self, params: Sequence[Tensor], low: int, high: int) -> list[Tensor]:
         """Local parameters of a block of columns."""
         spans = {_ROWS: (self.rows.first, self.rows.end), _COLUMNS: (low, high)}
-        return [params[p] if how == _SCALAR else params[p][slice(*spans[how])] for p, how in self.uses]
+        return [params[p] if how == _SCALAR else params[p][slice(*spans[how])] for p, how, _ in self.uses]
 
     def operands(self, block: Tensor, low: int, high: int) -> tuple:
         """x, y, labels, ref_labels, pair_mask, exclude of a block of columns."""
@@ -88,6 +95,8 @@ def _call(x, y, labels, ref_labels, pair_mask, exclude, params, terms, spec, con
     rows = Side(x, ranks)
     columns = rows if y is None else Side(y, ranks)
     if spec[2]:
+        if exclude is not None:
+            raise ValueError("exclude must be None in a group where pairs (i, i) are left out too; got one")
         exclude = torch.arange(x.shape[0], device=x.device)
     call = _Call(
         ranks, rows, columns, y is None, terms, labels, labels if y is None else ref_labels,
@@ -97,13 +106,22 @@ def _call(x, y, labels, ref_labels, pair_mask, exclude, params, terms, spec, con
     return call
 
 
+def _shifts(term: Term) -> bool:
+    """Whether the offset of each owner is added to its logsumexp: ∂/∂offset is then 1, known without any pair.
+
+    Backends may take it so, once a call, which here would be once a block or a rank.
+    """
+    identity = term.reduction == Reduction.LOGSUMEXP and term.score == Score.IDENTITY
+    return identity and term.other_offset is None and isinstance(term.offset, Tensor) and term.offset.dim() == 1
+
+
 class _Gradients:
     """What a rank's rows say of all inputs, added up block by block in the dtype of statistics."""
 
     def __init__(self, call: _Call, params: Sequence[Tensor], x: bool, y: bool, needs: Sequence[bool]) -> None:
         self.call, self.params, self.x = call, params, bool(x)
         self.columns = self.x if call.symmetric else bool(y)
-        self.local = [bool(needs[p]) for p, _ in call.uses]  # of the local parameters
+        self.local = [bool(needs[p]) and not shift for p, _, shift in call.uses]  # of the local parameters
         self.dtype = statistics_dtype(call.rows.tensor)
         self.dx: Tensor | None = None
         self.totals = [
@@ -115,14 +133,23 @@ class _Gradients:
         if self.x:
             self.dx = found[0].to(self.dtype) if self.dx is None else self.dx.add_(found[0])
         spans = {_ROWS: (self.call.rows.first, self.call.rows.end), _COLUMNS: (low, high)}
-        for (p, how), gradient in zip(self.call.uses, found[2:], strict=True):
-            if self.totals[p] is not None and gradient.numel():
+        for (p, how, _), need, gradient in zip(self.call.uses, self.local, found[2:], strict=True):
+            if need:
                 total = self.totals[p]
                 (total if how == _SCALAR else total[slice(*spans[how])]).add_(gradient)
         return found[1].to(self.dtype) if self.columns else None
 
-    def finish(self, dy: Tensor | None) -> list[Tensor | None]:
-        """dx, dy and the parameters' gradients, complete on every rank, these from one exchange."""
+    def nothing(self, block: Tensor) -> Tensor | None:
+        """The gradient of columns that meet no row."""
+        return torch.zeros_like(block, dtype=self.dtype) if self.columns else None
+
+    def finish(self, dy: Tensor | None, known: Sequence[tuple[int, Tensor]] = ()) -> list[Tensor | None]:
+        """dx, dy and the parameters' gradients, complete on every rank, these from one exchange.
+
+        `known`: parts of parameters' gradients that every rank has whole.
+        """
+        if self.x and self.dx is None:
+            self.dx = torch.zeros_like(self.call.rows.own(), dtype=self.dtype)
         dx = None if self.dx is None else self.call.rows.gradient_of_own(self.dx)
         if self.call.symmetric:
             dx, dy = None if dx is None else dx + dy, None
@@ -131,7 +158,10 @@ class _Gradients:
         if kept:
             flat = self.call.ranks.total(torch.cat([t.reshape(-1) for t in kept]))
             pieces = iter(flat.split([t.numel() for t in kept]))
-        return [dx, dy, *(None if t is None else next(pieces).reshape(t.shape) for t in self.totals)]
+        totals = [None if t is None else next(pieces).reshape(t.shape) for t in self.totals]
+        for p, gradient in known:
+            totals[p] = None if totals[p] is None else totals[p] + gradient
+        return [dx, dy, *totals]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -176,6 +206,8 @@ class _Statistics(torch.autograd.Function):
         of_rows = [v[:, own].contiguous() for v in (grad_rows, rows)]
 
         def visit(block: Tensor, low: int, high: int) -> Tensor | None:
+            if call.rows.first == call.rows.end or low == high:
+                return gradients.nothing(block)
             of_columns = [v[:, low:high].contiguous() for v in (grad_columns, columns)]
             found = ops.pair_weights(
                 of_rows[0], of_columns[0], of_rows[1], of_columns[1],
@@ -185,7 +217,9 @@ class _Statistics(torch.autograd.Function):
             )  # fmt: skip
             return gradients.add(found, low, high)
 
-        found = gradients.finish(call.columns.visit(visit))
+        both = (rows, grad_rows), (columns, grad_columns)
+        known = [(p, torch.where(both[a][0][slot] == -torch.inf, 0.0, both[a][1][slot])) for p, a, slot in call.shifts]
+        found = gradients.finish(call.columns.visit(visit), known)
         inputs = (x, x, *params)
         return None, *(None if g is None else g.to(v.dtype) for g, v in zip(found, inputs, strict=True))
 
@@ -257,6 +291,8 @@ class _Sum(torch.autograd.Function):
 
         def visit(block: Tensor, low: int, high: int) -> Tensor | None:
             nonlocal own
+            if call.rows.first == call.rows.end or low == high:
+                return gradients.nothing(block)
             value, *found = ops.pair_sum(
                 *call.operands(block, low, high), call.cut(params, low, high),
                 call.spec, call.consts, call.backend, call.workspace,
