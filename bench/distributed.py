@@ -119,11 +119,6 @@ def step(function, given) -> tuple[float, torch.Tensor, list]:
     return seconds.item(), mean / dist.get_world_size(), [g for g in gradients if g is not None]
 
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
 def rank_main(rank: int, ranks: int, store: str, out: str, options: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
@@ -141,10 +136,10 @@ def rank_main(rank: int, ranks: int, store: str, out: str, options: dict) -> Non
     given = inputs(options["rows"], options["features"])
     if options["memory"]:
         (name,) = contestants
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
+        memory = machine.PeakMemory()
+        memory.start()
         step(functions[name], given)
-        growth = torch.tensor(float(status("VmHWM") - before))
+        growth = torch.tensor(float(memory.growth()))
         dist.all_reduce(growth, dist.ReduceOp.MAX)
         found[name]["growth"] = int(growth)
     else:
@@ -207,9 +202,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def write_table(rows: list[dict]) -> None:
-    text = TABLE.read_text()
-    head, rest = text.split(BEGIN)
-    TABLE.write_text("\n".join([head + BEGIN, "", *table(rows), "", END]) + rest.split(END)[1])
+    TABLE.write_text(machine.with_block(TABLE, BEGIN, END, [*table(rows), ""]))
 
 
 def main() -> int:

@@ -118,11 +118,6 @@ def gate(name: str, ours, peer) -> str:
     return "" if off < loose else f"value or gradient differ by {off:.1e}"
 
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
 def child(options) -> None:
     from flashpair import losses as ours
 
@@ -132,11 +127,11 @@ def child(options) -> None:
     step(ours, name, *inputs(256, options.width))  # libraries and threads
     row = {"batch": options.batch, "width": options.width}
     if options.large:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
+        memory = machine.PeakMemory()
+        memory.start()
         seconds, loss, gradient = step(ours, name, x, labels)
         assert loss.isfinite() and gradient.isfinite().all()
-        print(json.dumps(row | {"seconds": seconds, "growth": status("VmHWM") - before}))
+        print(json.dumps(row | {"seconds": seconds, "growth": memory.growth()}))
         return
     from pytorch_metric_learning import losses as peer
 
@@ -224,9 +219,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def write_table(rows: list[dict]) -> None:
-    text = TABLE.read_text()
-    head, rest = text.split(BEGIN)
-    TABLE.write_text("\n".join([head + BEGIN, "", *table(rows), "", END]) + rest.split(END)[1])
+    TABLE.write_text(machine.with_block(TABLE, BEGIN, END, [*table(rows), ""]))
 
 
 def main() -> int:

@@ -147,3 +147,16 @@ class PeakMemory:
     def _peak(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return self._field("VmHWM") or (peak if sys.platform == "darwin" else peak << 10)
+
+
+def with_block(page: Path, begin: str, end: str, lines: list[str]) -> str:
+    """The text of a page with other lines between two markers.
+
+    Raises:
+        SystemExit: where a marker does not stand there once.
+    """
+    text = page.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{page.name} must hold each marker once: {begin} and {end}")
+    head, rest = text.split(begin)
+    return head + "\n".join([begin, "", *lines]) + "\n" + end + rest.split(end)[1]

@@ -221,14 +221,6 @@ def draw(rows: list[dict], sources: str, path: Path) -> bool:
     return True
 
 
-def with_block(readme: str, block: list[str]) -> str:
-    """README text with the lines between the two markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"README.md must hold each marker once: {BEGIN} and {END}")
-    head, rest = readme.split(BEGIN)
-    return head + "\n".join([BEGIN, "", *block]) + "\n" + END + rest.split(END)[1]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", metavar="NAME", help="the results of one GPU, such as nvidia-h200")
@@ -251,7 +243,7 @@ def main() -> int:
     block = [*speed_section(speed, sources), *memory_section(memory, sources), *(x for part in goal_rows for x in part)]
     block += [f"More of each GPU: {', '.join(f'[{n}](bench/results/{n}.md)' for n in gpus)}.", ""] if gpus else []
     readme = machine.ROOT / "README.md"
-    text = with_block(readme.read_text(), block)
+    text = machine.with_block(readme, BEGIN, END, block)
     stale = [r for r in [*speed, *memory, *(r for rows in gpus.values() for r in rows)] if freshness(r, sources)]
     if options.check:
         print(f"{len(stale)} stale rows; README.md is {'current' if text == readme.read_text() else 'out of date'}")
