@@ -12,6 +12,7 @@ from group_cases import ALSO_WHOLE, SIZES, STREAMED_ALL_THE_SAME, WHOLE, compare
 import flashpair
 from flashpair import losses
 from flashpair.distributed import Exchange, Group, sharded
+from flashpair.distributed.ranks import Ranks
 
 
 def test_no_loss_is_left_out():
@@ -103,6 +104,31 @@ def test_narrow_dtypes(pools, dtype, exchange):
         scale = exact[k].abs().max().item()
         lost = (whole[k].double() - exact[k]).abs().max().item() / scale
         assert (got.double() - exact[k]).abs().max().item() / scale <= 3 * lost + 1e-6
+
+
+def dtypes_of_sums(dtype: torch.dtype, exchange: str) -> set[torch.dtype]:
+    """In what the gradients of columns are added up over the ranks."""
+    found = set()
+    scatter, pass_on = Ranks.scatter_total, Ranks.pass_on
+
+    def noted_scatter(self, value, sizes):
+        found.add(value.dtype)
+        return scatter(self, value, sizes)
+
+    def noted_pass(self, value, shape, tag):
+        if tag == 1:
+            found.add(value.dtype)
+        return pass_on(self, value, shape, tag)
+
+    with mock.patch.multiple(Ranks, scatter_total=noted_scatter, pass_on=noted_pass):
+        clip_in_group(dtype, [3, 4], exchange)
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["GATHER", "RING"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_summed_in_float32(pools, dtype, exchange):
+    assert pools(2).values(dtypes_of_sums, dtype, exchange) == [{torch.float32}] * 2
 
 
 def on_reference(case: str, sizes) -> dict:

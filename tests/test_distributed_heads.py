@@ -1,7 +1,9 @@
 """Class heads whose classes are spread over ranks: equal to one process that holds them all."""
 
 import functools
+import os
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -252,6 +254,36 @@ def step_with_a_bad_weight(rank_of_it: int) -> bool:
 def test_all_ranks_step_or_none(pools):
     assert pools(3).values(step_with_a_bad_weight, -1) == [False] * 3
     assert pools(3).values(step_with_a_bad_weight, 1) == [True] * 3
+
+
+def step_that_loses_a_rank(rank_that_dies: int) -> tuple[BaseException | None, bool]:
+    """The error of a fused backward pass, and whether the weights are as they were."""
+    x, weight, labels, _ = data(6)
+    head = heads.ClassHead(CLASSES, FEATURES, group=dist.group.WORLD).double()
+    with torch.no_grad():
+        head.weight.copy_(weight[head.classes.start : head.classes.stop])
+    head.fuse(heads.FusedSGD([head.weight], lr=0.1))
+    before = head.weight.detach().clone()
+    loss = head(x.requires_grad_(), labels)
+    if dist.get_rank() == rank_that_dies:
+        os._exit(1)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return error, torch.equal(before, head.weight)
+    return None, torch.equal(before, head.weight)
+
+
+def test_no_step_of_some_ranks_only():
+    """A rank is lost between forward and backward: the others raise before their weights change."""
+    pool = processes.Pool(3, timeout_s=10)
+    try:
+        results = pool.run(step_that_loses_a_rank, 2)
+        assert results[2] is None
+        for error, unchanged in results[:2]:
+            assert isinstance(error, DistributedError) and unchanged
+    finally:
+        pool.close()
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
