@@ -202,5 +202,12 @@ def closed(name: str, value, kind: type) -> None:
         raise TypeError(f"{name} must be a flashpair.{kind.__name__}; got {value!r}")
 
 
+def member(name: str, value, kind: type) -> None:
+    """A member of an enum of a loss."""
+    if not isinstance(value, kind):
+        allowed = ", ".join(f"{kind.__name__}.{m.name}" for m in kind)
+        raise TypeError(f"{name} must be one of {allowed}; got {value!r}")
+
+
 def similarity(value: Similarity) -> None:
     closed("similarity", value, Similarity)

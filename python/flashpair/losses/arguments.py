@@ -56,6 +56,18 @@ def check_matched(image_features: Tensor, text_features: Tensor, names=("image_f
         raise ValueError(f"{names[0]} and {names[1]} must have equal numbers of rows; got {rows[0]} and {rows[1]}")
 
 
+def check_rows(name: str, value: Tensor, rows: int, like: Tensor) -> None:
+    """Embeddings with a given number of rows on the device of others.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    checks.embeddings(name, value)
+    checks.same_device("the embeddings", like, **{name: value})
+    if value.shape[0] != rows:
+        raise ValueError(f"{name} must have {rows} rows as the batch; got {value.shape[0]}")
+
+
 def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
     """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
     total = sum_of_entries([e for e in embeddings if e is not None], loss.dtype)

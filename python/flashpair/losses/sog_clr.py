@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..distributed.sharded import Sharded, current
+from ..distributed.sharded import current
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Axis, Mask, Reduction, Term
 from .arguments import check_matched, poisoned
 from .group import InGroup
 from .places import load_whole_state, read, shares_of, whole_state, write
+from .two_views import TwoViews, nothing
 
 _UNSEEN = -math.inf  # log of the average of nothing
 
@@ -88,7 +89,7 @@ class SogCLRLoss(InGroup, nn.Module):
         checks.same_device("first", first, index=index)
         _in_range(index, self.num_samples)
         if first.shape[0] == 0:
-            return poisoned(first.sum(dtype=torch.float32) * 0, first, second)
+            return nothing(first, second)
         temperatures = self.temperatures(index)
         run = self._of_towers if self.towers else self._of_views
         log_g, mean, positive = run(first, second, temperatures)
@@ -108,26 +109,17 @@ class SogCLRLoss(InGroup, nn.Module):
 
     def _of_views(self, first: Tensor, second: Tensor, temperatures) -> tuple[Tensor, Tensor, Tensor]:
         """log g, Σ p s and the positive's similarity, (B, 2) each."""
-        rows, labels = first.shape[0], torch.arange(first.shape[0], device=first.device)
-        if isinstance(first, Sharded):  # each rank's views stay with it
-            parts = labels.split(first.sizes)
-            labels, both = torch.cat([p for p in parts for _ in range(2)]), first.beside(second)
-            side = torch.cat([torch.full_like(p, k) for p in parts for k in range(2)])
-        else:
-            labels, both = labels.repeat(2), torch.cat([first, second])
-            side = torch.arange(2, device=first.device).repeat_interleave(rows)
+        views = TwoViews(first, second)
         scale = 1 / temperatures
         if isinstance(scale, Tensor):
-            scale = scale[labels, side]
+            scale = scale[views.sample, views.side]
         terms = [
             Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale),
             Term(Reduction.SOFTMAX_MEAN, mask=Mask.DIFFERENT, scale=scale, detach_weights=True),
             Term(Reduction.SUM, mask=Mask.SAME),
         ]
-        lse, mean, positive = pair_reduce(both, terms=terms, labels=labels, normalize=True)
-        at = labels, side
-        table = lambda v: v.new_zeros(rows, 2).index_put(at, v)  # noqa: E731
-        return table(lse.detach()) - math.log(max(2 * (rows - 1), 1)), table(mean), table(positive)
+        lse, mean, positive = (views.table(v) for v in views.reduce(*terms))
+        return lse.detach() - math.log(max(2 * (views.rows - 1), 1)), mean, positive
 
     def _of_towers(self, first: Tensor, second: Tensor, temperatures) -> tuple[Tensor, Tensor, Tensor]:
         rows, labels = first.shape[0], torch.arange(first.shape[0], device=first.device)

@@ -1,0 +1,1 @@
+"""Contrastive losses of views, towers and queues; `flashpair.losses` names them."""

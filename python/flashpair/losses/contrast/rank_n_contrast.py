@@ -1,0 +1,103 @@
+"""Rank-N-Contrast: embeddings in the order of their continuous targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ... import checks
+from ...distributed.sharded import current
+from ...rows import RowPanel, row_reduce
+from ...terms import Similarity
+from ..arguments import inverse_temperature, poisoned
+from ..group import InGroup
+from ..two_views import nothing
+
+
+class RnCLoss(InGroup, nn.Module):
+    """Of two samples the one with the nearer target must be the nearer one.
+
+        s_ij = -||v_i - v_j||,   D_ij = |y_i - y_j|₁
+        loss = 1 / (n (n - 1))  Σ_i Σ_{k != i} [ LSE_{j != i: D_ij ≥ D_ik} s_ij / T  -  s_ik / T ]
+
+    O(n² log n): each row's log-sums are running ones in the order of its target distances. Whole rows of S, a panel at
+    a time. Ties and k itself are in the set. The call is `loss(embeddings, targets)`; for two views give both, one
+    after the other, with the targets twice.
+
+    Args:
+        temperature: T, positive number or 0-d tensor (learnable). Default 2.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`. Default: none.
+
+    Raises:
+        TypeError, ValueError: on a temperature that is not positive.
+
+    Source: Zha et al., "Rank-N-Contrast: Learning Continuous Representations for Regression", NeurIPS 2023, equation 1;
+    kaiwenzha/Rank-N-Contrast, loss.py (there `loss(features (B, 2, D), labels (B, L))`).
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import RnCLoss
+        >>> line, targets = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0.0, 1.0, 3.0])
+        >>> 0 < float(RnCLoss()(line, targets)) < float(RnCLoss()(line, targets[[1, 2, 0]]))
+        True
+    """
+
+    row_groups = (("embeddings", "targets"),)
+
+    def __init__(self, temperature: float | Tensor = 2.0, group=None) -> None:
+        super().__init__(group=group)
+        checks.temperature("temperature", temperature)
+        self.temperature = temperature
+
+    def forward(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: (n, D), used as they come.
+            targets: (n,) or (n, L) floating point, compared by the sum of absolute differences.
+
+        Returns:
+            0-d loss in float32 (float64 for float64); 0 for fewer than two rows.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
+        """
+        if self.group is not None and current() is None:
+            return self.over_group(self.forward, {"embeddings": embeddings, "targets": targets})
+        checks.embeddings("embeddings", embeddings)
+        check_targets("targets", targets, embeddings)
+        rows = embeddings.shape[0]
+        if rows < 2:
+            return poisoned(nothing(embeddings), embeddings)
+        scale = inverse_temperature(self.temperature)
+        targets = (targets.whole() if hasattr(targets, "whole") else targets).detach().reshape(rows, -1)
+
+        def ordered(panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
+            # The row itself comes last: nothing that is summed has it in its set.
+            apart = torch.cdist(own, targets[panel.column], p=1).masked_fill(~panel.allowed, -1.0)
+            apart, order = apart.sort(dim=1, descending=True, stable=True)
+            logits = (-scale * panel.s).gather(1, order)[:, :-1]
+            sums = logits.logcumsumexp(1)
+            # Columns at one distance share the sum of the last of them.
+            step = torch.arange(sums.shape[1], device=sums.device).expand_as(sums)
+            ends = torch.where(apart[:, :-1] > apart[:, 1:], step, sums.shape[1])
+            last = ends.flip(1).cummin(1).values.flip(1)
+            return [(sums.gather(1, last) - logits).sum(1)]
+
+        (sums,) = row_reduce(
+            embeddings, None, ordered, rows=[targets],
+            shared=[torch.as_tensor(scale, dtype=targets.dtype, device=targets.device), targets],
+            similarity=Similarity.EUCLIDEAN, copies=16,
+        )  # fmt: skip
+        return poisoned(sums.sum() / (rows * (rows - 1)), embeddings)
+
+
+def check_targets(name: str, value: Tensor, embeddings: Tensor) -> None:
+    """Floating-point targets (n,) or (n, L), one or one row per embedding."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    rows = embeddings.shape[0]
+    if value.dim() not in (1, 2) or value.shape[0] != rows:
+        raise ValueError(f"{name} must have shape ({rows},) or ({rows}, L); got {tuple(value.shape)}")
+    checks.same_device("embeddings", embeddings, **{name: value})

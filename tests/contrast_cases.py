@@ -1,0 +1,404 @@
+"""The contrastive losses: ours, its definition as loops from the paper. One row, all tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from loss_cases import cosine
+from torch import Tensor
+
+from flashpair import losses
+from flashpair.losses.contrast.feature_transformation import beta_like
+from flashpair.random import draw_seed
+
+
+@dataclasses.dataclass
+class Views:
+    """A batch of matched rows, and what some losses want beside it; each row's extras follow from the row."""
+
+    x: Tensor  # (B, D) leaf
+    y: Tensor  # (B, D) leaf
+
+    @property
+    def z(self) -> Tensor:
+        """(B, D) a third view."""
+        return self.x.flip(1) + 0.5 * self.y
+
+    @property
+    def frozen(self) -> Tensor:
+        """(B, 3) unit vectors of another tower."""
+        return unit((self.x[:, :3] * 2 + self.y[:, 1:4]).detach())
+
+    @property
+    def labels(self) -> Tensor:
+        return (self.x[:, 0].detach() > 0).long() + (self.y[:, 1].detach() > 0.5).long()
+
+    @property
+    def targets(self) -> Tensor:
+        """(B,) with ties."""
+        return (self.x[:, 0] + self.y[:, 0]).detach().mul(2).round() / 2
+
+    @property
+    def clusters(self) -> Tensor:
+        return torch.stack([(self.x[:, k].detach() > 0.3).long() for k in (0, 1, 2)])
+
+    @property
+    def queue(self) -> Tensor:
+        """(6, D) keys that all ranks hold alike."""
+        g = torch.Generator().manual_seed(5)
+        return torch.randn(6, self.x.shape[1], generator=g, dtype=torch.float64).to(self.x)
+
+
+def unit(a: Tensor) -> Tensor:
+    return a / a.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def lse(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).logsumexp(0)
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean()
+
+
+def anchors(d: Views) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+    """(view, its positive, its negatives) for each of the 2 B views."""
+    b = len(d.x)
+    both = [*d.x, *d.y]
+    return [(both[i], both[(i + b) % (2 * b)], [v for k, v in enumerate(both) if k % b != i % b]) for i in range(2 * b)]
+
+
+def define_sim_clr(d: Views, temperature: float = 0.1) -> Tensor:
+    terms = []
+    for a, p, negatives in anchors(d):
+        s = [cosine(a, v) / temperature for v in (p, *negatives)]
+        terms.append(lse(s) - s[0])
+    return mean(terms)
+
+
+def define_dcl(d: Views, weighted: bool = False, through: bool = False) -> Tensor:
+    terms, own = [], torch.stack([cosine(a, b) for a, b in zip(d.x, d.y, strict=True)])
+    weights = 2 - len(d.x) * torch.softmax(own / 0.5, 0) if weighted else torch.ones_like(own)
+    weights = weights if through else weights.detach()
+    for i, (a, p, negatives) in enumerate(anchors(d)):
+        rivals = lse([cosine(a, v) / 0.1 for v in negatives])
+        terms.append(rivals - weights[i % len(d.x)] * cosine(a, p) / 0.1)
+    return mean(terms)
+
+
+def define_hard_negative(d: Views, beta: float, tau_plus: float = 0.1, through: bool = True) -> Tensor:
+    """As joshr17/HCL computes it, without logarithms."""
+    terms, t = [], 0.5
+    for a, p, negatives in anchors(d):
+        pos, neg = torch.exp(cosine(a, p) / t), torch.stack([torch.exp(cosine(a, v) / t) for v in negatives])
+        weights = neg**beta / (neg**beta).mean()
+        reweighted = ((weights if through else weights.detach()) * neg).sum()
+        n = len(negatives)
+        ng = ((-tau_plus * n * pos + reweighted) / (1 - tau_plus)).clamp_min(n * math.exp(-1 / t))
+        terms.append(-torch.log(pos / (pos + ng)))
+    return mean(terms)
+
+
+def define_hard(d: Views, fraction: float, simple: float | None = None) -> Tensor:
+    terms, b = [], len(d.x)
+    kept = math.ceil(fraction * (b - 1))
+    for i in range(b):
+        s = [cosine(d.x[i], d.y[j]) for j in range(b)]
+        hardest = sorted((s[j] for j in range(b) if j != i), key=Tensor.item, reverse=True)[:kept]
+        if simple is None:
+            terms.append(lse([v / 0.1 for v in [s[i], *hardest]]) - s[i] / 0.1)
+        else:
+            terms.append(simple * mean(hardest) - s[i])
+    return mean(terms)
+
+
+def define_alignment(d: Views, alpha: float = 2.0) -> Tensor:
+    return mean([(unit(a) - unit(b)).norm() ** alpha for a, b in zip(d.x, d.y, strict=True)])
+
+
+def define_uniformity(x: Tensor, t: float = 2.0) -> Tensor:
+    pairs = itertools.combinations(unit(x), 2)
+    return torch.log(mean([torch.exp(-t * (a - b).square().sum()) for a, b in pairs]))
+
+
+def define_clip(p: Tensor, q: Tensor, t: float) -> Tensor:
+    b, terms = len(p), []
+    for i in range(b):
+        row, column = [t * p[i] @ q[j] for j in range(b)], [t * p[j] @ q[i] for j in range(b)]
+        terms += [lse(row) - row[i], lse(column) - column[i]]
+    return mean(terms)
+
+
+def define_cy_clip(d: Views) -> Tensor:
+    p, q, b = unit(d.x), unit(d.y), len(d.x)
+    cross = within = 0.0
+    for i, j in itertools.product(range(b), repeat=2):
+        cross = cross + (p[i] @ q[j] - p[j] @ q[i]) ** 2
+        within = within + (p[i] @ p[j] - q[i] @ q[j]) ** 2
+    return define_clip(p, q, 7.0) + 0.25 * cross / b + 0.5 * within / b
+
+
+def define_cwcl(d: Views) -> Tensor:
+    p, q, m, b, t = unit(d.x), unit(d.y), d.frozen, len(d.x), 7.0
+    rows, columns = [], []
+    for i in range(b):
+        w = [0.5 * m[i] @ m[j] + 0.5 for j in range(b)]
+        logits = [t * p[i] @ q[j] for j in range(b)]
+        total = lse(logits)
+        rows.append(sum(w[j] * (total - logits[j]) for j in range(b)) / sum(w))
+        others = [t * p[j] @ q[i] for j in range(b)]
+        columns.append(lse(others) - others[i])
+    return mean(rows) + mean(columns)
+
+
+def define_mann_whitney(d: Views, extra: bool = False, averaged: bool = False) -> Tensor:
+    b, t = len(d.x), 0.3
+    own = [cosine(d.x[i], d.y[i]) for i in range(b)]
+    negatives = [cosine(d.x[i], d.y[j]) for i, j in itertools.product(range(b), repeat=2) if i != j]
+    if extra:
+        negatives += [cosine(a, v) for a in d.x for v in d.z]
+    loss = sum(torch.log1p(torch.exp((s - p) / t)) for p in own for s in negatives) / b
+    return loss / len(negatives) if averaged else loss
+
+
+def define_cacr(d: Views, through: bool = True, tau_plus: float = 0.0) -> Tensor:
+    views, b = [unit(v) for v in (d.x, d.y, d.z)], len(d.x)
+    cost = lambda a, c: (a - c).square().sum()  # noqa: E731
+    soft = lambda w: torch.softmax(w if through else w.detach(), 0)  # noqa: E731
+    pull = []
+    for k, view in enumerate(views):
+        for i in range(b):
+            c = torch.stack([cost(view[i], other[i]) for j, other in enumerate(views) if j != k])
+            pull.append((soft(c) * c).sum())
+    push = []
+    for a, c in itertools.combinations(views, 2):
+        for i in range(b):
+            far = torch.stack([cost(a[i], c[j]) for j in range(b) if j != i])
+            repelled = (soft(-0.9 * far) * -far).sum()
+            push.append((repelled + tau_plus * cost(a[i], c[i])) / (1 - tau_plus))
+    return mean(pull) + mean(push)
+
+
+def define_meow(d: Views) -> Tensor:
+    terms, b = [], len(d.x)
+    for i in range(b):
+        weights = [sum(int(c[i] != c[j]) for c in d.clusters) for j in range(b)]
+        total = sum(w * torch.exp(cosine(d.x[i], d.y[j]) / 0.4) for j, w in enumerate(weights))
+        if any(weights):
+            terms.append(torch.log(total) - cosine(d.x[i], d.y[i]) / 0.4)
+    return sum(terms, 0 * d.x.sum()) / b
+
+
+def define_rnc(d: Views) -> Tensor:
+    n, terms = len(d.x), []
+    far = lambda i, j: (d.targets[i] - d.targets[j]).abs().item()  # noqa: E731
+    for i in range(n):
+        s = {j: -(d.x[i] - d.x[j]).norm() / 2 for j in range(n) if j != i}
+        for k in s:
+            terms.append(lse([s[j] for j in s if far(i, j) >= far(i, k)]) - s[k])
+    return sum(terms) / (n * (n - 1))
+
+
+def define_moco_v3(d: Views) -> Tensor:
+    terms, t, b = [], 0.2, len(d.x)
+    for query, key in ((d.x, (d.y * 1.1 - 0.1).detach()), (d.y, (d.x * 0.9 + 0.1).detach())):
+        for i in range(b):
+            s = [cosine(query[i], key[j]) / t for j in range(b)]
+            terms.append(lse(s) - s[i])
+    return 2 * t * sum(terms) / b
+
+
+def define_nnclr(d: Views) -> Tensor:
+    terms, b = [], len(d.x)
+    for view, prediction in ((d.x, d.z), (d.y, d.x)):
+        for i in range(b):
+            near = max(d.queue, key=lambda k: cosine(view[i], k).item())  # noqa: B023
+            s = [cosine(near, prediction[j]) / 0.1 for j in range(b)]
+            terms.append(lse(s) - s[i])
+    return mean(terms)
+
+
+def define_multi_view(d: Views, labels: Tensor | None, one: bool = False, mask: Tensor | None = None) -> Tensor:
+    views, b = [unit(d.x), unit(d.y), unit(d.z)], len(d.x)
+    labels = torch.arange(b) if labels is None else labels
+    terms, everything = [], [(k, i) for k in range(3) for i in range(b)]
+    for k, i in everything[: b if one else None]:
+        s = {other: views[k][i] @ views[other[0]][other[1]] / 0.2 for other in everything if other != (k, i)}
+        alike = lambda j: labels[i] == labels[j] if mask is None else mask[i, j]  # noqa: B023, E731
+        positives = [v for (_, j), v in s.items() if alike(j)]
+        terms.append(lse(list(s.values())) - mean(positives) if positives else 0 * views[k][i].sum())
+    return mean(terms) * 0.2 / 0.07
+
+
+def define_transformed(d: Views) -> Tensor:
+    """Only the negatives are mixed: what is drawn does not depend on who holds which rows."""
+    generator = torch.Generator().manual_seed(draw_seed() & ((1 << 62) - 1))
+    share = beta_like(d.queue, 1.6, generator)
+    order = torch.randperm(6, generator=generator)
+    negatives = [share[j] * d.queue[j] + (1 - share[j]) * d.queue[order[j]] for j in range(6)]
+    terms = []
+    for q, k in zip(d.x, d.y.detach(), strict=True):
+        s = [q @ k / 2.0, *(q @ n / 2.0 for n in negatives)]
+        terms.append(lse(s) - s[0])
+    return mean(terms)
+
+
+def define_macl(d: Views) -> Tensor:
+    """lightly's MACLLoss, which follows the paper's algorithm 1."""
+    alignment = mean([cosine(a, p) for a, p, _ in anchors(d)]).detach()
+    t = (0.1 * (1 + 0.5 * (alignment - 0.0))).item()
+    terms = []
+    for a, p, negatives in anchors(d):
+        s = torch.stack([cosine(a, v) / t for v in (p, *negatives)])
+        weight = (1 / (1 - torch.softmax(s, 0)[0] + 1e-8)).detach()
+        terms.append(-weight * (s[0] - s.logsumexp(0)))
+    return mean(terms)
+
+
+@dataclasses.dataclass
+class Case:
+    """`make(group)` is the loss, `call(loss, views)` its value, `define(views)` the loops."""
+
+    name: str
+    make: Callable
+    call: Callable
+    define: Callable
+    rows: bool = False  # asks for whole rows, features or a third tower: ranks must gather
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def ours(self, d: Views) -> Tensor:
+        return self.call(self.make(None), d)
+
+
+def two(loss, d: Views) -> Tensor:
+    return loss(d.x, d.y)
+
+
+def towers(loss, d: Views) -> Tensor:
+    return loss(unit(d.x), unit(d.y), 7.0)
+
+
+def keys(d: Views) -> tuple:
+    return d.x, d.y, d.x * 0.9 + 0.1, d.y * 1.1 - 0.1
+
+
+def stacked(d: Views) -> Tensor:
+    return torch.stack([unit(d.x), unit(d.y), unit(d.z)], 1)
+
+
+CASES = [
+    Case("SimCLRLoss", lambda g: losses.SimCLRLoss(group=g), two, define_sim_clr),
+    Case(
+        "SimCLRLoss sum", lambda g: losses.SimCLRLoss(0.5, losses.SimCLRReduction.SUM_OF_VIEWS, group=g), two,
+        lambda d: 2 * define_sim_clr(d, 0.5),
+    ),
+    Case("DCLLoss", lambda g: losses.DCLLoss(group=g), two, define_dcl),
+    Case("DCLWLoss", lambda g: losses.DCLWLoss(group=g), two, lambda d: define_dcl(d, True)),
+    Case(
+        "DCLWLoss through", lambda g: losses.DCLWLoss(detach_weights=False, group=g), two,
+        lambda d: define_dcl(d, True, True),
+    ),
+    Case(
+        "DebiasedContrastiveLoss", lambda g: losses.DebiasedContrastiveLoss(group=g), two,
+        lambda d: define_hard_negative(d, 0.0),
+    ),
+    Case(
+        "DebiasedContrastiveLoss floor", lambda g: losses.DebiasedContrastiveLoss(tau_plus=0.6, group=g), two,
+        lambda d: define_hard_negative(d, 0.0, 0.6),
+    ),
+    Case(
+        "HardNegativeContrastiveLoss", lambda g: losses.HardNegativeContrastiveLoss(group=g), two,
+        lambda d: define_hard_negative(d, 1.0),
+    ),
+    Case(
+        "HardNegativeContrastiveLoss detached",
+        lambda g: losses.HardNegativeContrastiveLoss(beta=0.5, detach_weights=True, group=g), two,
+        lambda d: define_hard_negative(d, 0.5, through=False),
+    ),
+    Case(
+        "HardContrastiveLoss", lambda g: losses.HardContrastiveLoss(fraction=0.35, group=g), two,
+        lambda d: define_hard(d, 0.35), True,
+    ),
+    Case(
+        "HardContrastiveLoss simple", lambda g: losses.HardContrastiveLoss(fraction=0.35, simple=2.0, group=g), two,
+        lambda d: define_hard(d, 0.35, 2.0), True,
+    ),
+    Case("AlignmentLoss", lambda g: losses.AlignmentLoss(3.0, group=g), two, lambda d: define_alignment(d, 3.0)),
+    Case(
+        "UniformityLoss", lambda g: losses.UniformityLoss(group=g), lambda loss, d: loss(d.x),
+        lambda d: define_uniformity(d.x),
+    ),
+    Case(
+        "AlignmentUniformityLoss", lambda g: losses.AlignmentUniformityLoss(0.5, 2.0, group=g), two,
+        lambda d: 0.5 * define_alignment(d) + define_uniformity(d.x) + define_uniformity(d.y),
+    ),
+    Case("CyCLIPLoss", lambda g: losses.CyCLIPLoss(0.25, 0.5, group=g), towers, define_cy_clip, True),
+    Case(
+        "CWCLLoss", lambda g: losses.CWCLLoss(group=g),
+        lambda loss, d: loss(unit(d.x), unit(d.y), 7.0, d.frozen), define_cwcl, True,
+    ),
+    Case("MannWhitneyLoss", lambda g: losses.MannWhitneyLoss(0.3, group=g), two, define_mann_whitney, True),
+    Case(
+        "MannWhitneyLoss negatives", lambda g: losses.MannWhitneyLoss(0.3, True, group=g),
+        lambda loss, d: loss(d.x, d.y, d.z), lambda d: define_mann_whitney(d, True, True), True,
+    ),
+    Case("CACRLoss", lambda g: losses.CACRLoss(group=g), lambda loss, d: loss(d.x, d.y, d.z), define_cacr),
+    Case(
+        "CACRLoss detached", lambda g: losses.CACRLoss(detach_weights=True, tau_plus=0.1, group=g),
+        lambda loss, d: loss(d.x, d.y, d.z), lambda d: define_cacr(d, False, 0.1),
+    ),
+    Case("MEOWLoss", lambda g: losses.MEOWLoss(group=g), lambda loss, d: loss(d.x, d.y, d.clusters), define_meow),
+    Case("RnCLoss", lambda g: losses.RnCLoss(group=g), lambda loss, d: loss(d.x, d.targets), define_rnc, True),
+    Case("MoCoV3Loss", lambda g: losses.MoCoV3Loss(0.2, group=g), lambda loss, d: loss(*keys(d)), define_moco_v3),
+    Case(
+        "NNCLRLoss", lambda g: losses.NNCLRLoss(group=g), lambda loss, d: loss(d.x, d.y, d.x, d.z, d.queue),
+        define_nnclr, True,
+    ),
+    Case(
+        "MultiViewSupConLoss", lambda g: losses.MultiViewSupConLoss(0.2, group=g),
+        lambda loss, d: loss(stacked(d), d.labels), lambda d: define_multi_view(d, d.labels),
+    ),
+    Case(
+        "MultiViewSupConLoss one", lambda g: losses.MultiViewSupConLoss(0.2, "one", group=g),
+        lambda loss, d: loss(stacked(d), d.labels), lambda d: define_multi_view(d, d.labels, True),
+    ),
+    Case(
+        "MultiViewSupConLoss unlabelled", lambda g: losses.MultiViewSupConLoss(0.2, group=g),
+        lambda loss, d: loss(stacked(d)), lambda d: define_multi_view(d, None),
+    ),
+    Case(
+        "FeatureTransformationLoss", lambda g: losses.FeatureTransformationLoss(2.0, None, group=g),
+        lambda loss, d: loss(d.x, d.y, d.queue), define_transformed,
+    ),
+    Case("MACLLoss", lambda g: losses.MACLLoss(group=g), two, define_macl),
+]  # fmt: skip
+
+
+def views(kind: str = "random", b: int = 9, d: int = 5, seed: int = 0) -> Views:
+    """Two views in float64."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(b, d, generator=g).double()
+    y = x + 0.7 * torch.randn(b, d, generator=g).double()
+    if kind == "collapsed":
+        x, y = x[:1] + 0.1 * x, y[:1] + 0.1 * y
+    elif kind == "aligned":
+        y = x + 1e-3 * y
+    elif kind == "large":
+        x, y = 30 * x, 30 * y
+    return Views(x.requires_grad_(), y.requires_grad_())
+
+
+def evaluate(function: Callable[[Views], Tensor], d: Views) -> dict[str, Tensor]:
+    torch.manual_seed(7)  # for the losses that draw
+    loss = function(d)
+    grads = torch.autograd.grad(loss, [d.x, d.y], allow_unused=True)
+    found = {"loss": loss.detach().double().cpu()}
+    for name, leaf, grad in zip(("dx", "dy"), (d.x, d.y), grads, strict=True):
+        found[name] = torch.zeros(leaf.shape).double() if grad is None else grad.double().cpu()
+    return found

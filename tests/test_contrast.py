@@ -1,0 +1,197 @@
+"""The contrastive losses against loops from their papers, and what each promises beside its value."""
+# ruff: noqa: F811
+
+import math
+
+import contrast_cases as cases
+import pytest
+import support
+import torch
+from contrast_cases import CASES, Views, evaluate, unit, views
+from loss_cases import engine  # noqa: F401
+
+from flashpair import losses
+
+KINDS = ["random", "collapsed", "aligned", "large"]
+
+
+def moved(d: Views, dtype: torch.dtype, device: str = "cpu") -> Views:
+    return Views(*(v.detach().to(device=device, dtype=dtype).requires_grad_() for v in (d.x, d.y)))
+
+
+def close(got: dict, want: dict, bound: float) -> None:
+    for name, value in want.items():
+        scale = max(value.abs().max().item(), 1.0)
+        assert (got[name] - value).abs().max().item() <= bound * scale, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_definition(case, kind, engine):
+    d = views(kind)
+    close(evaluate(case.ours, moved(d, torch.float64, support.device(engine))), evaluate(case.define, d), 1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_float32(case, engine):
+    """A few times what float32 itself loses, measured in the definition."""
+    d = views()
+    want = evaluate(case.define, d)
+    got = evaluate(case.ours, moved(d, torch.float32, support.device(engine)))
+    plain = evaluate(case.define, moved(d, torch.float32))
+    for name, value in want.items():
+        lost = (plain[name] - value).abs().max().item()
+        assert (got[name] - value).abs().max().item() <= 8 * lost + 3e-6 * max(value.abs().max().item(), 1), name
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_small_batches(case, rows, engine):
+    """An empty batch is 0; one sample has no negatives and nothing that is NaN; gradients exist."""
+    d = moved(views(b=rows) if rows else views(b=2), torch.float64, support.device(engine))
+    d = Views(*(v.detach()[:rows].clone().requires_grad_() for v in (d.x, d.y)))
+    loss = case.ours(d)
+    assert loss.shape == () and not loss.isnan()
+    if rows == 0:
+        assert loss.item() == 0
+    if rows == 1 and case.name.startswith("DCL"):
+        assert loss.item() == -math.inf  # log of no negatives
+        return
+    grads = torch.autograd.grad(loss, [d.x, d.y], allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_poison_reaches_the_loss(case, value, engine):
+    d = moved(views(), torch.float64, support.device(engine))
+    bad = d.x.detach().clone()
+    bad[3, 1] = value
+    d.x = bad.requires_grad_()
+    assert case.ours(d).isnan()
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_saved_for_backward(case):
+    """Nothing of the size of S is kept: 300 × 300 numbers are 360 kB."""
+    if "cpu" not in support.FUSED:
+        pytest.skip("the CPU backend is measured")
+    d = moved(views(b=300, d=8), torch.float32)
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with support.forced("cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = case.ours(d)
+    loss.backward()
+    assert sum(kept.values()) < 300 * (60 * 8 + 24 * 8 * 4), sum(kept.values())
+
+
+def test_mann_whitney_at_the_papers_temperature(engine):
+    """T = 0.01: the table against every comparison, in float64 and float32."""
+    d = moved(views(b=40), torch.float64, support.device(engine))
+    s = unit(d.x) @ unit(d.y).T
+    off = ~torch.eye(40, dtype=torch.bool, device=s.device)
+    z = (s[off][None, :] - s.diagonal()[:, None]) / 0.01
+    want = torch.nn.functional.softplus(z).sum() / 40
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 2e-6)):
+        e = moved(d, dtype, support.device(engine))
+        got = losses.MannWhitneyLoss()(e.x, e.y)
+        assert abs(got.double() - want) <= bound * want
+        for a, b in zip(torch.autograd.grad(got, [e.x, e.y]), torch.autograd.grad(want, [d.x, d.y], retain_graph=True),
+                        strict=True):  # fmt: skip
+            assert (a.double() - b).abs().max() <= 50 * bound * b.abs().max()
+
+
+def test_transformed_positives():
+    """Extrapolation by 1 + Beta(2, 2) lowers what positives have in common; keys take no gradient."""
+    torch.manual_seed(0)
+    q, k, queue = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (64, 64, 32))
+    q, k = q.requires_grad_(), (0.7 * q + 0.3 * k).detach().requires_grad_()
+    plain = losses.FeatureTransformationLoss(0.5, None, None)(q, k, queue)
+    assert torch.equal(plain, losses.info_nce_loss(q, k.detach(), queue=queue, temperature=0.5, normalize=False,
+                                                   in_batch_negatives=False))  # fmt: skip
+    harder = losses.FeatureTransformationLoss(0.5, 2.0, None)(q, k, queue)
+    assert harder > plain
+    assert torch.autograd.grad(harder, [q, k], allow_unused=True)[1] is None
+
+
+def test_multi_view_masks(engine):
+    """An arbitrary, asymmetric mask; an anchor without positives counts in the mean."""
+    d = moved(views(), torch.float64, support.device(engine))
+    mask = torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) < 0.3
+    mask[4] = False
+    for mode in ("all", "one"):
+        loss = losses.MultiViewSupConLoss(0.2, mode)
+        ours = lambda e: loss(cases.stacked(e), mask=mask.to(e.x.device))  # noqa: B023, E731
+        want = evaluate(lambda e: cases.define_multi_view(e, None, mode == "one", mask), views())  # noqa: B023
+        close(evaluate(ours, d), want, 1e-10)
+
+
+def test_hard_contrastive_keeps_ties(engine):
+    """Duplicated keys at the threshold all stay."""
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [-1.0, 0.0]], dtype=torch.float64, device=support.device(engine))
+    loss = losses.HardContrastiveLoss(1.0, fraction=0.3)(x, x)  # one negative of three
+    s = x @ x.T
+    rows = [[1, 2], [2], [1], [1, 2]]
+    want = sum(torch.log(s[i, i].exp() + s[i, j].exp().sum()) - s[i, i] for i, j in enumerate(rows)) / 4
+    torch.testing.assert_close(loss, want)
+
+
+def test_diagnostics(engine):
+    d = moved(views(), torch.float64, support.device(engine))
+    found = losses.temperature_diagnostics(d.x, d.y, 0.2, d.labels)
+    s = unit(d.x) @ unit(d.y).T / 0.2
+    off = ~torch.eye(9, dtype=torch.bool, device=s.device)
+    r = s[off].reshape(9, 8).softmax(1)
+    torch.testing.assert_close(found.pull, 1 - s.softmax(1).diagonal())
+    torch.testing.assert_close(found.effective_negatives, (-(r * r.log()).sum(1)).exp())
+    torch.testing.assert_close(found.hardest_share, r.amax(1))
+    own = unit(d.x) @ unit(d.x).T
+    alike = (d.labels[:, None] == d.labels[None]) & off
+    torch.testing.assert_close(found.tolerance, own[alike].mean())
+    torch.testing.assert_close(found.uniformity, -cases.define_uniformity(d.x))
+    assert losses.temperature_diagnostics(d.x, d.y, 0.2).tolerance.isnan()
+
+
+BAD = [
+    (lambda x: losses.SimCLRLoss(0.0), ValueError, "temperature"),
+    (lambda x: losses.SimCLRLoss(reduction="mean"), TypeError, r"reduction must be one of SimCLRReduction.MEAN"),
+    (lambda x: losses.SimCLRLoss()(x, x[:3]), ValueError, "first and second must have equal numbers of rows"),
+    (lambda x: losses.SimCLRLoss()(x, x.double()), TypeError, "first and second must have one dtype"),
+    (lambda x: losses.DCLWLoss(sigma=-1), ValueError, "sigma"),
+    (lambda x: losses.DebiasedContrastiveLoss(tau_plus=1.0), ValueError, "tau_plus must be below 1"),
+    (lambda x: losses.HardNegativeContrastiveLoss(beta=-1.0), ValueError, "beta"),
+    (lambda x: losses.HardContrastiveLoss(fraction=0.0), ValueError, "fraction"),
+    (lambda x: losses.AlignmentLoss(0.0), ValueError, "alpha"),
+    (lambda x: losses.UniformityLoss()(x[0]), ValueError, "embeddings must have shape"),
+    (lambda x: losses.CyCLIPLoss(cross=math.nan), ValueError, "cross"),
+    (lambda x: losses.CWCLLoss()(x, x, 1.0, x[:2]), ValueError, "frozen must have 4 rows"),
+    (lambda x: losses.MannWhitneyLoss(1e-6), ValueError, "temperature"),
+    (lambda x: losses.MannWhitneyLoss()(x, x, x[:, :2]), ValueError, "negatives must have equal features"),
+    (lambda x: losses.CACRLoss()(x), ValueError, "views must be at least 2"),
+    (lambda x: losses.CACRLoss()(x, x, x[:2]), ValueError, r"views\[2\]"),
+    (lambda x: losses.MEOWLoss()(x, x, torch.zeros(4).long()), TypeError, "clusters must be int64 of shape"),
+    (lambda x: losses.MEOWLoss()(x, x, torch.zeros(2, 3).long()), ValueError, "clusters must have shape"),
+    (lambda x: losses.RnCLoss()(x, torch.zeros(4).long()), TypeError, "targets must be a floating-point tensor"),
+    (lambda x: losses.RnCLoss()(x, torch.zeros(3)), ValueError, r"targets must have shape \(4,\)"),
+    (lambda x: losses.NNCLRLoss()(x, x, x, x, x[:0]), ValueError, "support must have at least one row"),
+    (lambda x: losses.MultiViewSupConLoss()(x), ValueError, "features must have shape"),
+    (lambda x: losses.MultiViewSupConLoss(contrast_mode="both"), ValueError, "contrast_mode must be 'all' or 'one'"),
+    (
+        lambda x: losses.MultiViewSupConLoss()(x[:, None], torch.zeros(4).long(), torch.eye(4).bool()), ValueError,
+        "labels and mask exclude each other",
+    ),
+    (lambda x: losses.FeatureTransformationLoss(positive_alpha=0.0), ValueError, "positive_alpha"),
+    (lambda x: losses.FeatureTransformationLoss()(x, x, x[:, :2]), ValueError, "queue must have equal features"),
+    (lambda x: losses.MACLLoss(alpha=1.0), ValueError, r"alpha \* \(1 \+ A_0\) must be below 1"),
+    (lambda x: losses.temperature_diagnostics(x[:1], x[:1], 0.1), ValueError, "first must have at least 2 rows"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD)
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(torch.randn(4, 5))
