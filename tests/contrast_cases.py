@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashpair import losses
 from flashpair.losses.contrast.feature_transformation import beta_like
+from flashpair.losses.retrieval.multiple_negatives import DIRECTIONS, HARDNESS
 from flashpair.random import draw_seed
 
 
@@ -259,6 +260,93 @@ def define_macl(d: Views) -> Tensor:
     return mean(terms)
 
 
+def columns(d: Views) -> list[Tensor]:
+    return [d.x, d.y, d.z, d.z.flip(1)]
+
+
+def guides(d: Views, count: int) -> list[Tensor]:
+    return [c.detach()[:, 1:5] * 2 + 0.3 for c in columns(d)[:count]]
+
+
+def define_multiple_negatives(
+    d: Views, directions=("qd",), joint: bool = True, hard: str | None = None, strength: float = 0.0
+) -> Tensor:
+    q, docs, b, scale, terms = d.x, columns(d)[1:], len(d.x), 5.0, []
+    for i in range(b):
+        blocks = {"qd": [], "qq": [], "dq": [], "dd": []}
+        for k, j in itertools.product(range(3), range(b)):
+            s = cosine(q[i], docs[k][j])
+            harder = (hard == "all_negatives" and (k, j) != (0, i)) or (hard == "in_batch_negatives" and j != i)
+            harder = harder or (hard == "hard_negatives" and j == i and k > 0)
+            blocks["qd"].append(scale * s + (strength * s.detach() if harder else 0))
+            if j != i:
+                blocks["dd"].append(scale * cosine(docs[0][i], docs[k][j]))
+        for j in range(b):
+            if j != i:
+                blocks["qq"].append(scale * cosine(q[i], q[j]))
+            blocks["dq"].append(scale * cosine(docs[0][i], q[j]))
+        chosen = [blocks[k] for k in directions]
+        total = lse([v for block in chosen for v in block]) if joint else mean([lse(block) for block in chosen])
+        terms.append(total - scale * cosine(q[i], docs[0][i]))
+    return mean(terms)
+
+
+def define_gist(d: Views, count: int, relative: bool = False, margin: float = 0.0, both: bool = True) -> Tensor:
+    e, g, b, terms = columns(d)[:count], guides(d, count), len(d.x), []
+    for i in range(b):
+        own = cosine(g[0][i], g[1][i]).item()
+        limit = own - margin * (abs(own) if relative else 1)
+        kept = [cosine(e[0][i], e[1][i]) / 0.5]
+        blocks = [(0, 1, True), *([(0, 0, True), (1, 1, True)] if both else []), *((0, k, False) for k in range(2, count))]
+        for a, c, skip in blocks:
+            for j in range(b):
+                if not (skip and i == j) and cosine(g[a][i], g[c][j]).item() <= limit:
+                    kept.append(cosine(e[a][i], e[c][j]) / 0.5)
+        terms.append(lse(kept) - kept[0])
+    return mean(terms)
+
+
+def define_cosent(d: Views, angle: bool = False) -> Tensor:
+    s, y = [], d.targets
+    for a, c in zip(d.x, d.y, strict=True):
+        similarity = cosine(a, c)
+        if angle:
+            p, q = (torch.nn.functional.pad(unit(v), (0, 1)) for v in (a, c))
+            similarity = (similarity + (p[3:] * q[:3] - p[:3] * q[3:]).sum()).abs()
+        s.append(similarity)
+    rows = range(len(s))
+    return torch.log1p(sum((torch.exp(5.0 * (s[i] - s[j])) for i in rows for j in rows if y[i] < y[j]), 0 * d.x.sum()))
+
+
+def define_margin_mse(d: Views) -> Tensor:
+    wanted = torch.stack([d.targets, -d.targets], 1)
+    terms = [(q @ p - q @ n[k] - w[k]) ** 2 for q, p, n, w in zip(d.x, d.y, torch.stack([d.z, d.z.flip(1)], 1), wanted,
+                                                                  strict=True) for k in range(2)]  # fmt: skip
+    return mean(terms)
+
+
+def define_distill_clip(d: Views) -> Tensor:
+    p, q, b, t = unit(d.x), unit(d.y), len(d.x), 7.0
+    u, v = (c.detach()[:, :3] for c in (d.z, d.y))
+    terms = []
+    for rows, columns_, of_rows, of_columns in ((p, q, u, v), (q, p, v, u)):
+        for i in range(b):
+            logits = torch.stack([t * rows[i] @ columns_[j] for j in range(b)])
+            taught = torch.softmax(torch.stack([2.0 * of_rows[i] @ of_columns[j] for j in range(b)]), 0)
+            terms.append(-(taught * torch.log_softmax(logits, 0)).sum())
+    return define_clip(p, q, t) + 3 * mean(terms)
+
+
+def distilled(loss, d: Views) -> Tensor:
+    clip, distill = loss(unit(d.x), unit(d.y), 7.0, d.z[:, :3], d.y[:, :3], 2.0)
+    return clip + 3 * distill
+
+
+def define_matryoshka(d: Views) -> Tensor:
+    cut = lambda m: Views(d.x[:, :m], d.y[:, :m])  # noqa: E731
+    return 2.0 * define_sim_clr(cut(5), 0.5) + 0.5 * define_sim_clr(cut(2), 0.5)
+
+
 @dataclasses.dataclass
 class Case:
     """`make(group)` is the loss, `call(loss, views)` its value, `define(views)` the loops."""
@@ -358,7 +446,7 @@ CASES = [
     Case("MoCoV3Loss", lambda g: losses.MoCoV3Loss(0.2, group=g), lambda loss, d: loss(*keys(d)), define_moco_v3),
     Case(
         "NNCLRLoss", lambda g: losses.NNCLRLoss(group=g), lambda loss, d: loss(d.x, d.y, d.x, d.z, d.queue),
-        define_nnclr, True,
+        define_nnclr,
     ),
     Case(
         "MultiViewSupConLoss", lambda g: losses.MultiViewSupConLoss(0.2, group=g),
@@ -375,6 +463,59 @@ CASES = [
     Case(
         "FeatureTransformationLoss", lambda g: losses.FeatureTransformationLoss(2.0, None, group=g),
         lambda loss, d: loss(d.x, d.y, d.queue), define_transformed,
+    ),
+    *(
+        Case(
+            f"MultipleNegativesRankingLoss {name}",
+            lambda g, options=options: losses.MultipleNegativesRankingLoss(scale=5.0, **options, group=g),
+            lambda loss, d: loss(columns(d)), lambda d, how=how: define_multiple_negatives(d, **how),
+        )
+        for name, options, how in (
+            ("base", {}, {}),
+            ("joint", {"directions": DIRECTIONS}, {"directions": ("qd", "qq", "dq", "dd")}),
+            (
+                "symmetric", {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+                {"directions": ("qd", "dq"), "joint": False},
+            ),
+            *(
+                (mode, {"hardness_mode": mode, "hardness_strength": 3.0}, {"hard": mode, "strength": 3.0})
+                for mode in HARDNESS[1:]
+            ),
+        )
+    ),
+    Case(
+        "GISTEmbedLoss", lambda g: losses.GISTEmbedLoss(0.5, group=g),
+        lambda loss, d: loss(columns(d)[:2], guides(d, 2)), lambda d: define_gist(d, 2), True,
+    ),
+    Case(
+        "GISTEmbedLoss relative", lambda g: losses.GISTEmbedLoss(0.5, "relative", 0.3, group=g),
+        lambda loss, d: loss(columns(d), guides(d, 4)), lambda d: define_gist(d, 4, True, 0.3), True,
+    ),
+    Case(
+        "GISTEmbedLoss anchors", lambda g: losses.GISTEmbedLoss(0.5, "absolute", -0.2, False, False, group=g),
+        lambda loss, d: loss(columns(d)[:3], guides(d, 3)), lambda d: define_gist(d, 3, False, -0.2, False), True,
+    ),
+    Case(
+        "CoSENTLoss", lambda g: losses.CoSENTLoss(scale=5.0, group=g), lambda loss, d: loss([d.x, d.y], d.targets),
+        define_cosent,
+    ),
+    Case(
+        "AnglELoss", lambda g: losses.AnglELoss(scale=5.0, group=g), lambda loss, d: loss([d.x, d.y], d.targets),
+        lambda d: define_cosent(d, True), True,
+    ),
+    Case(
+        "MarginMSELoss", lambda g: losses.MarginMSELoss(group=g),
+        lambda loss, d: loss(columns(d), torch.stack([d.targets, -d.targets], 1)), define_margin_mse, True,
+    ),
+    Case("DistillClipLoss", lambda g: losses.DistillClipLoss(group=g), distilled, define_distill_clip, True),
+    Case(
+        "CoCaLoss", lambda g: losses.CoCaLoss(2.0, 0.5, group=g),
+        lambda loss, d: loss(unit(d.x), unit(d.y), d.x[:, None] * 0, d.x[:, :1].long() * 0 + 1, 7.0)[0],
+        lambda d: 0.5 * define_clip(unit(d.x), unit(d.y), 7.0),
+    ),
+    Case(
+        "MatryoshkaLoss",
+        lambda g: losses.MatryoshkaLoss(losses.SimCLRLoss(0.5, group=g), [2, 5], [0.5, 2.0]), two, define_matryoshka,
     ),
     Case("MACLLoss", lambda g: losses.MACLLoss(group=g), two, define_macl),
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import contrast_cases
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,12 +53,16 @@ CASES = [
     *PROXIES,
     "SelfSupervisedLoss",
     "SupConLoss stats",
+    *(c.name for c in contrast_cases.CASES),
 ]
+CONTRAST = {c.name: c for c in contrast_cases.CASES}
 
 
 def build(case: str, group) -> tuple[torch.nn.Module, object]:
     """The loss and the miner of a case, in double precision."""
     torch.manual_seed(0)
+    if case in CONTRAST:
+        return CONTRAST[case].make(group), None
     name, miner = MINED.get(case, (case.split()[0], lambda g: None))
     if name == "SelfSupervisedLoss":
         return losses.SelfSupervisedLoss(losses.NTXentLoss(group=group)).double(), None
@@ -77,6 +82,8 @@ def data(rows: int, columns: int, features: int = 5, seed: int = 0) -> dict[str,
 
 def call(case: str, loss, miner, x, y, labels, ref_labels, scale, bias):
     """The loss of (a part of) a batch, and statistics where the case has them."""
+    if case in CONTRAST:
+        return CONTRAST[case].call(loss, contrast_cases.Views(x, y)), None
     name = case.split()[0]
     if name in ("ClipLoss", "SigLipLoss"):
         return loss(x, y, scale, bias), None
@@ -97,7 +104,7 @@ def call(case: str, loss, miner, x, y, labels, ref_labels, scale, bias):
 
 def matched(case: str) -> bool:
     """Whether the rows of x and y belong together."""
-    return case.split()[0] in {*TOWERS, *VIEWS, "SelfSupervisedLoss"}
+    return case in CONTRAST or case.split()[0] in {*TOWERS, *VIEWS, "SelfSupervisedLoss"}
 
 
 def evaluate(
@@ -139,6 +146,7 @@ WHOLE = {
     "GeneralPairWeightingLoss", "HistogramLoss", "ManifoldLoss", "NPairsLoss", "PNPLoss", "ProtoTripletLoss",
     "SignalToNoiseRatioContrastiveLoss", "SmoothAPLoss", "TripletMarginLoss", "TripletSemiHardLoss",
     "TupletMarginLoss", "VICRegLoss", "NormalizedSoftmaxLoss", "ProxyNCALoss", "SoftTripleLoss",
+    *(c.name.split()[0] for c in contrast_cases.CASES if c.rows),
 }  # fmt: skip
 STREAMED_ALL_THE_SAME = {"TripletMarginLoss hard"}  # one listed triplet a row
 ALSO_WHOLE = {"MarginLoss weighted"}  # the miner draws from whole rows

@@ -47,6 +47,7 @@ class RowPanel:
     start: Tensor  # (b,) int64, first position of the columns that share the label
     count: Tensor  # (b,) int64, how many they are, the excluded one included
     most: int  # largest count
+    products: list[Tensor]  # (b, n) each, the further products that were asked for
 
     @property
     def _position(self) -> Tensor:
@@ -93,7 +94,8 @@ class _Plan:
     """What does not depend on the values of x and y."""
 
     formula: Formula
-    row_inputs: int  # how many of the further tensors have a row for each row of x
+    products: int  # how many pairs of tensors come first among the further ones
+    row_inputs: int  # how many of those that follow have a row for each row of x
     first: int  # what a formula calls row 0 of x: other ranks hold the rows before it
     totals: int
     similarity: Similarity
@@ -162,13 +164,16 @@ def _prepared(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 class _Sides:
     """x and y as they are compared."""
 
-    def __init__(self, x: Tensor, y: Tensor | None, plan: _Plan) -> None:
+    def __init__(self, x: Tensor, y: Tensor | None, plan: _Plan, further: Sequence[Tensor]) -> None:
         self.plan = plan
         self.x, self.x_norms = _prepared(x, plan.normalize)
         self.y, self.y_norms = (self.x, self.x_norms) if y is None else _prepared(y, plan.normalize)
         self.columns = self.y[plan.column_order]  # (N, D)
         if plan.similarity != Similarity.DOT:
             self.x_squares, self.column_squares = ((v * v).sum(1) for v in (self.x, self.columns))
+        wide = statistics_dtype(x)
+        self.u = [u.to(wide) for u in further[0 : 2 * plan.products : 2]]
+        self.v = [v.to(wide)[plan.column_order] for v in further[1 : 2 * plan.products : 2]]
 
     def panel(self, at: _Bounds) -> RowPanel:
         plan = self.plan
@@ -180,6 +185,7 @@ class _Sides:
             else:
                 squares = self.x_squares[row, None], self.column_squares[None, at.low : at.high]
                 s = torch.addmm(squares[1], x, columns.T, alpha=-2).add_(squares[0])
+            products = [u[row] @ v[at.low : at.high].T for u, v in zip(self.u, self.v, strict=True)]
         if plan.similarity != Similarity.DOT:
             # Equal rows, but for rounding: relative to both squares, of which unit vectors have none above 1.
             size = squares[0] + (1.0 if plan.normalize else squares[1])
@@ -189,13 +195,14 @@ class _Sides:
         own = plan.own[at.first : at.end]
         own = torch.where((own >= at.low) & (own < at.high), own - at.low, -1)
         start, count = plan.start[at.first : at.end] - at.low, plan.count[at.first : at.end]
-        return RowPanel(s, row + plan.first, plan.column_order[at.low : at.high], own, start, count, at.most)
+        column = plan.column_order[at.low : at.high]
+        return RowPanel(s, row + plan.first, column, own, start, count, at.most, products)
 
 
 class _RowReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, x, y, *inputs):
-        sides = _Sides(x, y, plan)
+    def forward(ctx, plan, x, y, *further):
+        sides, inputs = _Sides(x, y, plan, further), further[2 * plan.products :]
         results: list[Tensor] = []
         for at in plan.panels:
             panel, row = sides.panel(at), plan.rows(at)
@@ -211,7 +218,7 @@ class _RowReduce(torch.autograd.Function):
                 else:
                     results[k] += value
             del panel, outputs
-        ctx.save_for_backward(x, y, *inputs)
+        ctx.save_for_backward(x, y, *further)
         ctx.plan = plan
         return tuple(results)
 
@@ -225,17 +232,26 @@ class _RowReduce(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, cotangents):
         plan: _Plan = ctx.plan
-        x, y, *inputs = ctx.saved_tensors
+        x, y, *further = ctx.saved_tensors
+        inputs, pairs_end = further[2 * plan.products :], 3 + 2 * plan.products
         need_x, need_y = ctx.needs_input_grad[1], y is not None and ctx.needs_input_grad[2]
-        sides = _Sides(x, y, plan)
+        sides = _Sides(x, y, plan, further)
         dx = torch.zeros_like(sides.x) if need_x else None
         dy = torch.zeros_like(sides.columns) if need_y or (y is None and need_x) else None  # by sorted column
         gradients = [
-            torch.zeros_like(v) if need else None for v, need in zip(inputs, ctx.needs_input_grad[3:], strict=True)
+            torch.zeros_like(v) if need else None
+            for v, need in zip(inputs, ctx.needs_input_grad[pairs_end:], strict=True)
+        ]
+        pairs = [side for both in zip(sides.u, sides.v, strict=True) for side in both]
+        of_pairs = [  # by row, by sorted column, and so on
+            torch.zeros_like(v) if need else None
+            for v, need in zip(pairs, ctx.needs_input_grad[3:pairs_end], strict=True)
         ]
         for at in plan.panels:
             panel, row = sides.panel(at), plan.rows(at)
             panel.s.requires_grad_(need_x or need_y)
+            for k, product in enumerate(panel.products):
+                product.requires_grad_(any(g is not None for g in of_pairs[2 * k : 2 * k + 2]))
             leaves = [
                 _slice(plan, row, k, v).detach().requires_grad_(g is not None)
                 for k, (v, g) in enumerate(zip(inputs, gradients, strict=True))
@@ -249,12 +265,17 @@ class _RowReduce(torch.autograd.Function):
                 for k, (output, g) in enumerate(zip(outputs, cotangents, strict=True))
                 if g is not None and output.requires_grad
             ]
-            wanted = [s] * s.requires_grad + [leaf for leaf in leaves if leaf.requires_grad]
+            matrices = [m for m in (s, *panel.products) if m.requires_grad]
+            wanted = matrices + [leaf for leaf in leaves if leaf.requires_grad]
             if not pairs or not wanted:
                 continue
             outputs, weights = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True))
             ds = next(found) if s.requires_grad else None
+            for k, product in enumerate(panel.products):
+                dp = next(found) if product.requires_grad else None
+                if dp is not None:
+                    _accumulate_product(sides, k, at, row, dp, *of_pairs[2 * k : 2 * k + 2])
             for k, gradient in enumerate(gradients):
                 value = None if gradient is None else next(found)
                 if value is None:
@@ -265,7 +286,11 @@ class _RowReduce(torch.autograd.Function):
                     gradient += value
             if ds is not None:
                 _accumulate(sides, at, row, s.detach(), ds, dx, dy)
-        return None, *_finish(sides, x, y, dx, dy, need_y), *gradients
+        for k, (gradient, value) in enumerate(zip(of_pairs, further[: 2 * plan.products], strict=True)):
+            if gradient is not None:
+                by_row = gradient if k % 2 == 0 else torch.empty_like(gradient).index_copy_(0, plan.column_order, gradient)
+                of_pairs[k] = by_row.to(value.dtype)
+        return None, *_finish(sides, x, y, dx, dy, need_y), *of_pairs, *gradients
 
 
 def _evaluate(plan: _Plan, panel: RowPanel, row: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -295,12 +320,27 @@ def _accumulate(sides: _Sides, at: _Bounds, row: Tensor, s: Tensor, ds: Tensor, 
             dy[at.low : at.high] += by_column
 
 
-def _dense(plan: _Plan, x: Tensor, y: Tensor | None, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _accumulate_product(sides: _Sides, k: int, at: _Bounds, row: Tensor, dp: Tensor, du, dv) -> None:
+    """Adds what a panel says of the gradients of a further product."""
+    with float32_products(sides.x, Precision.IEEE):
+        if du is not None:
+            du[row] = dp @ sides.v[k][at.low : at.high]
+        if dv is not None:
+            dv[at.low : at.high] += dp.T @ sides.u[k][row]
+
+
+def _dense(plan: _Plan, x: Tensor, y: Tensor | None, further: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The specification: one panel of everything, nothing but autograd."""
+    wide = statistics_dtype(x)
+    pairs, inputs = further[: 2 * plan.products], further[2 * plan.products :]
+    products = [
+        (u.to(wide) @ v.to(wide).T)[plan.row_order][:, plan.column_order]
+        for u, v in zip(pairs[0::2], pairs[1::2], strict=True)
+    ]
     s = reference.similarity_matrix(x, y, plan.similarity, plan.normalize)
     s = s[plan.row_order][:, plan.column_order]
     most = max((at.most for at in plan.panels), default=0)
-    panel = RowPanel(s, plan.row_order, plan.column_order, plan.own, plan.start, plan.count, most)
+    panel = RowPanel(s, plan.row_order, plan.column_order, plan.own, plan.start, plan.count, most, products)
     outputs = list(_evaluate(plan, panel, plan.row_order, inputs))
     place = torch.empty_like(plan.row_order)
     place[plan.row_order] = torch.arange(len(place), device=place.device)
@@ -325,6 +365,7 @@ def row_reduce(
     y: Tensor | None,
     formula: Formula,
     *,
+    products: Sequence[tuple[Tensor, Tensor]] = (),
     rows: Sequence[Tensor] = (),
     shared: Sequence[Tensor] = (),
     totals: int = 0,
@@ -354,6 +395,8 @@ def row_reduce(
         formula: called as `formula(panel, *rows of the panel, *shared)` with a `RowPanel` of b rows; returns tensors
             (b, ...), then `totals` tensors that are summed over the panels. Plain differentiable PyTorch that writes
             into nothing it was given and draws no random numbers: it is called again in the backward pass.
+        products: (u (B, E), v (N, E)) pairs whose products <u_i, v_j> the formula finds in `panel.products`: a guide's or
+            a teacher's similarities, label overlaps. Differentiable.
         rows: tensors (B, ...) of which the formula sees the panel's rows. Differentiable.
         shared: tensors that the formula sees whole. Differentiable.
         totals: how many of the results, the last ones, are sums over all rows.
@@ -388,6 +431,14 @@ def row_reduce(
             checks.same_device("x", x, **{f"{name}[{k}]": value})
             if name == "rows" and value.shape[:1] != x.shape[:1]:
                 raise ValueError(f"rows[{k}] must have {x.shape[0]} rows as x; got shape {tuple(value.shape)}")
+    columns = (x if y is None else y).shape[0]
+    for k, (u, v) in enumerate(products):
+        checks.embedding_pair(u, v, (f"products[{k}][0]", f"products[{k}][1]"))
+        checks.same_device("x", x, **{f"products[{k}][0]": u})
+        if (u.shape[0], v.shape[0]) != (x.shape[0], columns):
+            raise ValueError(
+                f"products[{k}] must have {x.shape[0]} and {columns} rows; got {u.shape[0]} and {v.shape[0]}"
+            )
     if exclude_self and exclude is not None:
         raise ValueError("exclude and exclude_self=True exclude each other in row_reduce: a row leaves out one column")
     checks.count("copies", copies)
@@ -397,14 +448,16 @@ def row_reduce(
     settings = formula, totals, similarity, normalize, within_class, copies, per_member, workspace
     ranks = current()
     if ranks is None or dispatch.forced_name() == "reference":
-        return _row_reduce(settings, x, y, rows, shared, excluded, labels, ref_labels)
+        return _row_reduce(settings, x, y, products, rows, shared, excluded, labels, ref_labels)
     from .distributed import passes
 
     run = functools.partial(_row_reduce, settings)
-    return passes.row_reduce(run, ranks, x, y, rows, shared, totals, excluded, labels, ref_labels)
+    return passes.row_reduce(run, ranks, x, y, products, rows, shared, totals, excluded, labels, ref_labels)
 
 
-def _row_reduce(settings, x, y, rows, shared, excluded, labels, ref_labels, first: int = 0) -> tuple[Tensor, ...]:
+def _row_reduce(
+    settings, x, y, products, rows, shared, excluded, labels, ref_labels, first: int = 0
+) -> tuple[Tensor, ...]:
     """`row_reduce` of the rows that this process has, the first of which is row `first`."""
     formula, totals, similarity, normalize, within_class, copies, per_member, workspace = settings
     budget = workspace // (torch.finfo(statistics_dtype(x)).bits // 8 * copies)
@@ -418,11 +471,11 @@ def _row_reduce(settings, x, y, rows, shared, excluded, labels, ref_labels, firs
     if not cut:  # no rows: the formula still says what its results look like
         cut = [_Bounds(0, 0, 0, 0 if within_class else columns, 0)]
     plan = _Plan(
-        formula, len(rows), first, totals, similarity, normalize, row_order, column_order, own, start, count, cut
+        formula, len(products), len(rows), first, totals, similarity, normalize, row_order, column_order, own, start,
+        count, cut,
     )  # fmt: skip
-    if dispatch.forced_name() == "reference":
-        return _dense(plan, x, y, (*rows, *shared))
-    return _RowReduce.apply(plan, x, y, *rows, *shared)
+    further = *(side for pair in products for side in pair), *rows, *shared
+    return _dense(plan, x, y, further) if dispatch.forced_name() == "reference" else _RowReduce.apply(plan, x, y, *further)
 
 
 __all__ = ["RowPanel", "row_reduce"]

@@ -432,31 +432,38 @@ class Enter(torch.autograd.Function):
         return ctx.back(gradient), None, None
 
 
-def row_reduce(run: Callable, ranks: Ranks, x, y, rows, shared, totals: int, exclude, labels, ref_labels):
-    """Whole rows of S: `run(x, y, rows, shared, exclude, labels, ref_labels, first)` on this rank's rows.
+def row_reduce(run: Callable, ranks: Ranks, x, y, products, rows, shared, totals: int, exclude, labels, ref_labels):
+    """Whole rows of S: `run(x, y, products, rows, shared, exclude, labels, ref_labels, first)` on this rank's rows.
 
     Returns:
         The results for all rows, then the totals over the ranks.
     """
     side = Side(x, ranks)
     columns = side if y is None else Side(y, ranks)
-    if columns.sharded:
-        columns.value.whole()  # gathers, or says what the exchange must be
     wide = statistics_dtype(side.tensor)
     own = slice(side.first, side.end)
-    mine = Enter.apply(side.tensor, lambda v: v if side.sharded else v[own], side.gradient_of_own)
-    everyone = Enter.apply(
-        columns.tensor,
-        lambda v: columns.value.data_of_all() if columns.sharded else v,
-        lambda g: summed_columns(columns, g, wide),
-    )
+
+    def own_of(side: Side) -> Tensor:
+        return Enter.apply(side.tensor, lambda v: v if side.sharded else v[own], side.gradient_of_own)
+
+    def all_of(side: Side) -> Tensor:
+        if side.sharded:
+            side.value.whole()  # gathers, or says what the exchange must be
+        return Enter.apply(
+            side.tensor,
+            lambda v: side.value.data_of_all() if side.sharded else v,
+            lambda g: summed_columns(side, g, wide),
+        )
+
+    mine, everyone = own_of(side), all_of(columns)
+    further = [(own_of(Side(u, ranks)), all_of(Side(v, ranks))) for u, v in products]
     cut = [Enter.apply(v, lambda v: v[own], lambda g: ranks.gather(g, side.sizes)) for v in rows]
     whole = [Enter.apply(v, lambda v: v, ranks.total) if v.is_floating_point() else v for v in shared]
     if y is None:
         ref_labels = labels
     with alone():
         found = run(
-            mine, everyone, cut, whole, None if exclude is None else exclude[own],
+            mine, everyone, further, cut, whole, None if exclude is None else exclude[own],
             None if labels is None else labels[own], ref_labels, side.first,
         )  # fmt: skip
     last = len(found) - totals

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from .. import checks
-from ..distributed.sharded import sum_of_entries
+from ..distributed.sharded import Sharded, sum_of_entries
 
 
 def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
@@ -54,6 +54,13 @@ def check_matched(image_features: Tensor, text_features: Tensor, names=("image_f
     if image_features.shape[0] != text_features.shape[0]:
         rows = image_features.shape[0], text_features.shape[0]
         raise ValueError(f"{names[0]} and {names[1]} must have equal numbers of rows; got {rows[0]} and {rows[1]}")
+
+
+def without_gradient(rows: Tensor) -> Tensor:
+    """The rows, of all ranks or not, as constants."""
+    if isinstance(rows, Sharded):
+        return rows.detached()
+    return rows.detach() if isinstance(rows, Tensor) else rows
 
 
 def check_rows(name: str, value: Tensor, rows: int, like: Tensor) -> None:

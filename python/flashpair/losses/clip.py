@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..distributed.sharded import Sharded, current
+from ..distributed.sharded import current
 from ..primitives import pair_reduce
 from ..terms import Axis, Mask, Reduction, Term
-from .arguments import as_scalar, check_matched, poisoned
+from .arguments import as_scalar, check_matched, poisoned, without_gradient
 from .group import OpenClipRanks, own_rows, with_value_of
 from .statistics import PairStatistics, moments
 
@@ -57,7 +59,7 @@ def clip_loss(
 
 def _one_sided(queries: Tensor, keys: Tensor, scale: float | Tensor, labels: Tensor) -> Tensor:
     """(B,) cross-entropies of queries among keys, which take no gradient."""
-    keys = keys.detached() if isinstance(keys, Sharded) else keys.detach()
+    keys = without_gradient(keys)
     terms = [
         Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale),
         Term(Reduction.SUM, mask=Mask.SAME, scale=scale),
@@ -212,7 +214,7 @@ class ClipLoss(OpenClipRanks, nn.Module):
             check_matched(image_features, text_features)
 
         return self.over_group(
-            self.forward, tensors, check,
+            functools.partial(ClipLoss.forward, self), tensors, check,
             logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
         )  # fmt: skip
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..algebra import log_add_exp
-from ..distributed.sharded import Sharded, current
+from ..distributed.sharded import current
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..terms import Mask, Reduction, Term
-from .arguments import check_matched, constant, inverse_temperature, poisoned
+from .arguments import check_matched, constant, inverse_temperature, poisoned, without_gradient
 from .group import InGroup
 from .statistics import PairStatistics, merge, moments, single
 
@@ -57,7 +57,7 @@ def info_nce_loss(
         none = torch.zeros_like(index, dtype=torch.bool)
         found = [single(similarity, ~none), single(similarity, none)]
     if queue is not None:
-        queue = queue.detached() if isinstance(queue, Sharded) else queue.detach()
+        queue = without_gradient(queue)
     for others in (negative_keys, queue):
         if others is not None:
             more, *slots = pair_reduce(

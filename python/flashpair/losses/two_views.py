@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,16 @@ from ..request import statistics_dtype
 from ..terms import Mask, Reduction, Term
 from .arguments import check_matched, poisoned
 from .group import InGroup
+
+
+def side_by_side(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Views (B, D) one after the other (V B, D), and of which sample each row is (V B,); each rank's stay with it."""
+    everything, sample = views[0], torch.arange(views[0].shape[0], device=views[0].device)
+    if not isinstance(everything, Sharded):
+        return torch.cat(list(views)), sample.repeat(len(views))
+    for view in views[1:]:
+        everything = everything.beside(view)
+    return everything, torch.cat([part for part in sample.split(views[0].sizes) for _ in views])
 
 
 class TwoViews:
@@ -26,14 +38,10 @@ class TwoViews:
 
     def __init__(self, first: Tensor, second: Tensor) -> None:
         self.rows = first.shape[0]
-        sample = torch.arange(self.rows, device=first.device)
-        if isinstance(first, Sharded):  # each rank's views stay with it
-            parts = sample.split(first.sizes)
-            self.sample, self.both = torch.cat([p for p in parts for _ in range(2)]), first.beside(second)
-            self.side = torch.cat([torch.full_like(p, k) for p in parts for k in range(2)])
-        else:
-            self.sample, self.both = sample.repeat(2), torch.cat([first, second])
-            self.side = torch.arange(2, device=first.device).repeat_interleave(self.rows)
+        self.both, self.sample = side_by_side((first, second))
+        sizes = first.sizes if isinstance(first, Sharded) else [self.rows]
+        sides = [torch.full((n,), k, device=first.device) for n in sizes for k in range(2)]
+        self.side = torch.cat(sides)
 
     def table(self, values: Tensor) -> Tensor:
         """(B, 2) of values (2 B,), a column for each view."""

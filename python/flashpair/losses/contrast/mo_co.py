@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ... import checks
-from ...distributed.sharded import Sharded, current
-from ..arguments import constant
+from ...distributed.sharded import current
+from ..arguments import constant, without_gradient
 from ..group import InGroup
 from ..info_nce import info_nce_loss
 
@@ -57,10 +57,3 @@ class MoCoV3Loss(InGroup, nn.Module):
             return self.over_group(self.forward, tensors)
         of = lambda query, key: info_nce_loss(query, without_gradient(key), temperature=self.temperature)  # noqa: E731
         return 2 * constant(self.temperature) * (of(first_query, second_key) + of(second_query, first_key))
-
-
-def without_gradient(rows: Tensor) -> Tensor:
-    """The rows, of all ranks or not, as constants."""
-    if isinstance(rows, Sharded):
-        return rows.detached()
-    return rows.detach() if isinstance(rows, Tensor) else rows

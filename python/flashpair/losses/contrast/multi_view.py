@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from ...distributed.sharded import Sharded, current
+from ...distributed.sharded import Sharded
 from ...primitives import pair_reduce
 from ...terms import Mask, Reduction, Term
 from ..arguments import poisoned
 from ..group import InGroup
-from ..two_views import nothing
+from ..two_views import nothing, side_by_side
 
 
 class ContrastMode(str, Enum):
@@ -107,13 +107,8 @@ class MultiViewSupConLoss(InGroup, nn.Module):
             checks.pair_mask(mask, rows, rows)
         if rows == 0:
             return nothing(*views)
-        everything, of = views[0], labels
-        if isinstance(everything, Sharded):  # each rank's views stay with it
-            for view in views[1:]:
-                everything = everything.beside(view)
-            of = torch.cat([part for part in labels.split(views[0].sizes) for _ in views])
-        else:
-            everything, of = torch.cat(views), labels.repeat(len(views))
+        everything, sample = side_by_side(views)
+        of = labels[sample]
         pairs = {"labels": of}
         if mask is not None:
             pairs = {"pair_mask": mask.repeat(len(views), len(views))}
