@@ -72,7 +72,7 @@ $(VENV)/.native: $(SOURCES) $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.base
 	$(EDITABLE) ".[test]"
-	$(PIP) --no-deps open_clip_torch
+	$(PIP) --no-deps open_clip_torch lightly sentence-transformers
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.base

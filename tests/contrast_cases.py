@@ -44,6 +44,11 @@ class Views:
         return (self.x[:, 0] + self.y[:, 0]).detach().mul(2).round() / 2
 
     @property
+    def multi_hot(self) -> Tensor:
+        """(B, 4) of which some rows are empty."""
+        return (self.x[:, :4].detach() + 0.3 * self.y[:, 1:5].detach() > 0.5).long()
+
+    @property
     def clusters(self) -> Tensor:
         return torch.stack([(self.x[:, k].detach() > 0.3).long() for k in (0, 1, 2)])
 
@@ -337,6 +342,155 @@ def define_distill_clip(d: Views) -> Tensor:
     return define_clip(p, q, t) + 3 * mean(terms)
 
 
+def label_sets(d: Views) -> list[set[int]]:
+    return [set(row.nonzero().flatten().tolist()) for row in d.multi_hot]
+
+
+WEIGHTS = {
+    losses.LabelWeight.ALL: lambda a, b: float(a == b and bool(a)),
+    losses.LabelWeight.ANY: lambda a, b: float(bool(a & b)),
+    losses.LabelWeight.JACCARD: lambda a, b: len(a & b) / max(len(a | b), 1),
+    losses.LabelWeight.SIMILARITY_DISSIMILARITY: lambda a, b: len(a & b) / max(len(a), 1) / (1 + len(b - a)),
+}
+
+
+def define_multi_label(d: Views, kind, everyone: bool = False) -> Tensor:
+    y, b, terms, anchors_ = label_sets(d), len(d.x), [0 * d.x.sum()], 0
+    for i in range(b):
+        s = {j: cosine(d.x[i], d.x[j]) / 0.1 for j in range(b) if j != i}
+        w = {j: WEIGHTS[kind](y[i], y[j]) for j in s}
+        if sum(w.values()) > 0:
+            anchors_ += 1
+            total = lse(list(s.values()))
+            terms.append(sum(w[j] * (total - s[j]) for j in s) / sum(w.values()))
+    return sum(terms) / (b if everyone else max(anchors_, 1))
+
+
+def define_jscl(d: Views) -> Tensor:
+    y, b, terms = label_sets(d), len(d.x), [0 * d.x.sum()]
+    for i in range(b):
+        s = {j: cosine(d.x[i], d.x[j]) / 0.1 for j in range(b) if j != i}
+        w = {j: WEIGHTS[losses.LabelWeight.JACCARD](y[i], y[j]) for j in s}
+        if any(w.values()):
+            total = torch.log(sum(w[j] * torch.exp(s[j]) for j in s))
+            terms.append(sum(total - v for v in s.values()) / len(s))
+    return sum(terms) / b
+
+
+def define_mul_sup_con(d: Views, per_sample: bool = False) -> Tensor:
+    y, b, rows = label_sets(d), len(d.x), []
+    for i in range(b):
+        s = {j: cosine(d.x[i], d.x[j]) / 0.1 for j in range(b) if j != i}
+        of_labels = []
+        for c in y[i]:
+            near = [s[j] for j in s if c in y[j]]
+            if near:
+                of_labels.append(lse(list(s.values())) - mean(near))
+        rows.append(of_labels)
+    if per_sample:
+        return sum((mean(r) for r in rows if r), 0 * d.x.sum()) / b
+    return sum((v for r in rows for v in r), 0 * d.x.sum()) / max(sum(len(r) for r in rows), 1)
+
+
+PROTOTYPES = torch.randn(4, 5, generator=torch.Generator().manual_seed(9)).double()
+
+
+def with_prototypes(loss):
+    loss.prototypes.data = PROTOTYPES.clone()
+    return loss
+
+
+def define_proto(d: Views, prototypes: Tensor = PROTOTYPES) -> Tensor:
+    terms = [0 * d.x.sum()]
+    for x, y in zip(d.x, label_sets(d), strict=True):
+        s = torch.stack([cosine(x, p) / 0.1 for p in prototypes])
+        if y:
+            terms.append(-sum(s.log_softmax(0)[c] for c in y) / len(y))
+    return sum(terms) / len(d.x)
+
+
+def define_msc(d: Views, prototypes: Tensor = PROTOTYPES, alpha: float = 0.7, beta: float = 0.2) -> Tensor:
+    y, b, terms = label_sets(d), len(d.x), [0 * d.x.sum()]
+    for i in range(b):
+        s = {j: cosine(d.x[i], d.x[j]) / 0.1 for j in range(b) if j != i}
+        of_label = [cosine(d.x[i], p) / 0.1 for p in prototypes]
+        z = lse([*of_label, *(v + math.log(beta) for v in s.values())])
+        n = {c: 1 + alpha * sum(1 / len(y[i] | y[j]) for j in s if c in y[j]) for c in y[i]}
+        loss = sum((z - of_label[c]) / n[c] for c in y[i])
+        loss = loss + sum(alpha / len(y[i] | y[j]) / n[c] * (z - s[j]) for j in s for c in y[i] & y[j])
+        if y[i]:
+            terms.append(loss / len(y[i]))
+    return sum(terms) / b
+
+
+def define_mscrg(d: Views, prototypes: Tensor = PROTOTYPES, alpha: float = 0.0, regularised: bool = True) -> Tensor:
+    z, y = [*d.x, *prototypes], [*label_sets(d), *({c} for c in range(len(prototypes)))]
+    terms, anchors_ = [0 * d.x.sum()], 0
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        s = torch.stack([cosine(z[i], z[j]) / 0.1 for j in others])
+        log_p = s.log_softmax(0)
+
+        def share(j: int) -> float:
+            if alpha < 0:
+                return float(y[j] <= y[i])  # noqa: B023
+            return (len(y[i] & y[j]) / len(y[j])) ** alpha  # noqa: B023
+
+        n = {c: sum(share(j) for j in others if c in y[j]) for c in y[i]}
+        w = [sum(share(j) / n[c] for c in y[i] & y[j] if n[c]) / max(len(y[i]), 1) for j in others]
+        anchors_ += any(w)
+        for k, weight in enumerate(w):
+            if weight:
+                terms.append(-weight * log_p[k])
+                if regularised:
+                    terms.append(-(log_p[k].exp() - weight).clamp_min(0).detach() * s[k])
+    return sum(terms) / max(anchors_, 1)
+
+
+def labelled(loss, d: Views) -> Tensor:
+    return loss(d.x, d.multi_hot)
+
+
+def gates(d: Views) -> Tensor:
+    return torch.sigmoid(d.y)
+
+
+def define_sim_lap(d: Views) -> Tensor:
+    z, g, b, y = d.x, gates(d), len(d.x), d.labels
+    partner = (y + 1) % 3
+    terms = [0 * z.sum()]
+    for i in range(b):
+        s = [10 * cosine(g[i] * z[i], g[i] * z[j]) for j in range(b)]
+        rivals = [s[j] for j in range(b) if y[j] not in (y[i], partner[i])]
+        for j in range(b):
+            if y[j] == partner[i]:
+                terms.append(torch.log1p(sum((torch.exp(v - s[j]) for v in rivals), 0 * s[j])))
+    return sum(terms) / max(len(terms) - 1, 1)
+
+
+def define_amcl(d: Views, top: int | None = None, beta: float = 0.3) -> Tensor:
+    b, total = len(d.x), 0.0
+    phi, psi = d.x[:, :3] * 0.5, d.y[:, 1:4]
+    tau = lambda i, j: 0.1 + 0.9 * torch.sigmoid(-(phi[i] @ psi[j]))  # noqa: E731
+    for x, y in ((d.x, d.y), (d.z, d.y)):
+        half = x.shape[1] / 2
+        for i in range(b):
+            omega = {j: half * tau(i, j).log() + 1 / tau(i, j) for j in range(b)}
+            s = {j: cosine(x[i], y[j]) / tau(i, j) for j in range(b)}
+            others = [j for j in range(b) if j != i]
+            if top is None:
+                push = lse([s[j] for j in others]) - beta * mean([omega[j] for j in others])
+            else:
+                others = sorted(others, key=lambda j: -s[j].item())[:top]  # noqa: B023
+                push = mean([s[j] for j in others]) - beta * mean([tau(i, j).log() + 1 / tau(i, j) for j in others])
+            total = total + push - s[i] + beta * omega[i]
+    return total / b
+
+
+def heads(loss, d: Views) -> Tensor:
+    return loss([d.x, d.z], [d.y, d.y], d.x[:, :3] * 0.5, d.y[:, 1:4])
+
+
 def distilled(loss, d: Views) -> Tensor:
     clip, distill = loss(unit(d.x), unit(d.y), 7.0, d.z[:, :3], d.y[:, :3], 2.0)
     return clip + 3 * distill
@@ -516,6 +670,48 @@ CASES = [
     Case(
         "MatryoshkaLoss",
         lambda g: losses.MatryoshkaLoss(losses.SimCLRLoss(0.5, group=g), [2, 5], [0.5, 2.0]), two, define_matryoshka,
+    ),
+    *(
+        Case(
+            f"MultiLabelContrastiveLoss {kind.value}",
+            lambda g, kind=kind: losses.MultiLabelContrastiveLoss(kind, group=g), labelled,
+            lambda d, kind=kind: define_multi_label(d, kind), True,
+        )
+        for kind in losses.LabelWeight
+    ),
+    Case(
+        "MultiLabelContrastiveLoss everyone",
+        lambda g: losses.MultiLabelContrastiveLoss(all_anchors=True, group=g), labelled,
+        lambda d: define_multi_label(d, losses.LabelWeight.JACCARD, True), True,
+    ),
+    Case("JSCLLoss", lambda g: losses.JSCLLoss(group=g), labelled, define_jscl, True),
+    Case("MulSupConLoss", lambda g: losses.MulSupConLoss(group=g), labelled, define_mul_sup_con, True),
+    Case(
+        "MulSupConLoss samples", lambda g: losses.MulSupConLoss(0.1, losses.MulSupConReduction.PER_SAMPLE, group=g),
+        labelled, lambda d: define_mul_sup_con(d, True), True,
+    ),
+    Case(
+        "MultiLabelProtoLoss", lambda g: with_prototypes(losses.MultiLabelProtoLoss(4, 5, group=g)), labelled,
+        define_proto, True,
+    ),
+    Case(
+        "MSCLoss", lambda g: with_prototypes(losses.MSCLoss(4, 5, 0.1, 0.7, 0.2, group=g)), labelled, define_msc, True
+    ),
+    *(
+        Case(
+            f"MSCRGLoss {alpha} {regularised}",
+            lambda g, alpha=alpha, r=regularised: with_prototypes(losses.MSCRGLoss(4, 5, 0.1, alpha, r, group=g)),
+            labelled, lambda d, alpha=alpha, r=regularised: define_mscrg(d, PROTOTYPES, alpha, r), True,
+        )
+        for alpha, regularised in ((0.0, True), (0.0, False), (0.5, True), (-1.0, True))
+    ),
+    Case(
+        "SimLAPLoss", lambda g: losses.SimLAPLoss(group=g),
+        lambda loss, d: loss(d.x, gates(d), d.labels, (d.labels + 1) % 3), define_sim_lap, True,
+    ),
+    Case("AMCLLoss", lambda g: losses.AMCLLoss(0.1, 1.0, 0.3, group=g), heads, define_amcl, True),
+    Case(
+        "AMCLLoss top", lambda g: losses.AMCLLoss(0.1, 1.0, 0.3, 3, group=g), heads, lambda d: define_amcl(d, 3), True
     ),
     Case("MACLLoss", lambda g: losses.MACLLoss(group=g), two, define_macl),
 ]  # fmt: skip

@@ -76,17 +76,18 @@ def test_saved_for_backward(case):
     """Nothing of the size of S is kept: 300 × 300 numbers are 360 kB."""
     if "cpu" not in support.FUSED:
         pytest.skip("the CPU backend is measured")
-    d = moved(views(b=300, d=8), torch.float32)
+    d = moved(views(b=300), torch.float32)
     kept: dict[int, int] = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        for part in (t._indices(), t._values()) if t.is_sparse else (t,):
+            kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         return t
 
     with support.forced("cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = case.ours(d)
     loss.backward()
-    assert sum(kept.values()) < 300 * (60 * 8 + 24 * 8 * 4), sum(kept.values())
+    assert sum(kept.values()) < 300 * (60 * 8 + 24 * 5 * 4), sum(kept.values())
 
 
 def test_mann_whitney_at_the_papers_temperature(engine):
@@ -156,6 +157,68 @@ def test_diagnostics(engine):
     assert losses.temperature_diagnostics(d.x, d.y, 0.2).tolerance.isnan()
 
 
+@pytest.mark.parametrize(
+    ("name", "define"),
+    [("MultiLabelProtoLoss", cases.define_proto), ("MSCLoss", cases.define_msc), ("MSCRGLoss", cases.define_mscrg)],
+)
+def test_gradient_of_prototypes(name, define, engine):
+    d = views()
+    options = (0.1, 0.7, 0.2) if name == "MSCLoss" else ()
+    loss = cases.with_prototypes(getattr(losses, name)(4, 5, *options)).to(support.device(engine))
+    prototypes = cases.PROTOTYPES.clone().requires_grad_()
+    (want,) = torch.autograd.grad(define(d, prototypes), prototypes)
+    (got,) = torch.autograd.grad(cases.labelled(loss, moved(d, torch.float64, support.device(engine))), loss.prototypes)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-12)
+
+
+def test_label_sets(monkeypatch):
+    """What rows share, in chunks of any size; lists and multi-hot tensors are the same."""
+    from flashpair.losses.multi_label import label_sets
+
+    hot = torch.rand(40, 13, generator=torch.Generator().manual_seed(0)) < 0.2
+    hot[3] = hot[17] = False
+    sets = losses.LabelSets.of("labels", hot, 40, hot.device)
+    same = losses.LabelSets.from_lists([row.nonzero().flatten().tolist() for row in hot], 13)
+    assert torch.equal(sets.owner, same.owner) and torch.equal(sets.label, same.label)
+    row = torch.tensor([5, 3, 17, 39, 0, 3])
+    want = hot[row].float() @ hot.float().T
+    for entries in (1 << 22, 50, 1):
+        monkeypatch.setattr(label_sets, "_ENTRIES", entries)
+        assert torch.equal(sets.overlap(sets, row, torch.float32), want)
+    values = torch.randn(13, 4, dtype=torch.float64)
+    weights = torch.rand(len(sets.owner), dtype=torch.float64)
+    dense = torch.zeros(40, 13, dtype=torch.float64).index_put((sets.owner, sets.label), weights)
+    torch.testing.assert_close(sets.mixture(values, weights), dense @ values)
+
+
+def test_ten_thousand_labels():
+    """Memory does not grow with the number of labels: sets, not tables."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 8, generator=g).requires_grad_()
+    of = [torch.randperm(10_000, generator=g)[:5].tolist() for _ in range(250)] * 2
+    sets = losses.LabelSets.from_lists(of, 10_000)
+    hot = torch.zeros(500, 10_000).index_put((sets.owner, sets.label), torch.ones(len(sets.owner)))
+    for loss in (losses.MultiLabelContrastiveLoss(), losses.MulSupConLoss(), losses.JSCLLoss()):
+        torch.testing.assert_close(loss(x, sets), loss(x, hot))
+
+
+def test_logit_losses():
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(2, (6, 5), generator=torch.Generator().manual_seed(0))
+    y[0], y[1] = 0, 1
+    rows = []
+    for logits, labels in zip(z, y, strict=True):
+        absent = 1 + sum(v.exp() for v, c in zip(logits, labels, strict=True) if not c)
+        present = 1 + sum((-v).exp() for v, c in zip(logits, labels, strict=True) if c)
+        rows.append(torch.log(torch.as_tensor(absent)) + torch.log(torch.as_tensor(present)))
+    torch.testing.assert_close(losses.ZLPRLoss()(z, y), torch.stack(rows).mean())
+    for clip in (0.0, 0.05):
+        p = torch.sigmoid(z)
+        q = (p - clip).clamp_min(0)
+        want = -torch.where(y.bool(), (1 - p) ** 0.5 * p.log(), q**2 * (1 - q).log()).sum() / 6
+        torch.testing.assert_close(losses.AsymmetricLoss(2.0, 0.5, clip)(z, y), want)
+
+
 BAD = [
     (lambda x: losses.SimCLRLoss(0.0), ValueError, "temperature"),
     (lambda x: losses.SimCLRLoss(reduction="mean"), TypeError, r"reduction must be one of SimCLRReduction.MEAN"),
@@ -187,6 +250,29 @@ BAD = [
     (lambda x: losses.FeatureTransformationLoss(positive_alpha=0.0), ValueError, "positive_alpha"),
     (lambda x: losses.FeatureTransformationLoss()(x, x, x[:, :2]), ValueError, "queue must have equal features"),
     (lambda x: losses.MACLLoss(alpha=1.0), ValueError, r"alpha \* \(1 \+ A_0\) must be below 1"),
+    (lambda x: losses.MultipleNegativesRankingLoss()([x]), ValueError, "embeddings must hold at least 2 columns"),
+    (lambda x: losses.MultipleNegativesRankingLoss()([x, x[:2]]), ValueError, r"embeddings\[1\]"),
+    (lambda x: losses.MultipleNegativesRankingLoss()([{}, {}]), ValueError, "model must be given"),
+    (lambda x: losses.MultipleNegativesRankingLoss(directions=["doc_to_doc"]), ValueError, "directions must be"),
+    (lambda x: losses.MultipleNegativesRankingLoss(partition_mode="all"), ValueError, "partition_mode must be one of"),
+    (lambda x: losses.MultipleNegativesRankingLoss(hardness_mode="all"), ValueError, "hardness_mode must be one of"),
+    (lambda x: losses.GISTEmbedLoss()([x, x], [x]), ValueError, "the same two or more columns; got 2 and 1"),
+    (lambda x: losses.GISTEmbedLoss()([x, x], [x, x[:2]]), ValueError, r"guide_embeddings\[1\] must have 4 rows"),
+    (lambda x: losses.GISTEmbedLoss(margin_strategy="none"), ValueError, "margin_strategy must be one of"),
+    (lambda x: losses.CoSENTLoss()([x, x]), TypeError, "labels must be a tensor"),
+    (lambda x: losses.CoSENTLoss()([x, x], torch.zeros(3)), ValueError, "labels must hold 4 numbers"),
+    (lambda x: losses.CoSENTLoss()([x, x, x], torch.zeros(4)), ValueError, "embeddings must hold 2 columns; got 3"),
+    (lambda x: losses.MarginMSELoss()([x, x], torch.zeros(4)), ValueError, "embeddings must hold at least 3 columns"),
+    (lambda x: losses.MarginMSELoss()([x, x, x], torch.zeros(4, 2)), ValueError, r"labels must have shape \(4, 1\)"),
+    (lambda x: losses.MatryoshkaLoss(losses.SimCLRLoss(), []), ValueError, "matryoshka_dims must be one or more"),
+    (lambda x: losses.MatryoshkaLoss(losses.SimCLRLoss(), [9])(x, x), ValueError, "at least 9 features"),
+    (lambda x: losses.DistillClipLoss()(x, x, 1.0, x[:2], x[:2], 1.0), ValueError, "dist_image_features must have 4"),
+    (lambda x: losses.MulSupConLoss()(x, torch.zeros(3, 2)), ValueError, r"labels must be LabelSets or a multi-hot"),
+    (lambda x: losses.MulSupConLoss()(x, torch.full((4, 2), 2)), ValueError, "labels must hold 0 and 1 only"),
+    (lambda x: losses.MultiLabelContrastiveLoss("jaccard"), TypeError, "weight must be one of LabelWeight.ALL"),
+    (lambda x: losses.MSCLoss(3, 5)(x, torch.zeros(4, 2)), ValueError, "labels must have num_labels=3 columns"),
+    (lambda x: losses.LabelSets.from_lists([[0, 3]], 3), ValueError, r"labels\[0\] must be different numbers"),
+    (lambda x: losses.ZLPRLoss()(x, torch.zeros(4, 2)), ValueError, "labels must be multi-hot of shape"),
     (lambda x: losses.temperature_diagnostics(x[:1], x[:1], 0.1), ValueError, "first must have at least 2 rows"),
 ]  # fmt: skip
 

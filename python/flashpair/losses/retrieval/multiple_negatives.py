@@ -79,6 +79,11 @@ class MultipleNegativesRankingLoss(SentenceLoss):
             raise ValueError(f"directions must be query_to_doc and others of {DIRECTIONS}; got {directions}")
         if len(set(directions)) < len(directions):
             raise ValueError(f"directions must not repeat; got {directions}")
+        if partition_mode == "per_direction" and not set(directions) <= {"query_to_doc", "doc_to_query"}:
+            raise ValueError(
+                "partition_mode must be 'joint' with query_to_query or doc_to_doc, whose log-sums lack the positive; "
+                f"got {partition_mode!r} and {directions}"
+            )
         for name, value, allowed in (
             ("partition_mode", partition_mode, ("joint", "per_direction")), ("hardness_mode", hardness_mode, HARDNESS)
         ):  # fmt: skip

@@ -1,0 +1,1 @@
+"""Contrastive losses of samples with several labels each; `flashpair.losses` names them."""

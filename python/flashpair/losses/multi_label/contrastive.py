@@ -1,0 +1,114 @@
+"""SupCon of label sets: the more labels two samples share, the more positive they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...rows import RowPanel, row_reduce
+from .base import MultiLabelLoss
+from .label_sets import LabelSets
+from .weights import LabelWeight, overlap_weight
+
+
+class MultiLabelContrastiveLoss(MultiLabelLoss):
+    """Cross-entropy of each sample's similarities towards how much the others' labels are its own.
+
+        l_i = Σ_{j != i} w_ij / (Σ_k w_ik) [ LSE_{k != i} s_ik / T  -  s_ij / T ],   mean over the i with Σ w > 0
+
+    w as `LabelWeight` says: ANY and ALL are the usual multi-label SupCon, JACCARD the "base" loss of the comprehensive
+    study. Whole rows of S and of the overlaps, a panel at a time. A sample without labels is a negative, no anchor.
+
+    Args:
+        weight: see `LabelWeight`. Default: JACCARD.
+        temperature: T > 0. Default 0.1.
+        all_anchors: the mean is over all anchors, those without positives contributing 0. Default False.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`. Default: none.
+
+    Raises:
+        TypeError, ValueError: on a bad number or weight.
+
+    Source: Audibert, Gauffre, Amini, "Multi-Label Contrastive Learning: A Comprehensive Study", 2024 (base); Zhang and
+    Wu, "Multi-Label Supervised Contrastive Learning" (MulSupCon), AAAI 2024 (ANY, ALL). The placement of
+    SIMILARITY_DISSIMILARITY is not verified: its paper was not at hand; assumed to weight the positives.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import LabelWeight, MultiLabelContrastiveLoss
+        >>> x, labels = torch.eye(3), torch.tensor([[1, 1], [1, 0], [0, 1]])
+        >>> round(float(MultiLabelContrastiveLoss(LabelWeight.ANY)(x, labels)), 4)  # log 2
+        0.6931
+    """
+
+    def __init__(
+        self,
+        weight: LabelWeight = LabelWeight.JACCARD,
+        temperature: float = 0.1,
+        all_anchors: bool = False,
+        group=None,
+    ) -> None:
+        super().__init__(group=group)
+        checks.member("weight", weight, LabelWeight)
+        checks.number("temperature", temperature, low=0.0, open_low=True)
+        self.weight, self.temperature, self.all_anchors = weight, temperature, all_anchors
+
+    def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
+        weigh, sizes = overlap_weight(self.weight), sets.sizes
+
+        def crossed(panel: RowPanel) -> list[Tensor]:
+            shared = sets.overlap(sets, panel.row, panel.s.dtype)[:, panel.column]
+            of_row, of_column = (sizes[k].to(shared) for k in (panel.row, panel.column))
+            weights = weigh(shared, of_row[:, None], of_column[None]) * panel.allowed
+            logits = panel.s / self.temperature
+            total = torch.where(panel.allowed, logits, -torch.inf).logsumexp(1, keepdim=True)
+            mass = weights.sum(1)
+            gaps = torch.where(weights > 0, weights * (total - logits), 0.0).sum(1)
+            return [torch.where(mass > 0, gaps / torch.where(mass > 0, mass, 1.0), 0.0), mass]
+
+        losses, mass = row_reduce(embeddings, None, crossed, normalize=True, copies=12)
+        anchors = len(losses) if self.all_anchors else (mass > 0).sum().clamp_min(1)
+        return losses.sum() / anchors
+
+
+class JSCLLoss(MultiLabelLoss):
+    """Every other sample is a positive; the Jaccard index multiplies the exponentials of the denominator.
+
+        loss = mean_i mean_{j != i} [ log Σ_{k != i} J_ik e^{s_ik / T}  -  s_ij / T ]
+
+    What the code under this name computes, although the name suggests weights on the positives. Samples that share
+    labels with nobody contribute 0.
+
+    Args:
+        temperature: T > 0. Default 0.1.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`. Default: none.
+
+    Source: IIP-Lab-2024/CL-MTC, scripts/model.py (there with 1e-20 inside the exponential).
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import JSCLLoss
+        >>> round(float(JSCLLoss()(torch.eye(3), torch.ones(3, 2))), 4)  # log 2
+        0.6931
+    """
+
+    def __init__(self, temperature: float = 0.1, group=None) -> None:
+        super().__init__(group=group)
+        checks.number("temperature", temperature, low=0.0, open_low=True)
+        self.temperature = temperature
+
+    def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
+        weigh, sizes = overlap_weight(LabelWeight.JACCARD), sets.sizes
+
+        def crossed(panel: RowPanel) -> list[Tensor]:
+            shared = sets.overlap(sets, panel.row, panel.s.dtype)[:, panel.column]
+            of_row, of_column = (sizes[k].to(shared) for k in (panel.row, panel.column))
+            weights = weigh(shared, of_row[:, None], of_column[None]) * panel.allowed
+            logits = panel.s / self.temperature
+            total = torch.where(weights > 0, logits + weights.clamp_min(1e-38).log(), -torch.inf)
+            alone = (weights > 0).sum(1) == 0
+            total = torch.where(alone[:, None], 0.0, total).logsumexp(1)
+            pull = torch.where(panel.allowed, logits, 0.0).sum(1) / panel.allowed.sum(1).clamp_min(1)
+            return [torch.where(alone, 0.0, total - pull)]
+
+        return row_reduce(embeddings, None, crossed, normalize=True, copies=12)[0].mean()
