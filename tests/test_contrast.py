@@ -133,7 +133,9 @@ def test_multi_view_masks(engine):
 
 def test_hard_contrastive_keeps_ties(engine):
     """Duplicated keys at the threshold all stay."""
-    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [-1.0, 0.0]], dtype=torch.float64, device=support.device(engine))
+    x = torch.tensor(
+        [[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [-1.0, 0.0]], dtype=torch.float64, device=support.device(engine)
+    )
     loss = losses.HardContrastiveLoss(1.0, fraction=0.3)(x, x)  # one negative of three
     s = x @ x.T
     rows = [[1, 2], [2], [1], [1, 2]]
@@ -219,6 +221,45 @@ def test_logit_losses():
         torch.testing.assert_close(losses.AsymmetricLoss(2.0, 0.5, clip)(z, y), want)
 
 
+def test_preferences():
+    """Each kind from its paper; gradients reach the policy only through the margin."""
+    g = torch.Generator().manual_seed(0)
+    w, b, rw, rb = (torch.randn(7, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    delta = (w - b) - (rw - rb)
+    good, bad = torch.sigmoid(0.3 * delta), torch.sigmoid(-0.3 * delta)
+    kinds = losses.PreferenceKind
+    for kind, smoothing, want in (
+        (kinds.SIGMOID, 0.0, -good.log()),
+        (kinds.SIGMOID, 0.1, -0.9 * good.log() - 0.1 * bad.log()),
+        (kinds.HINGE, 0.0, (1 - 0.3 * delta).clamp_min(0)),
+        (kinds.IPO, 0.0, (delta - 1 / 0.6) ** 2),
+        (kinds.ROBUST, 0.1, (-0.9 * good.log() + 0.1 * bad.log()) / 0.8),
+    ):
+        got = losses.PreferenceLoss(kind, 0.3, smoothing)(w, b, rw, rb)
+        torch.testing.assert_close(got, want.mean())
+        grads = [torch.autograd.grad(v, [w, rb], retain_graph=True) for v in (got, want.mean())]
+        torch.testing.assert_close(*grads)
+
+
+def test_reranking_gradients():
+    """The matched choices have the gradients of contrastive training and of supervised fine-tuning."""
+    g = torch.Generator().manual_seed(0)
+    yes, no = (torch.randn(5, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sign = torch.ones(5, 4, dtype=torch.float64)
+    sign[:, 0] = -1
+    contrastive = -yes.log_softmax(1)[:, 0].mean()
+    tuned = torch.nn.functional.softplus(sign * (yes - no)).sum() / 5
+    for name, want in (("CONTRASTIVE", contrastive), ("SFT", tuned)):
+        loss = losses.RerankingLoss(losses.RerankingWeight[name], losses.RerankingDirection[name])(yes, no)
+        for leaf in (yes, no):
+            pair = [torch.autograd.grad(v, leaf, retain_graph=True, allow_unused=True)[0] for v in (loss, want)]
+            assert (pair[0] is None) == (pair[1] is None)
+            if pair[0] is not None:
+                torch.testing.assert_close(*pair)
+    flat = losses.RerankingLoss(losses.RerankingWeight.UNIFORM)(yes, no)
+    torch.testing.assert_close(torch.autograd.grad(flat, yes)[0], sign / 5)
+
+
 BAD = [
     (lambda x: losses.SimCLRLoss(0.0), ValueError, "temperature"),
     (lambda x: losses.SimCLRLoss(reduction="mean"), TypeError, r"reduction must be one of SimCLRReduction.MEAN"),
@@ -273,6 +314,17 @@ BAD = [
     (lambda x: losses.MSCLoss(3, 5)(x, torch.zeros(4, 2)), ValueError, "labels must have num_labels=3 columns"),
     (lambda x: losses.LabelSets.from_lists([[0, 3]], 3), ValueError, r"labels\[0\] must be different numbers"),
     (lambda x: losses.ZLPRLoss()(x, torch.zeros(4, 2)), ValueError, "labels must be multi-hot of shape"),
+    (lambda x: losses.RankNetLoss()(x, x), TypeError, "scores must be a 1-D"),
+    (lambda x: losses.RankNetLoss()(x[:, 0], x[:3, 0]), ValueError, r"targets must have shape \(4,\)"),
+    (lambda x: losses.ListNetLoss()(x[:, 0], x[:, 0], torch.zeros(3).long()), ValueError, "lists must have shape"),
+    (lambda x: losses.ComparisonLoss("thurstone"), TypeError, "model must be one of ComparisonModel.THURSTONE"),
+    (lambda x: losses.LambdaLoss(k=0), ValueError, "k must be at least 1"),
+    (lambda x: losses.PreferenceLoss(losses.PreferenceKind.IPO, 0.1, 0.1), ValueError, "label_smoothing must be 0"),
+    (lambda x: losses.PreferenceLoss()(*x[:3], x[3, :2]), ValueError, "reference_rejected must have 5 entries"),
+    (lambda x: losses.RerankingLoss()(x, x[:2]), ValueError, "yes and no must have one shape"),
+    (lambda x: losses.AMCLLoss()([x], [x, x], x, x), ValueError, "first and second must hold as many heads"),
+    (lambda x: losses.AMCLLoss(2.0, 1.0), ValueError, "temperature_max"),
+    (lambda x: losses.SimLAPLoss()(x, x, torch.zeros(4), torch.zeros(4).long()), TypeError, "labels must be int64"),
     (lambda x: losses.temperature_diagnostics(x[:1], x[:1], 0.1), ValueError, "first must have at least 2 rows"),
 ]  # fmt: skip
 

@@ -52,7 +52,13 @@ def cos_sim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def sentence_transformers():
     """The losses' own code; the library's helpers for models, ranks and cosines are stubs."""
     base = "sentence_transformers"
-    names = (base, f"{base}.base", f"{base}.base.losses", f"{base}.sentence_transformer", f"{base}.sentence_transformer.losses")
+    names = (
+        base,
+        f"{base}.base",
+        f"{base}.base.losses",
+        f"{base}.sentence_transformer",
+        f"{base}.sentence_transformer.losses",
+    )
     nothing = type("Nothing", (), {})
     util = stub(
         f"{base}.util", cos_sim=cos_sim, all_gather_with_grad=None, get_rank=lambda: 0, similarity_fct_name=str,
@@ -115,7 +121,8 @@ def test_distill_clip():
 @pytest.mark.parametrize("partition", ["joint", "per_direction"])
 @pytest.mark.parametrize("hardness", [None, "in_batch_negatives", "hard_negatives", "all_negatives"])
 @pytest.mark.parametrize(
-    "directions", [("query_to_doc",), ("query_to_doc", "doc_to_query"), ("query_to_doc", "query_to_query", "doc_to_doc")]
+    "directions",
+    [("query_to_doc",), ("query_to_doc", "doc_to_query"), ("query_to_doc", "query_to_query", "doc_to_doc")],
 )
 def test_multiple_negatives(sentence_transformers, directions, hardness, partition):
     if partition == "per_direction" and "doc_to_doc" in directions:

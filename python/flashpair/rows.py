@@ -288,7 +288,9 @@ class _RowReduce(torch.autograd.Function):
                 _accumulate(sides, at, row, s.detach(), ds, dx, dy)
         for k, (gradient, value) in enumerate(zip(of_pairs, further[: 2 * plan.products], strict=True)):
             if gradient is not None:
-                by_row = gradient if k % 2 == 0 else torch.empty_like(gradient).index_copy_(0, plan.column_order, gradient)
+                by_row = (
+                    gradient if k % 2 == 0 else torch.empty_like(gradient).index_copy_(0, plan.column_order, gradient)
+                )
                 of_pairs[k] = by_row.to(value.dtype)
         return None, *_finish(sides, x, y, dx, dy, need_y), *of_pairs, *gradients
 
@@ -395,7 +397,8 @@ def row_reduce(
         formula: called as `formula(panel, *rows of the panel, *shared)` with a `RowPanel` of b rows; returns tensors
             (b, ...), then `totals` tensors that are summed over the panels. Plain differentiable PyTorch that writes
             into nothing it was given and draws no random numbers: it is called again in the backward pass.
-        products: (u (B, E), v (N, E)) pairs whose products <u_i, v_j> the formula finds in `panel.products`: a guide's or
+        products: (u (B, E), v (N, E)) pairs whose products <u_i, v_j> the formula finds in `panel.products`: a guide's
+        or
             a teacher's similarities, label overlaps. Differentiable.
         rows: tensors (B, ...) of which the formula sees the panel's rows. Differentiable.
         shared: tensors that the formula sees whole. Differentiable.
@@ -475,7 +478,9 @@ def _row_reduce(
         count, cut,
     )  # fmt: skip
     further = *(side for pair in products for side in pair), *rows, *shared
-    return _dense(plan, x, y, further) if dispatch.forced_name() == "reference" else _RowReduce.apply(plan, x, y, *further)
+    return (
+        _dense(plan, x, y, further) if dispatch.forced_name() == "reference" else _RowReduce.apply(plan, x, y, *further)
+    )
 
 
 __all__ = ["RowPanel", "row_reduce"]

@@ -36,8 +36,8 @@ class AMCLLoss(InGroup, nn.Module):
     Raises:
         TypeError, ValueError: on a number out of its range.
 
-    Source: Wang et al., "Adaptive Multi-head Contrastive Learning", ECCV 2024. Not verified: the paper was read through a
-    re-implementation, and the authors' code computes something else. Assumed: the bounds of τ (there 1e-5 and 2), and
+    Source: Wang et al., "Adaptive Multi-head Contrastive Learning", ECCV 2024. Not verified: the paper was read through
+    a re-implementation, and the authors' code computes something else. Assumed: the bounds of τ (there 1e-5 and 2), and
     means over the negatives in the regulariser.
 
     Example:

@@ -16,8 +16,8 @@ class DCLLoss(MatchedLoss):
 
         l_i = LSE_{k: other samples} s_ik / T  -  s_i+ / T,    mean over the 2 B views
 
-    lightly's class. The authors' code takes one view as anchors and adds log(1e-45) to the self pairs, which at T = 0.01
-    is not small; here they do not exist. A batch of one sample has no negatives and the loss is -inf.
+    lightly's class. The authors' code takes one view as anchors and adds log(1e-45) to the self pairs, which at T =
+    0.01 is not small; here they do not exist. A batch of one sample has no negatives and the loss is -inf.
 
     Args:
         temperature: T, positive number or 0-d tensor (learnable). Default 0.1.

@@ -19,7 +19,9 @@ class TemperatureDiagnostics(NamedTuple):
     """Of a batch; nothing is differentiable."""
 
     pull: Tensor  # (B,) gradient of the loss in the positive times -T: the probability of all negatives together
-    effective_negatives: Tensor  # (B,) exp of the entropy of the penalties r_ij: 1 with one hard negative, at most B - 1
+    effective_negatives: (
+        Tensor  # (B,) exp of the entropy of the penalties r_ij: 1 with one hard negative, at most B - 1
+    )
     hardest_share: Tensor  # (B,) largest relative penalty max_j r_ij
     tolerance: Tensor  # () mean cosine of different samples of a class; NaN without labels
     uniformity: Tensor  # () -log mean e^{-2 ||x_i - x_j||²} of the first view, larger is more uniform

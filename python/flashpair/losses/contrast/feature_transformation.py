@@ -26,8 +26,8 @@ class FeatureTransformationLoss(InGroup, nn.Module):
         μ = Beta(α₋, α₋):      n' = μ n + (1 - μ) n_π, π a permutation           for each key of the queue and feature
         loss = mean_i [ LSE( <q'_i, k'_i>, <q'_i, n'_1>, ... ) / T  -  <q'_i, k'_i> / T ]
 
-    q, k and the queue are unit vectors that the caller made; what is transformed is not normalised again. k and the queue
-    take no gradient, but k' has q's. Enqueue the keys as they were. Random numbers are torch's.
+    q, k and the queue are unit vectors that the caller made; what is transformed is not normalised again. k and the
+    queue take no gradient, but k' has q's. Enqueue the keys as they were. Random numbers are torch's.
 
     Args:
         temperature: T, positive number or 0-d tensor (learnable). Default 0.07.

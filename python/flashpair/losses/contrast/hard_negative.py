@@ -20,7 +20,8 @@ class HardNegativeContrastiveLoss(MatchedLoss):
         G_i = max( (R_i - τ⁺ N e^{s_i+ / T}) / (1 - τ⁺),  N e^{-1 / T} )
         l_i = log(1 + G_i e^{-s_i+ / T}),    mean over the 2 B views
 
-    Computed from logarithms, so that no temperature overflows. At the floor of G an anchor's negatives have no gradient.
+    Computed from logarithms, so that no temperature overflows. At the floor of G an anchor's negatives have no
+    gradient.
 
     Args:
         temperature: T > 0. Default 0.5.
@@ -44,7 +45,12 @@ class HardNegativeContrastiveLoss(MatchedLoss):
     """
 
     def __init__(
-        self, temperature: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0, detach_weights: bool = False, group=None
+        self,
+        temperature: float = 0.5,
+        tau_plus: float = 0.1,
+        beta: float = 1.0,
+        detach_weights: bool = False,
+        group=None,
     ) -> None:
         super().__init__(group=group)
         checks.number("temperature", temperature, low=0.0, open_low=True)
@@ -59,9 +65,7 @@ class HardNegativeContrastiveLoss(MatchedLoss):
         sums = [Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=(self.beta + 1) * scale)]
         if self.beta:
             sums.append(Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=self.beta * scale))
-        positive, hard, *easy = TwoViews(first, second).reduce(
-            Term(Reduction.SUM, mask=Mask.SAME, scale=scale), *sums
-        )
+        positive, hard, *easy = TwoViews(first, second).reduce(Term(Reduction.SUM, mask=Mask.SAME, scale=scale), *sums)
         if negatives == 0:
             return (positive * 0).sum()
         log_r = hard

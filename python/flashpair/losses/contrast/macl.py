@@ -30,8 +30,8 @@ class MACLLoss(MatchedLoss):
     Raises:
         TypeError, ValueError: on a number out of its range.
 
-    Source: Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", ICML 2023, algorithm 1, read
-    through lightly's MACLLoss.
+    Source: Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", ICML 2023, algorithm 1,
+    read through lightly's MACLLoss.
 
     Example:
         >>> import torch

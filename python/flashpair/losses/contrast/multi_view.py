@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..group import InGroup
 from ..two_views import nothing, side_by_side
 
 
-class ContrastMode(str, Enum):
+class ContrastMode(StrEnum):
     """Which views are anchors."""
 
     ALL = "all"

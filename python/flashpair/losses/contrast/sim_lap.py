@@ -23,8 +23,8 @@ class SimLAPLoss(InGroup, nn.Module):
         loss = 1 / Σ_i |P_i|  Σ_i Σ_{j in P_i} softplus( LSE_{n in N_i} t s_in  -  t s_ij )
 
     c_i is the class of sample i, c'_i the partner class that its gate was made for. The norm under the gate is a second
-    product, a panel at a time; gradients reach the gates through both. An anchor of its own partner class is a positive of
-    itself, as in the authors' code; a batch without positives gives 0 (there 0 / 0).
+    product, a panel at a time; gradients reach the gates through both. An anchor of its own partner class is a positive
+    of itself, as in the authors' code; a batch without positives gives 0 (there 0 / 0).
 
     Args:
         scale: t > 0. Default 10.

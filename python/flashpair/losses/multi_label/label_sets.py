@@ -105,8 +105,8 @@ class LabelSets:
             row: (b,) which samples are asked.
 
         Yields:
-            (pair (E,) position in `label`, position in `row` (E,), sample of `others` (E,)); the rows of one chunk are in
-            no other.
+            (pair (E,) position in `label`, position in `row` (E,), sample of `others` (E,)); the rows of one chunk are
+            in no other.
         """
         first, size = self._first[row], self.sizes[row]
         local = torch.arange(len(row), device=row.device).repeat_interleave(size)

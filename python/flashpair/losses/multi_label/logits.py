@@ -32,9 +32,9 @@ class ZLPRLoss(nn.Module):
 
 
 class AsymmetricLoss(nn.Module):
-    """ASL: binary cross-entropy whose easy negatives count less than easy positives.
+    """ASL: binary cross-entropy whose easy negatives count less than easy positives; mean over rows.
 
-        -[ y (1 - p)^γ₊ log p + (1 - y) q^γ₋ log(1 - q) ],   p = σ(z), q = [p - m]_+,   summed over labels, mean over rows
+        -[ y (1 - p)^γ₊ log p + (1 - y) q^γ₋ log(1 - q) ],   p = σ(z), q = [p - m]_+,   summed over labels
 
     Args:
         gamma_neg, gamma_pos: γ₋, γ₊ ≥ 0. Default 1 and 0, the comprehensive study's.

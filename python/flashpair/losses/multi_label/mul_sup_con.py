@@ -29,8 +29,8 @@ class MulSupConLoss(MultiLabelLoss):
 
         l_ic = LSE_{k != i} s_ik / T  -  mean_{j != i: c in y_j} s_ij / T
 
-    A label that no other sample has gives no loss. The mean over positives is a product with the label's mean embedding:
-    one pass for the log-sum, O(labels given · D) for the rest, no overlaps of label sets.
+    A label that no other sample has gives no loss. The mean over positives is a product with the label's mean
+    embedding: one pass for the log-sum, O(labels given · D) for the rest, no overlaps of label sets.
 
     Args:
         temperature: T > 0. Default 0.1.

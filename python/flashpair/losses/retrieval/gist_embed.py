@@ -24,8 +24,8 @@ class GISTEmbedLoss(InGroup, nn.Module):
         kept: candidates with g <= threshold_i, and the positive itself
         loss = mean_i [ LSE over kept s(a_i, p_j), s(a_i, a_j), s(p_i, p_j), s(a_i, n_j)  -  s(a_i, p_i) ]
 
-    s = cosine / T, g the guide's cosine, a second product that exists a panel at a time. a_i and p_i are no candidates of
-    themselves (in sentence-transformers only because the guide's own cosine of 1 is above the threshold).
+    s = cosine / T, g the guide's cosine, a second product that exists a panel at a time. a_i and p_i are no candidates
+    of themselves (in sentence-transformers only because the guide's own cosine of 1 is above the threshold).
 
     Args:
         temperature: T > 0. Default 0.01.
@@ -113,7 +113,9 @@ class GISTEmbedLoss(InGroup, nn.Module):
         threshold = (guided - margin + 8 * torch.finfo(guided.dtype).eps).to(anchor[0].dtype)
         own = pair_similarity(anchor[0], positive[0], index, index, normalize=True) / self.temperature
         blocks = [(anchor, positive, True)]
-        blocks += [(anchor, anchor, True)] * self.contrast_anchors + [(positive, positive, True)] * self.contrast_positives
+        blocks += [(anchor, anchor, True)] * self.contrast_anchors + [
+            (positive, positive, True)
+        ] * self.contrast_positives
         blocks += [(anchor, negative, False) for negative in negatives]
         total = own
         for (x, u), (y, v), excludes in blocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -48,9 +47,9 @@ class MultipleNegativesRankingLoss(SentenceLoss):
     Raises:
         TypeError, ValueError: on bad numbers or modes.
 
-    Source: Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply", 2017; Li et al., "Towards
-    General Text Embeddings with Multi-stage Contrastive Learning", 2023, equation 3; Lan et al., "LLaVE", 2025,
-    equation 5; sentence-transformers, multiple_negatives_ranking.py.
+    Source: Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply", 2017; Li et al.,
+    "Towards General Text Embeddings with Multi-stage Contrastive Learning", 2023, equation 3; Lan et al., "LLaVE",
+    2025, equation 5; sentence-transformers, multiple_negatives_ranking.py.
 
     Example:
         >>> import torch

@@ -14,8 +14,8 @@ from ..group import InGroup
 class SentenceLoss(InGroup, nn.Module):
     """Base: `loss(columns, labels=None)`, columns being embeddings (B, D) or the features that `model` embeds.
 
-    sentence-transformers' trainer calls it so. `compute_loss_from_embeddings(embeddings, labels)` is the seam where that
-    library's own losses and its wrappers meet ours.
+    sentence-transformers' trainer calls it so. `compute_loss_from_embeddings(embeddings, labels)` is the seam where
+    that library's own losses and its wrappers meet ours.
     """
 
     def __init__(self, model: nn.Module | None = None, group=None) -> None:

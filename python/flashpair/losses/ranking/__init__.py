@@ -1,0 +1,1 @@
+"""Losses of scores and preferences; `flashpair.losses` names them."""
