@@ -116,7 +116,7 @@ def memory_section(rows: list[dict], sources: str) -> list[str]:
 def gpu_results() -> dict[str, list[dict]]:
     """Rows of every GPU by the name of its file."""
     names = sorted(path.stem for path in machine.RESULTS.glob("*.json"))
-    return {name: load(name) for name in names if name not in ("speed", "memory", "family", "distributed")}
+    return {name: load(name) for name in names if name not in ("speed", "memory", "family", "contrast", "distributed")}
 
 
 def goals_section(rows: list[dict], sources: str) -> list[str]:

@@ -356,15 +356,16 @@ def test_the_family_is_gated_and_timed(tmp_path):
     assert rows["NCALoss"]["ratio"] > 0 and rows["TripletSemiHardLoss"]["why"] == "no such class"
 
     import family
+    import versus
 
-    lines = family.table([r | {"batch": 4096} for r in rows.values()])
+    lines = versus.table(family.SUITE, [r | {"batch": 4096} for r in rows.values()])
     assert any("`NCALoss`" in line and "x**" in line for line in lines)
     assert any("no such class" in line for line in lines)
 
 
 def test_results_of_other_kinds_are_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    for name in ("speed", "memory", "family", "distributed", "nvidia-nothing"):
+    for name in ("speed", "memory", "family", "contrast", "distributed", "nvidia-nothing"):
         (tmp_path / f"{name}.json").write_text("[]")
     assert list(report.gpu_results()) == ["nvidia-nothing"]
 
@@ -376,6 +377,27 @@ def test_every_loss_of_the_family_is_in_its_benchmark():
     dense = {"VICRegLoss", "BarlowTwinsLoss", "GeneralPairWeightingLoss"}  # features, or the user's functions
     names = {c.name.split()[0] for c in FAMILY} - dense
     assert names <= {n.split()[0] for n in family.LOSSES}
+
+
+def test_dense_code_is_gated_and_timed(tmp_path):
+    """A loss with dense code beside it, one without."""
+    pytest.importorskip("tqdm")
+    out = tmp_path / "contrast.json"
+    options = ["SimCLR", "MSCLoss", "--quick", "--rounds", "1", "--out", str(out)]
+    done = command(sys.executable, "bench/contrast.py", *options, FLASHPAIR_BACKEND="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {r["loss"]: r for r in json.loads(out.read_text())}
+    assert rows["SimCLRLoss"]["ratio"] > 0 and rows["MSCLoss"]["why"] == "not written"
+
+
+def test_a_wrong_loss_is_never_timed(monkeypatch):
+    import contrast
+    import versus
+
+    wrong = {**contrast.DENSE, "SimCLRLoss": lambda x, y: 1.01 * contrast.sim_clr(x, y)}
+    monkeypatch.setattr(contrast, "DENSE", wrong)
+    assert versus.gate(contrast.SUITE, "SimCLRLoss").startswith("value or gradient differ by 1")
+    assert versus.gate(contrast.SUITE, "DCLLoss") == ""
 
 
 def test_distributed_losses_are_gated_and_timed(tmp_path):

@@ -98,13 +98,21 @@ class DistillClipLoss(InGroup, nn.Module):
         gaps = [F.softplus(lse - own, threshold=40) for lse in others]
         heat = torch.as_tensor(heat, dtype=own.dtype, device=own.device).detach()
 
-        def taught(panel: RowPanel, heat: Tensor) -> list[Tensor]:
-            return [((heat * panel.products[0]).softmax(1) * panel.s).sum(1)]
+        taught = pair_reduce(
+            teacher_image, teacher_text, [Term(Reduction.LOGSUMEXP, axis=axis, scale=heat) for axis in Axis]
+        )
 
-        sides = (image, text, teacher_image, teacher_text), (text, image, teacher_text, teacher_image)
-        pulls = [row_reduce(x, y, taught, products=[(u, v)], shared=[heat])[0] for x, y, u, v in sides]
+        def pulled(panel: RowPanel, by_row: Tensor, by_column: Tensor, heat: Tensor) -> list[Tensor]:
+            logits = heat * panel.products[0]
+            weights = torch.exp(logits - by_row[:, None]) + torch.exp(logits - by_column[panel.column][None])
+            return [(weights * panel.s).sum()]
+
+        (pull,) = row_reduce(
+            image, text, pulled, products=[(teacher_image, teacher_text)], rows=taught[:1], shared=[taught[1], heat],
+            totals=1,
+        )  # fmt: skip
         clip = sum(gap.mean() for gap in gaps) / 2
         # LSE over all = own + softplus(LSE over the others - own).
-        distill = sum((gap + own - scale * pull).mean() for gap, pull in zip(gaps, pulls, strict=True)) / 2
+        distill = sum((gap + own).mean() for gap in gaps) / 2 - scale * pull / (2 * len(own))
         poison = image, text, teacher_image, teacher_text
         return poisoned(clip, image, text), poisoned(distill, *poison)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ... import checks
 from ...pairs import pair_similarity
+from ...primitives import pair_reduce
 from ...rows import RowPanel, row_reduce
+from ...terms import Mask, Reduction, Term
 from ..arguments import inverse_temperature
 from ..two_views import MatchedLoss
 
@@ -21,7 +23,8 @@ class HardContrastiveLoss(MatchedLoss):
         α_i = the ⌈fraction · (B - 1)⌉-th largest s_ij, j != i  (no gradient)
         loss = mean_i [ log( e^{s_ii / T} + Σ_{j != i: s_ij ≥ α_i} e^{s_ij / T} ) - s_ii / T ]
 
-    Equal similarities at the threshold all stay. Whole rows of S, a panel at a time (`flashpair.row_reduce`).
+    Equal similarities at the threshold all stay. Whole rows of S for the threshold, a panel at a time, then one fused
+    pass.
 
     Args:
         temperature: T, positive number or 0-d tensor (learnable). Default 0.1.
@@ -58,22 +61,33 @@ class HardContrastiveLoss(MatchedLoss):
     def of(self, first: Tensor, second: Tensor) -> Tensor:
         scale, rows = inverse_temperature(self.temperature), first.shape[0]
         index = torch.arange(rows, device=first.device)
-        positive = pair_similarity(first, second, index, index, normalize=True)
         if rows == 1:
+            positive = pair_similarity(first, second, index, index, normalize=True)
             return (positive * 0).sum() if self.simple is None else -positive.sum()
         kept = math.ceil(self.fraction * (rows - 1))
-
-        def hardest(panel: RowPanel, *scale: Tensor) -> list[Tensor]:
-            negatives = torch.where(panel.allowed, panel.s, -torch.inf)
-            # NaN counts as the largest, so that it stays and shows.
-            threshold = negatives.detach().topk(kept, dim=1, sorted=True).values[:, -1:]
-            keep = panel.allowed & ~(panel.s < threshold)
-            if self.simple is not None:
-                return [torch.where(keep, panel.s, 0.0).sum(1) / keep.sum(1)]
-            return [torch.where(keep, scale[0] * panel.s, -torch.inf).logsumexp(1)]
-
-        shared = [] if self.simple is not None else [torch.as_tensor(scale, dtype=positive.dtype, device=first.device)]
-        (rivals,) = row_reduce(first, second, hardest, shared=shared, exclude=index, normalize=True)
+        pairs = {"labels": index, "ref_labels": index, "normalize": True}
+        hardest = {"mask": Mask.DIFFERENT, "above": thresholds(first, second, kept)}
         if self.simple is not None:
-            return (self.simple * rivals - positive).mean()
-        return F.softplus(rivals - scale * positive, threshold=40).mean()
+            terms = [Term(Reduction.SUM, **hardest), Term(Reduction.COUNT, scale=0.0, offset=1.0, **hardest)]
+            rivals, count, positive = pair_reduce(first, second, [*terms, Term(Reduction.SUM, mask=Mask.SAME)], **pairs)
+            return (self.simple * rivals / count - positive).mean()
+        terms = [Term(Reduction.LOGSUMEXP, scale=scale, **hardest), Term(Reduction.SUM, mask=Mask.SAME, scale=scale)]
+        rivals, positive = pair_reduce(first, second, terms, **pairs)
+        return F.softplus(rivals - positive, threshold=40).mean()
+
+
+@torch.no_grad()
+def thresholds(first: Tensor, second: Tensor, kept: int) -> Tensor:
+    """(B,) below the kept-th largest cosine of a row with the other samples, and above the next, if not equal.
+
+    Half-way between both, so that another pass, which rounds otherwise, keeps the same ones.
+    """
+
+    def quantile(panel: RowPanel) -> list[Tensor]:
+        negatives = torch.where(panel.allowed, panel.s, -torch.inf)
+        last = negatives.kthvalue(negatives.shape[1] - kept + 1, dim=1).values  # NaN counts as the largest
+        following = torch.where(negatives < last[:, None], negatives, -torch.inf).amax(1)
+        return [last - ((last - following) / 2).clamp_min(8 * torch.finfo(last.dtype).eps)]
+
+    index = torch.arange(first.shape[0], device=first.device)
+    return row_reduce(first, second, quantile, exclude=index, normalize=True, copies=4)[0]

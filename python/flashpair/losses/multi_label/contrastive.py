@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...primitives import pair_reduce
 from ...rows import RowPanel, row_reduce
+from ...terms import Reduction, Term
 from .base import MultiLabelLoss
 from .label_sets import LabelSets
 from .weights import LabelWeight, overlap_weight
@@ -54,20 +56,17 @@ class MultiLabelContrastiveLoss(MultiLabelLoss):
         self.weight, self.temperature, self.all_anchors = weight, temperature, all_anchors
 
     def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
-        weigh, sizes = overlap_weight(self.weight), sets.sizes
+        weigh, scale = overlap_weight(self.weight), 1 / self.temperature
+        (total,) = pair_reduce(embeddings, terms=[Term(Reduction.LOGSUMEXP, scale=scale)], normalize=True)
 
-        def crossed(panel: RowPanel) -> list[Tensor]:
-            shared = sets.overlap(sets, panel.row, panel.s.dtype)[:, panel.column]
-            of_row, of_column = (sizes[k].to(shared) for k in (panel.row, panel.column))
-            weights = weigh(shared, of_row[:, None], of_column[None]) * panel.allowed
-            logits = panel.s / self.temperature
-            total = torch.where(panel.allowed, logits, -torch.inf).logsumexp(1, keepdim=True)
-            mass = weights.sum(1)
-            gaps = torch.where(weights > 0, weights * (total - logits), 0.0).sum(1)
-            return [torch.where(mass > 0, gaps / torch.where(mass > 0, mass, 1.0), 0.0), mass]
+        def pulled(panel: RowPanel) -> list[Tensor]:
+            weights = sets.weights(weigh, panel.row, panel.s.dtype)
+            return [(weights * panel.s).sum(1), weights.sum(1)]
 
-        losses, mass = row_reduce(embeddings, None, crossed, normalize=True, copies=12)
-        anchors = len(losses) if self.all_anchors else (mass > 0).sum().clamp_min(1)
+        pull, mass = row_reduce(embeddings, None, pulled, normalize=True, copies=10)
+        anchor = mass > 0
+        losses = torch.where(anchor, total, 0.0) - scale * pull / torch.where(anchor, mass, 1.0)
+        anchors = len(losses) if self.all_anchors else anchor.sum().clamp_min(1)
         return losses.sum() / anchors
 
 
@@ -98,12 +97,10 @@ class JSCLLoss(MultiLabelLoss):
         self.temperature = temperature
 
     def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
-        weigh, sizes = overlap_weight(LabelWeight.JACCARD), sets.sizes
+        weigh = overlap_weight(LabelWeight.JACCARD)
 
         def crossed(panel: RowPanel) -> list[Tensor]:
-            shared = sets.overlap(sets, panel.row, panel.s.dtype)[:, panel.column]
-            of_row, of_column = (sizes[k].to(shared) for k in (panel.row, panel.column))
-            weights = weigh(shared, of_row[:, None], of_column[None]) * panel.allowed
+            weights = sets.weights(weigh, panel.row, panel.s.dtype)
             logits = panel.s / self.temperature
             total = torch.where(weights > 0, logits + weights.clamp_min(1e-38).log(), -torch.inf)
             alone = (weights > 0).sum(1) == 0

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .weights import OverlapWeight
+
 #: Entries (sample, label, other sample) at a time.
 _ENTRIES = 1 << 22
 
@@ -132,6 +134,12 @@ class LabelSets:
         step = torch.arange(len(which), device=pair.device) - (reach.cumsum(0) - reach)[which]
         other = others._members[others._start[self.label[pair]][which] + step]
         return pair[which], local[which], other
+
+    def weights(self, weigh: OverlapWeight, row: Tensor, dtype: torch.dtype) -> Tensor:
+        """(b, B) `weigh(labels shared, size of the row's set, size of the column's)`, 0 for the row itself."""
+        sizes = self.sizes.to(dtype)
+        weights = weigh(self.overlap(self, row, dtype), sizes[row, None], sizes[None])
+        return weights.scatter(1, row[:, None], 0.0)
 
     def overlap(self, others: LabelSets, row: Tensor, dtype: torch.dtype) -> Tensor:
         """(b, N) how many labels each of the rows shares with each sample of `others`."""

@@ -24,17 +24,10 @@ def per_label(sets: LabelSets, weigh: OverlapWeight, dtype: torch.dtype) -> Tens
     """(P,) Σ_{j != i: c in y_j} weight(i, j) for each label c of each sample i."""
     found = torch.zeros(len(sets.owner), dtype=dtype, device=sets.owner.device)
     for row in torch.arange(sets.rows, device=sets.owner.device).split(_ROWS):
-        weights = others_weights(sets, weigh, row, dtype)
+        weights = sets.weights(weigh, row, dtype)
         for pair, local, other in sets.shared_with(sets, row):
             accumulate(found, pair, weights[local, other])
     return found
-
-
-def others_weights(sets: LabelSets, weigh: OverlapWeight, row: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, N) weight(i, j), 0 for the row itself."""
-    sizes = sets.sizes.to(dtype)
-    weights = weigh(sets.overlap(sets, row, dtype), sizes[row, None], sizes[None])
-    return weights.scatter(1, row[:, None], 0.0)
 
 
 def balanced_weights(sets: LabelSets, weigh: OverlapWeight, per: Tensor, row: Tensor) -> Tensor:
@@ -42,7 +35,7 @@ def balanced_weights(sets: LabelSets, weigh: OverlapWeight, per: Tensor, row: Te
     shares = torch.zeros(len(row) * sets.rows, dtype=per.dtype, device=row.device)
     for pair, local, other in sets.shared_with(sets, row):
         accumulate(shares, local * sets.rows + other, per[pair])
-    return others_weights(sets, weigh, row, per.dtype) * shares.view(len(row), sets.rows)
+    return sets.weights(weigh, row, per.dtype) * shares.view(len(row), sets.rows)
 
 
 class MSCLoss(PrototypeLoss):
@@ -98,7 +91,7 @@ class MSCLoss(PrototypeLoss):
         total = log_add_exp(of_batch + torch.log(of_batch.new_tensor(self.beta)), of_prototypes)
 
         def pulled(panel: RowPanel) -> list[Tensor]:
-            weights = balanced_weights(sets, union, per, panel.row)[:, panel.column]
+            weights = balanced_weights(sets, union, per, panel.row)
             return [torch.where(weights > 0, weights * panel.s, 0.0).sum(1), weights.sum(1)]
 
         pull, mass = row_reduce(embeddings, None, pulled, normalize=True, copies=12)
@@ -159,15 +152,17 @@ class MSCRGLoss(PrototypeLoss):
         counts = per_label(universe, share, dtype) * universe.sizes[universe.owner]
         per = torch.where(counts > 0, 1 / torch.where(counts > 0, counts, 1.0), 0.0)
 
-        def crossed(panel: RowPanel) -> list[Tensor]:
-            weights = balanced_weights(universe, share, per, panel.row)[:, panel.column]
-            logits = panel.s * scale
-            log_p = logits - torch.where(panel.allowed, logits, -torch.inf).logsumexp(1, keepdim=True)
-            losses = torch.where(weights > 0, -weights * log_p, 0.0).sum(1)
-            if self.regularised:
-                excess = torch.where(weights > 0, (log_p.detach().exp() - weights).clamp_min(0), 0.0)
-                losses = losses - (excess * logits).sum(1)
-            return [losses, weights.sum(1)]
+        term = [Term(Reduction.LOGSUMEXP, scale=scale)]
+        (total,) = pair_reduce(everything, None, term, normalize=True)
 
-        losses, mass = row_reduce(everything, None, crossed, normalize=True, copies=16)
+        def pulled(panel: RowPanel, total: Tensor) -> list[Tensor]:
+            weights = balanced_weights(universe, share, per, panel.row)
+            mass = weights.sum(1)
+            if self.regularised:  # [p - w]_+ beside w: a positive's weight is max(p, w)
+                p = torch.exp(panel.s.detach() * scale - total[:, None])
+                weights = torch.where(weights > 0, weights.maximum(p), 0.0)
+            return [(weights * panel.s).sum(1), mass]
+
+        pull, mass = row_reduce(everything, None, pulled, rows=[total.detach()], normalize=True, copies=12)
+        losses = mass * torch.where(mass > 0, total, 0.0) - scale * pull
         return losses.sum() / (mass > 0).sum().clamp_min(1)

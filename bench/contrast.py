@@ -1,0 +1,317 @@
+"""Contrastive, retrieval, multi-label and ranking losses beside the straightforward dense code for each.
+
+    python bench/contrast.py                 forward + backward at B = 4096, D = 128
+    python bench/contrast.py SimCLR GIST     losses whose name contains one of these
+    python bench/contrast.py --large         time and memory of ours alone at B = 65536, D = 64
+    python bench/contrast.py --quick         a smoke check at a tiny size; nothing is kept
+
+The dense code is below, a few lines a loss: what one writes from the formula in plain PyTorch. How it is measured:
+bench/versus.py. Results go to bench/results/contrast.json and into the table of docs/contrastive.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import machine
+import torch
+import torch.nn.functional as F
+import versus
+from torch import Tensor
+
+T = 0.2
+
+
+def inputs(batch: int, width: int) -> list[Tensor]:
+    """Two views of random embeddings."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, width, generator=g)
+    return [x.requires_grad_(), (x.detach() + torch.randn(batch, width, generator=g)).requires_grad_()]
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1)
+
+
+@functools.cache
+def targets(batch: int) -> Tensor:
+    return torch.rand(batch, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def clusters(batch: int) -> Tensor:
+    return torch.randint(50, (2, batch), generator=torch.Generator().manual_seed(2))
+
+
+@functools.cache
+def multi_hot(batch: int) -> Tensor:
+    """Two labels a sample on average, of 80."""
+    return (torch.rand(batch, 80, generator=torch.Generator().manual_seed(3)) < 0.025).long()
+
+
+def guide(x: Tensor) -> Tensor:
+    return x.detach()[:, : x.shape[1] // 2]
+
+
+@functools.cache
+def _losses() -> dict:
+    from flashpair import losses as f
+
+    prototypes = {"num_labels": 80, "embedding_size": 0}
+    with_width = lambda kind: lambda x: f.__getattr__(kind)(**{**prototypes, "embedding_size": x.shape[1]})  # noqa: E731
+    return {
+        "SimCLRLoss": lambda x, y: f.SimCLRLoss(T)(x, y),
+        "DCLLoss": lambda x, y: f.DCLLoss(T)(x, y),
+        "HardNegativeContrastiveLoss": lambda x, y: f.HardNegativeContrastiveLoss()(x, y),
+        "HardContrastiveLoss": lambda x, y: f.HardContrastiveLoss(T)(x, y),
+        "MACLLoss": lambda x, y: f.MACLLoss()(x, y),
+        "MoCoV3Loss": lambda x, y: f.MoCoV3Loss(T)(x, y, x, y),
+        "AlignmentUniformityLoss": lambda x, y: f.AlignmentUniformityLoss()(x, y),
+        "CyCLIPLoss": lambda x, y: f.CyCLIPLoss()(unit(x), unit(y), 1 / T),
+        "CWCLLoss": lambda x, y: f.CWCLLoss()(unit(x), unit(y), 1 / T, unit(guide(x))),
+        "DistillClipLoss": lambda x, y: sum(
+            f.DistillClipLoss()(unit(x), unit(y), 1 / T, unit(guide(x)), unit(guide(y)), 9.0)
+        ),
+        "MannWhitneyLoss": lambda x, y: f.MannWhitneyLoss(0.05)(x, y),
+        "CACRLoss": lambda x, y: f.CACRLoss()(x, y),
+        "MEOWLoss": lambda x, y: f.MEOWLoss()(x, y, clusters(len(x))),
+        "RnCLoss": lambda x, y: f.RnCLoss()(x, targets(len(x))) + 0 * y.sum(),
+        "AMCLLoss": lambda x, y: f.AMCLLoss()([x], [y], guide(x) / 8, guide(y) / 8),
+        "SimLAPLoss": lambda x, y: f.SimLAPLoss()(x, torch.sigmoid(y), *clusters(len(x))),
+        "MultipleNegativesRankingLoss": lambda x, y: f.MultipleNegativesRankingLoss(
+            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+        )([x, y]),
+        "GISTEmbedLoss": lambda x, y: f.GISTEmbedLoss(T)([x, y], [guide(x), guide(y)]),
+        "CoSENTLoss": lambda x, y: f.CoSENTLoss()([x, y], targets(len(x))),
+        "MultiLabelContrastiveLoss": lambda x, y: f.MultiLabelContrastiveLoss()(x, multi_hot(len(x))) + 0 * y.sum(),
+        "MulSupConLoss": lambda x, y: f.MulSupConLoss()(x, multi_hot(len(x))) + 0 * y.sum(),
+        "MSCLoss": lambda x, y: with_width("MSCLoss")(x)(x, multi_hot(len(x))) + 0 * y.sum(),
+        "MSCRGLoss": lambda x, y: with_width("MSCRGLoss")(x)(x, multi_hot(len(x))) + 0 * y.sum(),
+        "RankNetLoss": lambda x, y: f.RankNetLoss()(x.sum(1), targets(len(x))) + 0 * y.sum(),
+        "ComparisonLoss": lambda x, y: f.ComparisonLoss()(x.sum(1), targets(len(x))) + 0 * y.sum(),
+        "LambdaLoss": lambda x, y: f.LambdaLoss()(x.sum(1), 4 * targets(len(x))) + 0 * y.sum(),
+    }
+
+
+# --- the dense code ---------------------------------------------------------------------------------------------------
+
+
+def off_diagonal(s: Tensor) -> Tensor:
+    return s.masked_fill(torch.eye(len(s), dtype=torch.bool), -torch.inf)
+
+
+def views(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(similarities of 2 B views, negatives only; the positives' similarities)."""
+    both = unit(torch.cat([x, y]))
+    s, b = both @ both.T, len(x)
+    index = torch.arange(2 * b)
+    other = (index + b) % (2 * b)
+    hidden = torch.zeros_like(s, dtype=torch.bool)
+    hidden[index, index] = hidden[index, other] = True
+    return s, hidden, s[index, other]
+
+
+def sim_clr(x: Tensor, y: Tensor) -> Tensor:
+    both = unit(torch.cat([x, y]))
+    return F.cross_entropy(off_diagonal(both @ both.T / T), (torch.arange(2 * len(x)) + len(x)) % (2 * len(x)))
+
+
+def dcl(x: Tensor, y: Tensor) -> Tensor:
+    s, hidden, positive = views(x, y)
+    return ((s / T).masked_fill(hidden, -torch.inf).logsumexp(1) - positive / T).mean()
+
+
+def hard_negative(x: Tensor, y: Tensor) -> Tensor:
+    s, hidden, positive = views(x, y)
+    n, t = 2 * len(x) - 2, 0.5
+    pos, neg = torch.exp(positive / t), torch.exp(s / t).masked_fill(hidden, 0.0)
+    weighted = (neg * neg).sum(1) / (neg.sum(1) / n)
+    ng = ((weighted - 0.1 * n * pos) / 0.9).clamp_min(n * torch.exp(torch.tensor(-1 / t)).item())
+    return -torch.log(pos / (pos + ng)).mean()
+
+
+def hard(x: Tensor, y: Tensor) -> Tensor:
+    s = unit(x) @ unit(y).T
+    kept = off_diagonal(s).topk(-int(-0.0819 * (len(x) - 1) // 1), dim=1).values
+    return (torch.cat([s.diagonal()[:, None], kept], 1) / T).logsumexp(1).sub(s.diagonal() / T).mean()
+
+
+def macl(x: Tensor, y: Tensor) -> Tensor:
+    s, hidden, positive = views(x, y)
+    t = 0.1 * (1 + 0.5 * positive.detach().mean())
+    log_p = positive / t - torch.cat([positive[:, None], s.masked_fill(hidden, -torch.inf)], 1).div(t).logsumexp(1)
+    return -(log_p / (1 - log_p.exp() + 1e-8).detach()).mean()
+
+
+def moco_v3(x: Tensor, y: Tensor) -> Tensor:
+    index, p, q = torch.arange(len(x)), unit(x), unit(y)
+    return 2 * T * (F.cross_entropy(p @ q.detach().T / T, index) + F.cross_entropy(q @ p.detach().T / T, index))
+
+
+def align_uniform(x: Tensor, y: Tensor) -> Tensor:
+    p, q = unit(x), unit(y)
+    spread = sum(torch.pdist(v).pow(2).mul(-2).exp().mean().log() for v in (p, q)) / 2
+    return (p - q).square().sum(1).mean() + spread
+
+
+def clip(s: Tensor) -> Tensor:
+    index = torch.arange(len(s))
+    return (F.cross_entropy(s, index) + F.cross_entropy(s.T, index)) / 2
+
+
+def cy_clip(x: Tensor, y: Tensor) -> Tensor:
+    p, q = unit(x), unit(y)
+    s = p @ q.T
+    cross, within = (s - s.T).square().sum(), (p @ p.T - q @ q.T).square().sum()
+    return clip(s / T) + 0.25 * (cross + within) / len(x)
+
+
+def cwcl(x: Tensor, y: Tensor) -> Tensor:
+    s, m = unit(x) @ unit(y).T / T, unit(guide(x))
+    w = m @ m.T / 2 + 0.5
+    rows = -(w * s.log_softmax(1)).sum(1) / w.sum(1)
+    return rows.mean() + F.cross_entropy(s.T, torch.arange(len(x)))
+
+
+def distill_clip(x: Tensor, y: Tensor) -> Tensor:
+    s, taught = unit(x) @ unit(y).T / T, 9.0 * unit(guide(x)) @ unit(guide(y)).T
+    of = lambda s, t: -(t.softmax(1) * s.log_softmax(1)).sum(1).mean()  # noqa: E731
+    return clip(s) + (of(s, taught) + of(s.T, taught.T)) / 2
+
+
+def mann_whitney(x: Tensor, y: Tensor) -> Tensor:
+    s = unit(x) @ unit(y).T
+    negatives = s[~torch.eye(len(x), dtype=torch.bool)]
+    return sum(F.softplus((negatives - p) / 0.05).sum() for p in s.diagonal()) / len(x)
+
+
+def cacr(x: Tensor, y: Tensor) -> Tensor:
+    squared = 2 - 2 * unit(x) @ unit(y).T
+    weights = off_diagonal(-0.9 * squared).softmax(1)
+    return squared.diagonal().mean() - (weights * squared).sum(1).mean()
+
+
+def meow(x: Tensor, y: Tensor) -> Tensor:
+    s, c = unit(x) @ unit(y).T / 0.4, clusters(len(x))
+    weights = (c[:, :, None] != c[:, None, :]).sum(0)
+    return ((weights * s.exp()).sum(1).log() - s.diagonal()).mean()
+
+
+def rnc(x: Tensor, y: Tensor) -> Tensor:
+    """As the authors have it: a pass over the batch for each of its columns."""
+    n, t = len(x), targets(len(x)).to(x)
+    keep = ~torch.eye(n, dtype=torch.bool)
+    s = (-torch.cdist(x, x) / 2)[keep].view(n, n - 1)
+    far = (t[:, None] - t[None]).abs()[keep].view(n, n - 1)
+    e, total = s.exp(), 0.0
+    for k in range(n - 1):
+        total = total - (s[:, k] - torch.log((e * (far >= far[:, k : k + 1])).sum(1))).sum()
+    return total / (n * (n - 1)) + 0 * y.sum()
+
+
+def amcl(x: Tensor, y: Tensor) -> Tensor:
+    s, heat = unit(x) @ unit(y).T, 0.05 + 1.95 * torch.sigmoid(-(guide(x) / 8) @ (guide(y) / 8).T)
+    omega = x.shape[1] / 2 * heat.log() + 1 / heat
+    n = len(x) - 1
+    spread = omega.diagonal() - (omega.sum(1) - omega.diagonal()) / n
+    return (off_diagonal(s / heat).logsumexp(1) - (s / heat).diagonal() + 0.01 * spread).mean()
+
+
+def sim_lap(x: Tensor, y: Tensor) -> Tensor:
+    g, (own, partner) = torch.sigmoid(y), clusters(len(x))
+    norms = ((g * x).norm(dim=1, keepdim=True)) * ((g * g) @ (x * x).T).sqrt()
+    s = 10 * (g * g * x) @ x.T / norms
+    positive = partner[:, None] == own[None]
+    rivals = s.masked_fill(positive | (own[:, None] == own[None]), -torch.inf).logsumexp(1, keepdim=True)
+    return F.softplus(rivals - s)[positive].mean()
+
+
+def multiple_negatives(x: Tensor, y: Tensor) -> Tensor:
+    q, d = unit(x), unit(y)
+    s = 20 * q @ d.T
+    blocks = [s, off_diagonal(20 * q @ q.T), 20 * d @ q.T, off_diagonal(20 * d @ d.T)]
+    return (torch.cat(blocks, 1).logsumexp(1) - s.diagonal()).mean()
+
+
+def gist(x: Tensor, y: Tensor) -> Tensor:
+    (q, d), (u, v) = ((unit(a), unit(b)) for a, b in ((x, y), (guide(x), guide(y))))
+    limit, eye = (u * v).sum(1, keepdim=True), torch.eye(len(x), dtype=torch.bool)
+    blocks = [
+        (a @ b.T / T).masked_fill((g @ h.T > limit) & ~eye if k == 0 else (g @ h.T > limit) | eye, -torch.inf)
+        for k, (a, b, g, h) in enumerate(((q, d, u, v), (q, q, u, u), (d, d, v, v)))
+    ]
+    return (torch.cat(blocks, 1).logsumexp(1) - (q * d).sum(1) / T).mean()
+
+
+def co_sent(x: Tensor, y: Tensor) -> Tensor:
+    s, t = 20 * (unit(x) * unit(y)).sum(1), targets(len(x))
+    pairs = (s[:, None] - s[None])[t[:, None] < t[None]]
+    return torch.cat([pairs.new_zeros(1), pairs]).logsumexp(0)
+
+
+def multi_label(x: Tensor, y: Tensor) -> Tensor:
+    h = multi_hot(len(x)).to(x)
+    shared, size = h @ h.T, h.sum(1)
+    w = (shared / (size[:, None] + size[None] - shared).clamp_min(1)).fill_diagonal_(0)
+    log_p = off_diagonal(unit(x) @ unit(x).T / 0.1).log_softmax(1)
+    rows = -torch.where(w > 0, w * log_p, 0.0).sum(1) / w.sum(1).clamp_min(1e-12)
+    return rows[w.sum(1) > 0].mean() + 0 * y.sum()
+
+
+def mul_sup_con(x: Tensor, y: Tensor) -> Tensor:
+    h = multi_hot(len(x)).to(x)
+    log_p = off_diagonal(unit(x) @ unit(x).T / 0.1).log_softmax(1)
+    others = h.sum(0) - 1
+    weights = ((h * (others > 0) / others.clamp_min(1)) @ h.T).fill_diagonal_(0)
+    return -torch.where(weights > 0, weights * log_p, 0.0).sum() / (h * (others > 0)).sum() + 0 * y.sum()
+
+
+def rank_net(x: Tensor, y: Tensor) -> Tensor:
+    a, t = x.sum(1), targets(len(x))
+    return F.softplus(-(a[:, None] - a[None])[t[:, None] > t[None]]).mean() + 0 * y.sum()
+
+
+def comparison(x: Tensor, y: Tensor) -> Tensor:
+    a, t, i = x.sum(1), targets(len(x)), torch.triu_indices(len(x), len(x), 1)
+    d, g = a[i[0]] - a[i[1]], (torch.sign(t[i[0]] - t[i[1]]).to(a) + 1) / 2
+    p, q = torch.special.ndtr(d), torch.special.ndtr(-d)
+    return (1 - (p * g + 1e-8).sqrt() - (q * (1 - g) + 1e-8).sqrt()).mean() + 0 * y.sum()
+
+
+def lambda_loss(x: Tensor, y: Tensor) -> Tensor:
+    a, t = x.sum(1), 4 * targets(len(x)).to(x)
+    rank = lambda v: (v.argsort(descending=True).argsort() + 1).to(v)  # noqa: E731
+    gain = (2**t - 1) / ((2**t - 1) / torch.log2(1 + rank(t))).sum()
+    r, change = rank(a.detach()), (gain[:, None] - gain[None]).abs()
+    apart = (r[:, None] - r[None]).abs().clamp_min(1)
+    discount = 1 / torch.log2(1 + r)
+    w = (discount[:, None] - discount[None]).abs() + 10 * (1 / torch.log2(1 + apart) - 1 / torch.log2(2 + apart)).abs()
+    losses = w * change * F.softplus(-(a[:, None] - a[None])) / torch.log(torch.tensor(2.0))
+    return losses[t[:, None] > t[None]].mean() + 0 * y.sum()
+
+
+DENSE = {
+    "SimCLRLoss": sim_clr, "DCLLoss": dcl, "HardNegativeContrastiveLoss": hard_negative, "HardContrastiveLoss": hard,
+    "MACLLoss": macl, "MoCoV3Loss": moco_v3, "AlignmentUniformityLoss": align_uniform, "CyCLIPLoss": cy_clip,
+    "CWCLLoss": cwcl, "DistillClipLoss": distill_clip, "MannWhitneyLoss": mann_whitney, "CACRLoss": cacr,
+    "MEOWLoss": meow, "RnCLoss": rnc, "AMCLLoss": amcl, "SimLAPLoss": sim_lap,
+    "MultipleNegativesRankingLoss": multiple_negatives, "GISTEmbedLoss": gist, "CoSENTLoss": co_sent,
+    "MultiLabelContrastiveLoss": multi_label, "MulSupConLoss": mul_sup_con, "RankNetLoss": rank_net,
+    "ComparisonLoss": comparison, "LambdaLoss": lambda_loss,
+}  # fmt: skip
+
+
+def ours(name: str, leaves: list[Tensor]) -> Tensor:
+    torch.manual_seed(0)  # prototypes
+    return _losses()[name](*leaves)
+
+
+SUITE = versus.Suite(
+    "contrast.py", machine.ROOT / "docs" / "contrastive.md", "dense code takes",
+    sorted({*DENSE, "MSCLoss", "MSCRGLoss"}), inputs, ours, lambda name, leaves: DENSE[name](*leaves),
+    lambda name: "" if name in DENSE else "not written", lambda name: 1e-7,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(versus.main(SUITE, __doc__))
