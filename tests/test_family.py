@@ -357,12 +357,49 @@ def test_row_reduce(side, similarity, normalize, within_class, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+@pytest.mark.parametrize("within_class", [False, True])
+@pytest.mark.parametrize("side", [False, True])
+def test_row_reduce_with_further_products(side, within_class, frozen, monkeypatch):
+    """Panels of a few rows and of two further products, one of a tensor with itself; gradients where they are wanted."""
+    from flashpair import reference, rows
+
+    monkeypatch.setattr(rows, "_CPU_ELEMENTS", 24)
+    monkeypatch.setattr(rows, "_CPU_ROWS", 1)
+    data = batch("random", side).to(torch.float64)
+    columns, refs = (data.x, data.labels) if data.y is None else (data.y, data.ref_labels)
+    g = torch.Generator().manual_seed(3)
+    u, v, w = (torch.randn(n, 3, generator=g, dtype=torch.float64) for n in (11, len(columns), 11))
+    pair = [t if k == frozen else t.requires_grad_() for k, t in enumerate((u, v))]
+    other = (w.requires_grad_(), w if data.y is None else torch.ones_like(v))
+
+    def formula(panel):
+        kept = panel.same * panel.s * torch.sigmoid(panel.products[0]) + panel.same * panel.products[1].square()
+        return [kept.sum(1)]
+
+    (got,) = row_reduce(
+        data.x, data.y, formula, products=[pair, other], labels=data.labels, ref_labels=data.ref_labels,
+        normalize=True, within_class=within_class,
+    )  # fmt: skip
+    same = (data.labels[:, None] == refs[None]).double()
+    same = same.fill_diagonal_(0) if data.y is None else same
+    s = reference.similarity_matrix(data.x, data.y, 0, True)
+    want = (same * (s * torch.sigmoid(u @ v.T) + (other[0] @ other[1].T).square())).sum(1)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    leaves = [t for t in (data.x, data.y, u, v, w) if t is not None and t.requires_grad]
+    weights = torch.randn(11, generator=g, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(r, leaves, weights) for r in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_row_reduce_checks_its_input():
     x = torch.randn(4, 3)
     formula = lambda panel: [panel.s.sum(1)]  # noqa: E731
     for options, message in (
         ({"rows": [torch.ones(3)]}, r"rows\[0\] must have 4 rows"),
         ({"copies": 0}, "copies must be"),
+        ({"products": [(torch.ones(4, 2), torch.ones(3, 2))]}, r"products\[0\] must have 4 and 4 rows; got 4 and 3"),
+        ({"products": [(torch.ones(4, 2), torch.ones(4, 1))]}, r"products\[0\]\[1\] must have equal features"),
         ({"exclude_self": True, "y": x}, "exclude_self=True needs y=None"),
         ({"exclude": torch.arange(4)}, "exclude and exclude_self=True exclude each other"),
         ({"labels": torch.arange(3)}, "labels"),

@@ -14,7 +14,7 @@ import flashpair
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 HEADS = (ROOT / "docs" / "heads.md").read_text()
-LOSSES = (ROOT / "docs" / "losses.md").read_text()
+LOSSES = "".join((ROOT / "docs" / name).read_text() for name in ("losses.md", "contrastive.md"))
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README + HEADS + LOSSES, re.DOTALL | re.MULTILINE)
 
 
