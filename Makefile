@@ -1,4 +1,5 @@
-# make demo | faces | test | bench | lint | format | clean. Each makes .venv first and installs what it needs, once.
+# make demo | faces | towers | labels | test | bench | lint | format | clean. Each makes .venv first and installs what it
+# needs, once.
 # make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ PACKAGING := constraints.txt pyproject.toml
 SOURCES := setup.py $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: demo faces towers test bench gpu lint format clean
+.PHONY: demo faces towers labels test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native $(VENV)/.demo
@@ -29,6 +30,9 @@ faces: $(VENV)/.native $(VENV)/.demo
 
 towers: $(VENV)/.native $(VENV)/.demo
 	$(BIN)/torchrun --nproc-per-node=2 examples/two_towers.py $(TOWERS)
+
+labels: $(VENV)/.native $(VENV)/.demo
+	$(BIN)/python examples/labels.py $(LABELS)
 
 test: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m flashpair

@@ -69,3 +69,18 @@ def test_towers_follow_one_process_and_resume_on_another_number_of_ranks(pools):
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(state["model"][name], value, rtol=1e-6, atol=1e-9)
     assert alone.curve[-1] < 0.9 * alone.curve[0]
+
+
+def test_labels_and_angles_are_learned():
+    for module in ("sklearn", "tqdm"):
+        pytest.importorskip(module)
+    labels = load("labels")
+    pixels, learned, curve = labels.several_labels(15)
+    assert learned > pixels + 0.01 and curve[-1] < curve[0]
+    pixels, learned, curve = labels.an_angle(15)
+    assert learned < 0.9 * pixels and curve[-1] < curve[0]
+    upright = torch.zeros(2, 1, 8, 8)
+    upright[:, 0, :, 3:5] = 1
+    quarter = labels.turned(upright, torch.tensor([0.0, 90.0]))
+    assert torch.allclose(quarter[0], upright[0], atol=1e-6)
+    assert torch.allclose(quarter[1, 0], upright[1, 0].T, atol=1e-5)

@@ -361,7 +361,7 @@ def test_row_reduce(side, similarity, normalize, within_class, monkeypatch):
 @pytest.mark.parametrize("within_class", [False, True])
 @pytest.mark.parametrize("side", [False, True])
 def test_row_reduce_with_further_products(side, within_class, frozen, monkeypatch):
-    """Panels of a few rows and of two further products, one of a tensor with itself; gradients where they are wanted."""
+    """Panels of a few rows and two further products, one of a tensor with itself; gradients where they are wanted."""
     from flashpair import reference, rows
 
     monkeypatch.setattr(rows, "_CPU_ELEMENTS", 24)
