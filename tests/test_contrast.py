@@ -333,3 +333,24 @@ BAD = [
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call(torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_narrow_dtypes(case, dtype, engine):
+    """The loss of the rounded embeddings; what is computed of them before the loss is called is rounded too."""
+    if not support.serves(engine, dtype):
+        pytest.skip(f"{engine} does not serve {dtype}")
+    rounded = Views(*(v.detach().to(dtype).requires_grad_() for v in (views().x, views().y)))
+    torch.manual_seed(7)  # for the losses that draw
+    want = case.define(moved(rounded, torch.float64))
+    torch.manual_seed(7)
+    device = support.device(engine)
+    d = moved(rounded, dtype, device)
+    got = case.ours(d)
+    assert got.dtype == torch.float32
+    rows = rounded.x.detach().double()
+    size = max(abs(want.item()), 1.0) * max(rows.abs().max().item(), 1.0)
+    assert abs(got.double().cpu() - want) <= 16 * torch.finfo(dtype).eps * size
+    (grad,) = torch.autograd.grad(got, d.x)
+    assert grad.dtype == dtype and grad.isfinite().all()

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+import contrast_cases
 import family_cases
 import loss_cases
 import pytest
@@ -134,6 +135,21 @@ def test_family(case, side, gpu):
     want, got = case.ours(data.to(torch.float64)), case.ours(data.to(torch.float32, "cuda"))
     loose = 1e-2 if case.name.startswith(("PNP", "SmoothAP", "Tuplet")) else 1e-4
     assert abs(got.double().cpu() - want) <= loose * want.abs().clamp_min(1e-2)
+    got.backward()
+
+
+@pytest.mark.parametrize("case", contrast_cases.CASES, ids=repr)
+def test_contrast(case, gpu):
+    """In float32, second products and label sets included, against float64 on the CPU."""
+    if case.name.startswith("FeatureTransformation"):
+        pytest.skip("random numbers of another device")
+    whole = contrast_cases.views(b=96, d=5)
+    want = case.ours(whole)
+    d = contrast_cases.Views(*(v.detach().to("cuda", torch.float32).requires_grad_() for v in (whole.x, whole.y)))
+    loss = case.make(None).to("cuda")
+    got = case.call(loss, d)
+    # Labels, lists and sets of a row follow from its numbers: a threshold between two of them may fall otherwise.
+    assert abs(got.double().cpu() - want) <= 1e-3 * want.abs().clamp_min(1.0)
     got.backward()
 
 

@@ -71,6 +71,7 @@ class RnCLoss(InGroup, nn.Module):
             return poisoned(nothing(embeddings), embeddings)
         scale = inverse_temperature(self.temperature)
         targets = (targets.whole() if hasattr(targets, "whole") else targets).detach().reshape(rows, -1)
+        targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
 
         def ordered(panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
             # The row itself comes last: nothing that is summed has it in its set.

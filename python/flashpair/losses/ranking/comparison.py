@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 
 import torch
@@ -73,7 +72,7 @@ class ComparisonLoss(ScoreLoss):
         if self.criterion == ComparisonCriterion.CROSS_ENTROPY:
             log_p = torch.special.log_ndtr if thurstone else F.logsigmoid
             return -g * log_p(d) - (1 - g) * log_p(-d)
-        p, q = (0.5 * torch.erfc(-v / math.sqrt(2)) if thurstone else torch.sigmoid(v) for v in (d, -d))
+        p, q = ((torch.special.ndtr if thurstone else torch.sigmoid)(v) for v in (d, -d))
         return 1 - (p * g + _TINY).sqrt() - (q * (1 - g) + _TINY).sqrt()
 
     def of(self, scores: Tensor, targets: Tensor, lists: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from ... import checks
 from ...algebra import log_add_exp
 from ...distributed.sharded import current
 from ...pairs import pair_similarity
+from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
 from ..arguments import check_matched, check_rows, poisoned, without_gradient
 from ..group import InGroup
@@ -110,7 +111,8 @@ class GISTEmbedLoss(InGroup, nn.Module):
         guided = pair_similarity(anchor[1], positive[1], index, index)
         margin = self.margin * (guided.abs() if self.margin_strategy == "relative" else 1.0)
         # A copy of the positive is not closer than it, however the products round.
-        threshold = (guided - margin + 8 * torch.finfo(guided.dtype).eps).to(anchor[0].dtype)
+        slack = 8 * max(torch.finfo(statistics_dtype(v)).eps for v in (anchor[0], guided))
+        threshold = guided - margin + slack
         own = pair_similarity(anchor[0], positive[0], index, index, normalize=True) / self.temperature
         blocks = [(anchor, positive, True)]
         blocks += [(anchor, anchor, True)] * self.contrast_anchors + [
