@@ -187,6 +187,8 @@ def test_label_sets(monkeypatch):
     for entries in (1 << 22, 50, 1):
         monkeypatch.setattr(label_sets, "_ENTRIES", entries)
         assert torch.equal(sets.overlap(sets, row, torch.float32), want)
+        for _, local, other in sets.shared_with(sets, row):
+            assert len(other) <= entries or len(local.unique()) == 1
     values = torch.randn(13, 4, dtype=torch.float64)
     weights = torch.rand(len(sets.owner), dtype=torch.float64)
     dense = torch.zeros(40, 13, dtype=torch.float64).index_put((sets.owner, sets.label), weights)
@@ -333,6 +335,18 @@ BAD = [
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call(torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("name", ["SimCLRLoss", "CWCLLoss", "RankNetLoss", "MultipleNegativesRankingLoss joint"])
+def test_compiles_as_one_graph(name):
+    case = next(c for c in CASES if c.name == name)
+    d, loss = views(b=16), case.make(None)
+    want = evaluate(lambda d: case.call(loss, d), d)
+    compiled = torch.compile(lambda d: case.call(loss, d), fullgraph=True, backend="aot_eager")
+    got = evaluate(compiled, views(b=16))
+    torch._dynamo.reset()
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -146,3 +146,35 @@ def test_global_batch_must_fit(pools):
     for error in pools(3).run(too_many):
         assert isinstance(error, (ValueError, DistributedError))
         assert "a batch must fit into memory_size=5; got 6 rows to enqueue" in str(error)
+
+
+def with_support(name: str, group, rank: int, ranks: int) -> list:
+    """Values and gradients of a loss whose keys of earlier batches are spread over the ranks."""
+    queue = losses.KeyQueue(10, 4, group=group, dtype=torch.float64)
+    loss = getattr(losses, name)(group=group, **({} if name == "NNCLRLoss" else {"positive_alpha": None}))
+    found = []
+    for b in range(3):
+        sizes = shares(BATCHES[b], ranks)
+        x = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(b)).double()
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        x = x[own].clone().requires_grad_()
+        queue.enqueue(x.detach() + 0.1)
+        views = (x, x.flip(1), 2 * x + 0.3, x - 0.1) if name == "NNCLRLoss" else (x, x.flip(1))
+        torch.manual_seed(b + 1000 * rank)  # the first rank's generator decides
+        value = loss(*views, queue.rows())
+        value.backward()
+        found.append((value.detach(), x.grad / ranks))
+    return found
+
+
+def with_support_here(name: str) -> list:
+    return with_support(name, Group(), dist.get_rank(), dist.get_world_size())
+
+
+@pytest.mark.parametrize("name", ["NNCLRLoss", "FeatureTransformationLoss"])
+def test_support_that_is_spread_over_ranks(pools, name):
+    whole, ranks = with_support(name, None, 0, 1), pools(3).values(with_support_here, name)
+    for b, (value, gradient) in enumerate(whole):
+        for found in ranks:
+            torch.testing.assert_close(found[b][0], value, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(torch.cat([found[b][1] for found in ranks]), gradient, rtol=1e-10, atol=1e-13)
