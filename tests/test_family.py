@@ -392,6 +392,47 @@ def test_row_reduce_with_further_products(side, within_class, frozen, monkeypatc
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("side", [False, True])
+def test_a_single_total_takes_one_pass(side, normalize, monkeypatch):
+    """Gradients of one scalar are known with its value: each panel is computed once, whatever becomes of the scalar."""
+    from flashpair import rows
+
+    monkeypatch.setattr(rows, "_CPU_ELEMENTS", 24)
+    monkeypatch.setattr(rows, "_CPU_ROWS", 1)
+    data = batch("random", side).to(torch.float64)
+    columns = data.x if data.y is None else data.y
+    g = torch.Generator().manual_seed(3)
+    u, v, w = (torch.randn(n, 3, generator=g, dtype=torch.float64).requires_grad_() for n in (11, len(columns), 11))
+    shift = torch.randn((), generator=g, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def single(panel, w, c):
+        calls.append(len(panel.row))
+        return [(w.sum(1, keepdim=True) * panel.same * (panel.s + c).sin() * panel.products[0]).sum()]
+
+    def by_row(panel, w, c):
+        return [(w.sum(1, keepdim=True) * panel.same * (panel.s + c).sin() * panel.products[0]).sum(1)]
+
+    how = {
+        "products": [(u, v)], "rows": [w], "shared": [shift], "labels": data.labels, "ref_labels": data.ref_labels,
+        "normalize": normalize,
+    }  # fmt: skip
+    (got,), (want,) = row_reduce(data.x, data.y, single, totals=1, **how), row_reduce(data.x, data.y, by_row, **how)
+    torch.testing.assert_close(got, want.sum(), rtol=1e-12, atol=1e-12)
+    leaves = [t for t in (data.x, data.y, u, v, w, shift) if t is not None]
+    found = [torch.autograd.grad(-3 * r.sum(), leaves, retain_graph=True) for r in (got, want, got)]
+    for a, b, c in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert torch.equal(a, c)
+    assert sum(calls) == 11 and len(calls) > 2
+    with torch.no_grad():
+        assert torch.equal(row_reduce(data.x, data.y, single, totals=1, **how)[0], got)
+    x = torch.randn(6, 4, dtype=torch.bfloat16, requires_grad=True)
+    row_reduce(x, None, lambda panel: [panel.s.square().sum()], totals=1)[0].backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
 def test_row_reduce_checks_its_input():
     x = torch.randn(4, 3)
     formula = lambda panel: [panel.s.sum(1)]  # noqa: E731

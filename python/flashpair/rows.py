@@ -8,7 +8,7 @@ the positives of a row are neighbours.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -199,100 +199,147 @@ class _Sides:
         return RowPanel(s, row + plan.first, column, own, start, count, at.most, products)
 
 
+class _Gradients:
+    """What the panels say of the gradients, added up."""
+
+    def __init__(self, plan: _Plan, x: Tensor, y: Tensor | None, further: Sequence[Tensor], needs: Sequence[bool]):
+        self.plan, self.x, self.y, self.inputs = plan, x, y, further[2 * plan.products :]
+        self.sides = sides = _Sides(x, y, plan, further)
+        self.need_x, self.need_y, *of_further = needs
+        of_pairs, of_inputs = of_further[: 2 * plan.products], of_further[2 * plan.products :]
+        self.dx = torch.zeros_like(sides.x) if self.need_x else None
+        by_column = self.need_y or (y is None and self.need_x)
+        self.dy = torch.zeros_like(sides.columns) if by_column else None  # by sorted column
+        zeros = lambda v, need: torch.zeros_like(v) if need else None  # noqa: E731
+        self.of_inputs = [zeros(v, need) for v, need in zip(self.inputs, of_inputs, strict=True)]
+        pairs = [side for both in zip(sides.u, sides.v, strict=True) for side in both]
+        self.of_pairs = [
+            zeros(v, need) for v, need in zip(pairs, of_pairs, strict=True)
+        ]  # by row, by sorted column, ...
+
+    def add(self, at: _Bounds, cotangents: Sequence[Tensor | None] | None) -> Tensor | None:
+        """Adds a panel's part; without cotangents that of a formula with one scalar result, which is returned."""
+        plan, panel, row = self.plan, self.sides.panel(at), self.plan.rows(at)
+        panel.s.requires_grad_(self.need_x or self.need_y)
+        for k, product in enumerate(panel.products):
+            product.requires_grad_(any(g is not None for g in self.of_pairs[2 * k : 2 * k + 2]))
+        leaves = [
+            _slice(plan, row, k, v).detach().requires_grad_(g is not None)
+            for k, (v, g) in enumerate(zip(self.inputs, self.of_inputs, strict=True))
+        ]
+        s, products = panel.s, panel.products
+        # What somebody does to saved tensors, offload them say, is not for a panel's, which go at once.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda v: v, lambda v: v):
+            outputs = list(plan.formula(panel, *leaves))
+        total = None
+        if cotangents is None:
+            if len(outputs) != 1 or outputs[0].dim() != 0:
+                return None
+            total, cotangents = outputs[0].detach(), [torch.ones_like(outputs[0])]
+        cut = len(outputs) - plan.totals
+        pairs = [
+            (output, g[row] if k < cut else g)
+            for k, (output, g) in enumerate(zip(outputs, cotangents, strict=True))
+            if g is not None and output.requires_grad
+        ]
+        wanted = [v for v in (s, *products, *leaves) if v.requires_grad]
+        if pairs and wanted:
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+            self._add(at, row, s, products, iter(found))
+        return total
+
+    def _add(self, at: _Bounds, row: Tensor, s: Tensor, products: list[Tensor], found: Iterator[Tensor | None]) -> None:
+        ds = next(found) if s.requires_grad else None
+        for k, product in enumerate(products):
+            dp = next(found) if product.requires_grad else None
+            if dp is not None:
+                _accumulate_product(self.sides, k, at, row, dp, *self.of_pairs[2 * k : 2 * k + 2])
+        for k, gradient in enumerate(self.of_inputs):
+            value = None if gradient is None else next(found)
+            if value is None:
+                continue
+            if k < self.plan.row_inputs:
+                gradient[row] = value
+            else:
+                gradient += value
+        if ds is not None:
+            _accumulate(self.sides, at, row, s.detach(), ds, self.dx, self.dy)
+
+    def finish(self) -> list[Tensor | None]:
+        """Those of x, y, the products' sides and the inputs; of embeddings in the dtype of statistics."""
+        order, sides = self.plan.column_order, self.sides
+        in_order = lambda g: torch.empty_like(g).index_copy_(0, order, g)  # noqa: E731
+        dx, dy = self.dx, None if self.dy is None else in_order(self.dy)
+        if self.y is None and dx is not None:
+            dx, dy = dx.add_(dy), None
+        dx = None if dx is None else _through_norm(dx, self.x, sides.x_norms)
+        dy = _through_norm(dy, self.y, sides.y_norms) if self.need_y else None
+        of_pairs = [g if g is None or k % 2 == 0 else in_order(g) for k, g in enumerate(self.of_pairs)]
+        return [dx, dy, *of_pairs, *self.of_inputs]
+
+
 class _RowReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, x, y, *further):
-        sides, inputs = _Sides(x, y, plan, further), further[2 * plan.products :]
-        results: list[Tensor] = []
-        for at in plan.panels:
-            panel, row = sides.panel(at), plan.rows(at)
-            outputs = list(_evaluate(plan, panel, row, inputs))
-            cut = len(outputs) - plan.totals
-            if not results:
-                # Written in place: small tensors that stay between large ones that go would pin the heap.
-                results = [v.new_empty((len(plan.row_order), *v.shape[1:])) for v in outputs[:cut]]
-                results += [torch.zeros_like(v) for v in outputs[cut:]]
-            for k, value in enumerate(outputs):
-                if k < cut:
-                    results[k][row] = value
-                else:
-                    results[k] += value
-            del panel, outputs
+        ctx.plan, ctx.dtypes = plan, [None if v is None else v.dtype for v in (x, y, *further)]
+        ctx.known = False
+        if plan.totals == 1 and any(ctx.needs_input_grad):
+            total, found = _value_and_gradients(plan, x, y, further, ctx.needs_input_grad[1:])
+            if total is not None:
+                ctx.known = True
+                ctx.save_for_backward(*found)
+                return total
         ctx.save_for_backward(x, y, *further)
-        ctx.plan = plan
-        return tuple(results)
+        return _values(plan, x, y, further)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
-        # Whoever calls backward inside autocast would get half-precision products.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _RowReduce._backward(ctx, cotangents)
+        saved = ctx.saved_tensors
+        if ctx.known:
+            found = [None if g is None else g * cotangents[0] for g in saved]
+        else:
+            # Whoever calls backward inside autocast would get half-precision products.
+            with torch.autocast(saved[0].device.type, enabled=False):
+                x, y, *further = saved
+                gradients = _Gradients(ctx.plan, x, y, further, ctx.needs_input_grad[1:])
+                for at in ctx.plan.panels:
+                    gradients.add(at, cotangents)
+                found = gradients.finish()
+        return None, *(None if g is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True))
 
-    @staticmethod
-    def _backward(ctx, cotangents):
-        plan: _Plan = ctx.plan
-        x, y, *further = ctx.saved_tensors
-        inputs, pairs_end = further[2 * plan.products :], 3 + 2 * plan.products
-        need_x, need_y = ctx.needs_input_grad[1], y is not None and ctx.needs_input_grad[2]
-        sides = _Sides(x, y, plan, further)
-        dx = torch.zeros_like(sides.x) if need_x else None
-        dy = torch.zeros_like(sides.columns) if need_y or (y is None and need_x) else None  # by sorted column
-        gradients = [
-            torch.zeros_like(v) if need else None
-            for v, need in zip(inputs, ctx.needs_input_grad[pairs_end:], strict=True)
-        ]
-        pairs = [side for both in zip(sides.u, sides.v, strict=True) for side in both]
-        of_pairs = [  # by row, by sorted column, and so on
-            torch.zeros_like(v) if need else None
-            for v, need in zip(pairs, ctx.needs_input_grad[3:pairs_end], strict=True)
-        ]
-        for at in plan.panels:
-            panel, row = sides.panel(at), plan.rows(at)
-            panel.s.requires_grad_(need_x or need_y)
-            for k, product in enumerate(panel.products):
-                product.requires_grad_(any(g is not None for g in of_pairs[2 * k : 2 * k + 2]))
-            leaves = [
-                _slice(plan, row, k, v).detach().requires_grad_(g is not None)
-                for k, (v, g) in enumerate(zip(inputs, gradients, strict=True))
-            ]
-            s = panel.s
-            with torch.enable_grad():
-                outputs = list(plan.formula(panel, *leaves))
-            cut = len(outputs) - plan.totals
-            pairs = [
-                (output, g[row] if k < cut else g)
-                for k, (output, g) in enumerate(zip(outputs, cotangents, strict=True))
-                if g is not None and output.requires_grad
-            ]
-            matrices = [m for m in (s, *panel.products) if m.requires_grad]
-            wanted = matrices + [leaf for leaf in leaves if leaf.requires_grad]
-            if not pairs or not wanted:
-                continue
-            outputs, weights = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True))
-            ds = next(found) if s.requires_grad else None
-            for k, product in enumerate(panel.products):
-                dp = next(found) if product.requires_grad else None
-                if dp is not None:
-                    _accumulate_product(sides, k, at, row, dp, *of_pairs[2 * k : 2 * k + 2])
-            for k, gradient in enumerate(gradients):
-                value = None if gradient is None else next(found)
-                if value is None:
-                    continue
-                if k < plan.row_inputs:
-                    gradient[row] = value
-                else:
-                    gradient += value
-            if ds is not None:
-                _accumulate(sides, at, row, s.detach(), ds, dx, dy)
-        for k, (gradient, value) in enumerate(zip(of_pairs, further[: 2 * plan.products], strict=True)):
-            if gradient is not None:
-                by_row = (
-                    gradient if k % 2 == 0 else torch.empty_like(gradient).index_copy_(0, plan.column_order, gradient)
-                )
-                of_pairs[k] = by_row.to(value.dtype)
-        return None, *_finish(sides, x, y, dx, dy, need_y), *of_pairs, *gradients
+
+def _values(plan: _Plan, x: Tensor, y: Tensor | None, further: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results, a panel at a time."""
+    sides, inputs = _Sides(x, y, plan, further), further[2 * plan.products :]
+    results: list[Tensor] = []
+    for at in plan.panels:
+        panel, row = sides.panel(at), plan.rows(at)
+        outputs = list(_evaluate(plan, panel, row, inputs))
+        cut = len(outputs) - plan.totals
+        if not results:
+            # Written in place: small tensors that stay between large ones that go would pin the heap.
+            results = [v.new_empty((len(plan.row_order), *v.shape[1:])) for v in outputs[:cut]]
+            results += [torch.zeros_like(v) for v in outputs[cut:]]
+        for k, value in enumerate(outputs):
+            if k < cut:
+                results[k][row] = value
+            else:
+                results[k] += value
+        del panel, outputs
+    return tuple(results)
+
+
+def _value_and_gradients(plan: _Plan, x, y, further, needs) -> tuple[tuple[Tensor] | None, list[Tensor | None]]:
+    """One total, and its gradients from the same panels; nothing where the formula gives more than one total."""
+    gradients, total = _Gradients(plan, x, y, further, needs), None
+    for at in plan.panels:
+        value = gradients.add(at, None)
+        if value is None:
+            return None, []
+        total = value if total is None else total.add_(value)
+    return (total,), gradients.finish()
 
 
 def _evaluate(plan: _Plan, panel: RowPanel, row: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -350,16 +397,6 @@ def _dense(plan: _Plan, x: Tensor, y: Tensor | None, further: Sequence[Tensor]) 
     return tuple(v[place] if k < cut else v for k, v in enumerate(outputs))
 
 
-def _finish(sides: _Sides, x: Tensor, y: Tensor | None, dx, dy, need_y: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients in the order and the dtype of the inputs, through the norms."""
-    if dy is not None:
-        dy = torch.empty_like(dy).index_copy_(0, sides.plan.column_order, dy)
-    if y is None and dx is not None:
-        dx, dy = dx.add_(dy), None
-    dx = None if dx is None else _through_norm(dx, x, sides.x_norms).to(x.dtype)
-    return dx, _through_norm(dy, y, sides.y_norms).to(y.dtype) if need_y else None
-
-
 @eagerly
 @_outside_autocast
 def row_reduce(
@@ -387,9 +424,10 @@ def row_reduce(
         out_i = formula(s_i·),   gradients by computing each panel again
 
     For what `pair_reduce` cannot say: ranks, sorts, histograms, sums over pairs of pairs. Costs the matrix products of
-    two passes, and plain PyTorch for the formula. Memory is O((B + N) D) plus the workspace, if the formula's own
-    tensors are at most `copies` panels. On a GPU the panels' bounds are read once from the device. Differentiable
-    once; `torch.compile` runs it as it is. On the reference backend: one matrix and autograd.
+    two passes (of one, where the formula gives a single total), and plain PyTorch for the formula. Memory is
+    O((B + N) D) plus the workspace, if the formula's own tensors are at most `copies` panels. On a GPU the panels'
+    bounds are read once from the device. Differentiable once; `torch.compile` runs it as it is. On the reference
+    backend: one matrix and autograd.
 
     Args:
         x: (B, D) float32, float64, bfloat16 or float16.

@@ -81,11 +81,12 @@ class ComparisonLoss(ScoreLoss):
         def compared(panel: RowPanel, own: Tensor, targets: Tensor) -> list[Tensor]:
             g = (torch.sign(own[:, None] - targets[panel.column][None]) + 1) / 2
             losses = torch.where(panel.same, self._loss(panel.s / self.deviation, g), 0.0)
-            return [losses.sum(1), panel.same.sum(1).to(losses.dtype)]
+            return [losses.sum()]
 
         x, y = differences(scores)
-        sums, pairs = row_reduce(
+        (total,) = row_reduce(
             x, y, compared, rows=[targets], shared=[targets], labels=lists, ref_labels=lists.clone(), exclude=index,
-            within_class=True, copies=16,
+            within_class=True, copies=16, totals=1,
         )  # fmt: skip
-        return sums.sum() / pairs.sum().clamp_min(1)
+        sizes = lists.unique(return_counts=True)[1]
+        return total / (sizes * (sizes - 1)).sum().clamp_min(1)
