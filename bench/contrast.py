@@ -58,8 +58,6 @@ def guide(x: Tensor) -> Tensor:
 def _losses() -> dict:
     from flashpair import losses as f
 
-    prototypes = {"num_labels": 80, "embedding_size": 0}
-    with_width = lambda kind: lambda x: f.__getattr__(kind)(**{**prototypes, "embedding_size": x.shape[1]})  # noqa: E731
     return {
         "SimCLRLoss": lambda x, y: f.SimCLRLoss(T)(x, y),
         "DCLLoss": lambda x, y: f.DCLLoss(T)(x, y),
@@ -86,8 +84,8 @@ def _losses() -> dict:
         "CoSENTLoss": lambda x, y: f.CoSENTLoss()([x, y], targets(len(x))),
         "MultiLabelContrastiveLoss": lambda x, y: f.MultiLabelContrastiveLoss()(x, multi_hot(len(x))) + 0 * y.sum(),
         "MulSupConLoss": lambda x, y: f.MulSupConLoss()(x, multi_hot(len(x))) + 0 * y.sum(),
-        "MSCLoss": lambda x, y: with_width("MSCLoss")(x)(x, multi_hot(len(x))) + 0 * y.sum(),
-        "MSCRGLoss": lambda x, y: with_width("MSCRGLoss")(x)(x, multi_hot(len(x))) + 0 * y.sum(),
+        "MSCLoss": lambda x, y: f.MSCLoss(80, x.shape[1])(x, multi_hot(len(x))) + 0 * y.sum(),
+        "MSCRGLoss": lambda x, y: f.MSCRGLoss(80, x.shape[1])(x, multi_hot(len(x))) + 0 * y.sum(),
         "RankNetLoss": lambda x, y: f.RankNetLoss()(x.sum(1), targets(len(x))) + 0 * y.sum(),
         "ComparisonLoss": lambda x, y: f.ComparisonLoss()(x.sum(1), targets(len(x))) + 0 * y.sum(),
         "LambdaLoss": lambda x, y: f.LambdaLoss()(x.sum(1), 4 * targets(len(x))) + 0 * y.sum(),

@@ -8,6 +8,7 @@ import contrast_cases
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from views import Views
 
 from flashpair import heads, losses, miners
 from flashpair.distributed import Exchange, Group
@@ -83,7 +84,7 @@ def data(rows: int, columns: int, features: int = 5, seed: int = 0) -> dict[str,
 def call(case: str, loss, miner, x, y, labels, ref_labels, scale, bias):
     """The loss of (a part of) a batch, and statistics where the case has them."""
     if case in CONTRAST:
-        return CONTRAST[case].call(loss, contrast_cases.Views(x, y)), None
+        return CONTRAST[case].call(loss, Views(x, y)), None
     name = case.split()[0]
     if name in ("ClipLoss", "SigLipLoss"):
         return loss(x, y, scale, bias), None

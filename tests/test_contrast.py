@@ -3,12 +3,14 @@
 
 import math
 
-import contrast_cases as cases
+import contrast_cases
+import multi_label_cases
 import pytest
 import support
 import torch
-from contrast_cases import CASES, Views, evaluate, unit, views
+from contrast_cases import CASES
 from loss_cases import engine  # noqa: F401
+from views import Views, evaluate, unit, views
 
 from flashpair import losses
 
@@ -126,8 +128,8 @@ def test_multi_view_masks(engine):
     mask[4] = False
     for mode in ("all", "one"):
         loss = losses.MultiViewSupConLoss(0.2, mode)
-        ours = lambda e: loss(cases.stacked(e), mask=mask.to(e.x.device))  # noqa: B023, E731
-        want = evaluate(lambda e: cases.define_multi_view(e, None, mode == "one", mask), views())  # noqa: B023
+        ours = lambda e: loss(contrast_cases.stacked(e), mask=mask.to(e.x.device))  # noqa: B023, E731
+        want = evaluate(lambda e: contrast_cases.define_multi_view(e, None, mode == "one", mask), views())  # noqa: B023
         close(evaluate(ours, d), want, 1e-10)
 
 
@@ -155,21 +157,26 @@ def test_diagnostics(engine):
     own = unit(d.x) @ unit(d.x).T
     alike = (d.labels[:, None] == d.labels[None]) & off
     torch.testing.assert_close(found.tolerance, own[alike].mean())
-    torch.testing.assert_close(found.uniformity, -cases.define_uniformity(d.x))
+    torch.testing.assert_close(found.uniformity, -contrast_cases.define_uniformity(d.x))
     assert losses.temperature_diagnostics(d.x, d.y, 0.2).tolerance.isnan()
 
 
 @pytest.mark.parametrize(
     ("name", "define"),
-    [("MultiLabelProtoLoss", cases.define_proto), ("MSCLoss", cases.define_msc), ("MSCRGLoss", cases.define_mscrg)],
+    [
+        ("MultiLabelProtoLoss", multi_label_cases.define_proto),
+        ("MSCLoss", multi_label_cases.define_msc),
+        ("MSCRGLoss", multi_label_cases.define_mscrg),
+    ],
 )
 def test_gradient_of_prototypes(name, define, engine):
     d = views()
     options = (0.1, 0.7, 0.2) if name == "MSCLoss" else ()
-    loss = cases.with_prototypes(getattr(losses, name)(4, 5, *options)).to(support.device(engine))
-    prototypes = cases.PROTOTYPES.clone().requires_grad_()
+    loss = multi_label_cases.with_prototypes(getattr(losses, name)(4, 5, *options)).to(support.device(engine))
+    prototypes = multi_label_cases.PROTOTYPES.clone().requires_grad_()
     (want,) = torch.autograd.grad(define(d, prototypes), prototypes)
-    (got,) = torch.autograd.grad(cases.labelled(loss, moved(d, torch.float64, support.device(engine))), loss.prototypes)
+    value = multi_label_cases.labelled(loss, moved(d, torch.float64, support.device(engine)))
+    (got,) = torch.autograd.grad(value, loss.prototypes)
     torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-12)
 
 
@@ -216,11 +223,13 @@ def test_logit_losses():
         present = 1 + sum((-v).exp() for v, c in zip(logits, labels, strict=True) if c)
         rows.append(torch.log(torch.as_tensor(absent)) + torch.log(torch.as_tensor(present)))
     torch.testing.assert_close(losses.ZLPRLoss()(z, y), torch.stack(rows).mean())
-    for clip in (0.0, 0.05):
+    for clip, power in ((0.0, 2.0), (0.05, 2.0), (0.3, 0.5)):
         p = torch.sigmoid(z)
-        q = (p - clip).clamp_min(0)
-        want = -torch.where(y.bool(), (1 - p) ** 0.5 * p.log(), q**2 * (1 - q).log()).sum() / 6
-        torch.testing.assert_close(losses.AsymmetricLoss(2.0, 0.5, clip)(z, y), want)
+        q = (p - clip).clamp_min(1e-300)  # so that a power below one has a slope
+        want = -torch.where(y.bool(), (1 - p) ** 0.5 * p.log(), q**power * (1 - q).log()).sum() / 6
+        got = losses.AsymmetricLoss(power, 0.5, clip)(z, y)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(v, z, retain_graph=True)[0] for v in (got, want)))
 
 
 def test_preferences():
@@ -262,6 +271,57 @@ def test_reranking_gradients():
     torch.testing.assert_close(torch.autograd.grad(flat, yes)[0], sign / 5)
 
 
+LEARNABLE = {
+    "SimCLRLoss": lambda t, d: losses.SimCLRLoss(t)(d.x, d.y),
+    "DCLLoss": lambda t, d: losses.DCLLoss(t)(d.x, d.y),
+    "HardContrastiveLoss": lambda t, d: losses.HardContrastiveLoss(t, 0.4)(d.x, d.y),
+    "MEOWLoss": lambda t, d: losses.MEOWLoss(t)(d.x, d.y, d.clusters),
+    "RnCLoss": lambda t, d: losses.RnCLoss(t)(d.x, d.targets),
+    "NNCLRLoss": lambda t, d: losses.NNCLRLoss(t)(d.x, d.y, d.x, d.z, d.queue),
+    "FeatureTransformationLoss": lambda t, d: losses.FeatureTransformationLoss(t, None, None)(d.x, d.y, d.queue),
+    # Its factor 2 T takes no gradient.
+    "MoCoV3Loss": lambda t, d: losses.MoCoV3Loss(t)(*contrast_cases.keys(d)) / (2 * t.detach()),
+    "CWCLLoss": lambda t, d: losses.CWCLLoss()(unit(d.x), unit(d.y), 1 / t, d.frozen),
+    "CyCLIPLoss": lambda t, d: losses.CyCLIPLoss()(unit(d.x), unit(d.y), 1 / t),
+    "DistillClipLoss": lambda t, d: losses.DistillClipLoss()(unit(d.x), unit(d.y), 1 / t, d.z, d.y, 1.0)[1],
+}
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_gradient_of_the_temperature(name, engine):
+    """Against a central difference."""
+    d = moved(views(), torch.float64, support.device(engine))
+    at = lambda t: LEARNABLE[name](torch.tensor(t, dtype=torch.float64, device=d.x.device), d).item()  # noqa: E731
+    t = torch.tensor(0.4, dtype=torch.float64, device=d.x.device, requires_grad=True)
+    (got,) = torch.autograd.grad(LEARNABLE[name](t, d), t)
+    want = (at(0.4 + 1e-5) - at(0.4 - 1e-5)) / 2e-5
+    assert abs(got.item() - want) <= 1e-7 * max(abs(want), 1)
+
+
+def test_thresholds_leave_room_for_rounding():
+    """Of two negatives that another product may put in the other order, both stay."""
+    from flashpair.losses.contrast.hard_contrastive import thresholds
+
+    angle = torch.tensor([0.0, 1.0, 1.0 + 1e-16, 2.0], dtype=torch.float64)
+    x = torch.stack([angle.cos(), angle.sin()], 1)
+    x[2, 0] += 2e-16
+    last = (x[0] @ x[2]).clamp(max=x[0] @ x[1])
+    assert thresholds(x, x, 1)[0] <= last - 6 * torch.finfo(torch.float64).eps
+
+
+def test_the_table_of_the_papers_temperature(monkeypatch):
+    """The density of float32 alone, in float64: F within 1e-7, its slope too."""
+    from flashpair.losses.contrast import mann_whitney
+
+    monkeypatch.setitem(mann_whitney._DENSITY, torch.float64, mann_whitney._DENSITY[torch.float32])
+    own = 2 * torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    s = torch.linspace(-1, 1, 999, dtype=torch.float64, requires_grad=True)
+    got = mann_whitney.Interpolated.apply(*mann_whitney.softplus_table(own, 0.01), s)
+    want = torch.nn.functional.softplus((s[:, None] - own) / 0.01, threshold=100).sum(1)
+    for a, b in ((got, want), *zip(*(torch.autograd.grad(v.sum(), s) for v in (got, want)), strict=True)):
+        assert ((a - b).abs() <= 1e-7 * b.abs().max()).all()
+
+
 BAD = [
     (lambda x: losses.SimCLRLoss(0.0), ValueError, "temperature"),
     (lambda x: losses.SimCLRLoss(reduction="mean"), TypeError, r"reduction must be one of SimCLRReduction.MEAN"),
@@ -284,6 +344,10 @@ BAD = [
     (lambda x: losses.RnCLoss()(x, torch.zeros(4).long()), TypeError, "targets must be a floating-point tensor"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(3)), ValueError, r"targets must have shape \(4,\)"),
     (lambda x: losses.NNCLRLoss()(x, x, x, x, x[:0]), ValueError, "support must have at least one row"),
+    (lambda x: losses.NNCLRLoss()(x, x, x, x[:2], x), ValueError, "first and second_prediction must have equal"),
+    (lambda x: losses.MoCoV3Loss()(x, x, x, x[:2]), ValueError, "first_query and second_key must have equal"),
+    (lambda x: losses.CoCaLoss(2.0, 1.0)(x, x, x, x.long(), 1.0), ValueError, "logits must have shape"),
+    (lambda x: losses.MEOWLoss()(x, x, torch.zeros(0, 4).long()), ValueError, "clusters must hold at least one"),
     (lambda x: losses.MultiViewSupConLoss()(x), ValueError, "features must have shape"),
     (lambda x: losses.MultiViewSupConLoss(contrast_mode="both"), ValueError, "contrast_mode must be 'all' or 'one'"),
     (

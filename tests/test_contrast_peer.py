@@ -13,8 +13,9 @@ from unittest import mock
 
 import pytest
 import torch
-from contrast_cases import columns, evaluate, guides, unit, views
 from loss_cases import open_clip_losses
+from retrieval_cases import columns, guides
+from views import evaluate, unit, views
 
 from flashpair import losses
 

@@ -1,5 +1,6 @@
 """What ranks do not have in common, what one of them cannot do, and one that dies: an error on all."""
 
+import functools
 import os
 
 import group_cases
@@ -66,7 +67,39 @@ def _triplets_of_one_process(rank: int):
     return losses.TripletMarginLoss(group=dist.group.WORLD)(x, labels, miners.BatchHardMiner()(x, labels))
 
 
+X = torch.eye(4)
+
+
+def _columns(rank: int):
+    loss = losses.MultipleNegativesRankingLoss(group=dist.group.WORLD)
+    return loss([X, X, X] if rank == 1 else [X, X])
+
+
+STRUCTURES = [
+    ("MultipleNegativesRankingLoss", ([X, X],), ([X],), "embeddings must hold at least 2 columns; got 1"),
+    ("GISTEmbedLoss", ([X, X], [X, X]), ([X, X], [X]), "the same two or more columns; got 2 and 1"),
+    ("CACRLoss", (X, X), (X,), "views must be at least 2; got 1"),
+    ("AMCLLoss", ([X], [X], X, X), ([X], [X, X], X, X), "as many heads, at least 1; got 1 and 2"),
+    ("MEOWLoss", (X, X, torch.zeros(2, 4).long()), (X, X, torch.zeros(4).long()), "clusters must be int64 of shape"),
+    ("MultiViewSupConLoss", (torch.ones(4, 2, 3),), (X,), "features must have shape"),
+    ("FeatureTransformationLoss", (X, X, X), (X, X[:2], X), "key must have as many rows as query on each rank"),
+    ("MulSupConLoss", (X, X), (X, losses.LabelSets.from_lists([[0]] * 4, 4)), "labels must be a tensor; got LabelSets"),
+]
+
+
+def _structure(k: int, rank: int):
+    name, good, bad, _ = STRUCTURES[k]
+    return getattr(losses, name)(group=dist.group.WORLD)(*(bad if rank == 1 else good))
+
+
+def _many(count: int, rank: int):
+    return losses.MultipleNegativesRankingLoss(group=dist.group.WORLD)([X] * count)
+
+
 BAD = [
+    (_columns, "MultipleNegativesRankingLoss must have the same options on all ranks; rank 0 and rank 1 differ"),
+    *((functools.partial(_structure, k), case[-1]) for k, case in enumerate(STRUCTURES)),
+    (functools.partial(_many, 33), "must have at most 32 tensors; got 34"),
     (_features, "embeddings must be alike on all ranks; got 4 features on rank 0 and 5 features on rank 2"),
     (_dtype, "embeddings must be alike on all ranks; got torch.float32 on rank 0 and torch.float64 on rank 1"),
     (_options, "SupConLoss must have the same options on all ranks; rank 0 and rank 1 differ"),
@@ -89,7 +122,7 @@ def on_this_rank(function):
 def test_differences_raise_on_every_rank(pools, function, message):
     pool = pools(3)
     for error in pool.run(on_this_rank, function):
-        assert isinstance(error, (ValueError, DistributedError)), error
+        assert isinstance(error, (TypeError, ValueError, DistributedError)), error
         assert message in str(error)
     case = "ClipLoss"  # and nobody waits for anybody afterwards
     compare(

@@ -14,6 +14,7 @@ import loss_cases
 import pytest
 import support
 import torch
+import views
 from loss_cases import Batch, sides_of
 from programs import PROGRAMS, on_sides, only
 from support import compare, make
@@ -143,9 +144,9 @@ def test_contrast(case, gpu):
     """In float32, second products and label sets included, against float64 on the CPU."""
     if case.name.startswith("FeatureTransformation"):
         pytest.skip("random numbers of another device")
-    whole = contrast_cases.views(b=96, d=5)
+    whole = views.views(b=96, d=5)
     want = case.ours(whole)
-    d = contrast_cases.Views(*(v.detach().to("cuda", torch.float32).requires_grad_() for v in (whole.x, whole.y)))
+    d = views.Views(*(v.detach().to("cuda", torch.float32).requires_grad_() for v in (whole.x, whole.y)))
     loss = case.make(None).to("cuda")
     got = case.call(loss, d)
     # Labels, lists and sets of a row follow from its numbers: a threshold between two of them may fall otherwise.

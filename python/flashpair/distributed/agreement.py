@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .ranks import DistributedError, Ranks
 
-_SLOTS = 5  # tensors of one call
+_SLOTS = 32  # tensors of one call
 _FIELDS = ("rows", "features", "dtype", "gradient", "device")
 _HEAD = 3  # refused, what is called, its options
 _MESSAGE = 1024  # bytes of a refusal
@@ -72,9 +72,13 @@ def agree(
         if refusal is not None:
             raise refusal
         return {name: [t.shape[0]] * ranks.size for name, t in tensors.items() if t is not None}
+    if refusal is None and len(tensors) > _SLOTS:
+        refusal = ValueError(f"{what} must have at most {_SLOTS} tensors; got {len(tensors)}")
+    # Their names too: a rank with fewer must not go on where the others find a difference.
+    options += f"; {', '.join(tensors)}"
     codes = [int(refusal is not None), zlib.crc32(what.encode()), zlib.crc32(options.encode())]
     for value in tensors.values():
-        codes += _describe(value) if refusal is None else [_ABSENT] * len(_FIELDS)
+        codes += _describe(value) if refusal is None else []
     codes += [_ABSENT] * (_HEAD + _SLOTS * len(_FIELDS) - len(codes))
     device = "cpu" if "cpu" in ranks.devices() else "cuda"
     own = torch.tensor([codes], dtype=torch.int64, device=device)

@@ -173,6 +173,18 @@ class _Whole(torch.autograd.Function):
         return gradient[first:end] * ranks, None
 
 
+def all_rows(value: Tensor) -> Tensor:
+    """The rows of all ranks as an ordinary tensor; any other tensor as it is."""
+    return value.whole() if isinstance(value, Sharded) else value
+
+
+def by_row(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """A function that makes each row from the same rows of the values; of all ranks, or of one process."""
+    if not isinstance(values[0], Sharded):
+        return function(*values)
+    return Sharded(function(*(v.local for v in values)), values[0].sizes, values[0].ranks)
+
+
 def sum_of_entries(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor | int:
     """Sum of all entries, no gradients; of sharded rows each rank adds its own."""
     own = [v.local for v in values if isinstance(v, Sharded)]
@@ -194,8 +206,8 @@ def over_ranks(
     what: str,
     options: str,
     function: Callable,
-    tensors: dict[str, Tensor | None],
-    rows: Sequence[tuple[str, ...]],
+    tensors: dict[str, Tensor | None] | Callable[[], dict[str, Tensor | None]],
+    rows: Sequence[tuple[str, ...]] | None,
     check: Callable[[], None] | None = None,
 ):
     """`function(**tensors of all ranks)`, divided over the ranks.
@@ -204,27 +216,30 @@ def over_ranks(
 
     Args:
         what, options: what the ranks must agree on.
-        rows: names of tensors that have equal numbers of rows on each rank.
+        tensors: by name; or a function that gives them, and raises what is wrong with what they are taken from.
+        rows: names of tensors that have equal numbers of rows on each rank; None: all of them have.
         check: raises what is wrong with this rank's tensors.
 
     Raises:
         DistributedError: on every rank where one of them cannot go on or differs.
     """
     ranks, refusal = Ranks(group), None
+    given: dict[str, Tensor | None] = {}
     try:
-        _check_local(ranks, tensors, rows)
+        given = tensors() if callable(tensors) else tensors
+        _check_local(ranks, given, [tuple(given)] if rows is None else rows)
         if check is not None:
             check()
     except (TypeError, ValueError) as error:
         refusal = error
     options += f"; {group.exchange}, workspace of {workspace_bytes(None)} bytes"
-    sizes = agree(ranks, what, options, tensors, refusal)
+    sizes = agree(ranks, what, options, given, refusal)
     known: dict[int, Tensor] = {}
-    for name, value in tensors.items():
+    for name, value in given.items():
         if value is not None and id(value) not in known:
             known[id(value)] = _of_all(value, sizes[name], ranks)
     with shared_by(ranks):
-        return function(**{n: None if v is None else known[id(v)] for n, v in tensors.items()})
+        return function(**{n: None if v is None else known[id(v)] for n, v in given.items()})
 
 
 def _of_all(value: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:

@@ -17,15 +17,19 @@ from ..miners.selection import may_be_global
 class InGroup:
     """Mixin of the modules that take `group=`."""
 
-    #: Names of tensors that must have equal numbers of rows on each rank.
-    row_groups: tuple[tuple[str, ...], ...] = (("embeddings", "labels"), ("ref_emb", "ref_labels"))
+    #: Names of tensors that must have equal numbers of rows on each rank; None: all of them.
+    row_groups: tuple[tuple[str, ...], ...] | None = (("embeddings", "labels"), ("ref_emb", "ref_labels"))
 
     def __init__(self, *args, group=None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.group = as_group(group)
 
     def over_group(
-        self, function: Callable, tensors: dict[str, Tensor | None], check: Callable | None = None, **kwargs
+        self,
+        function: Callable,
+        tensors: dict[str, Tensor | None] | Callable[[], dict[str, Tensor | None]],
+        check: Callable | None = None,
+        **kwargs,
     ):
         """`function` of the tensors of all ranks, see `flashpair.distributed.sharded.over_ranks`."""
         name, indices_tuple = type(self).__name__, kwargs.get("indices_tuple")

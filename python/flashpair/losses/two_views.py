@@ -51,11 +51,10 @@ class TwoViews:
         """Terms over all pairs of unit vectors; SAME is the positive, DIFFERENT the 2 B - 2 negatives."""
         return pair_reduce(self.both, terms=terms, labels=self.sample, normalize=True)
 
-    def logits(self, scale, *extra: Term) -> tuple[Tensor, ...]:
-        """(2 B,) log-sum over the negatives and the positive's logit, both less the largest logit there can be."""
-        terms = {"scale": scale, "offset": -(scale.detach() if isinstance(scale, Tensor) else scale)}
-        negatives = Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, **terms)
-        return self.reduce(negatives, Term(Reduction.SUM, mask=Mask.SAME, **terms), *extra)
+    def logits(self, scale: float | Tensor) -> tuple[Tensor, ...]:
+        """(2 B,) log-sum over the negatives and the positive's logit."""
+        negatives = Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale)
+        return self.reduce(negatives, Term(Reduction.SUM, mask=Mask.SAME, scale=scale))
 
 
 class MatchedLoss(InGroup, nn.Module):

@@ -49,6 +49,8 @@ class AMCLLoss(InGroup, nn.Module):
         -2.0
     """
 
+    row_groups = None
+
     def __init__(
         self,
         temperature_min: float = 0.05,
@@ -81,18 +83,15 @@ class AMCLLoss(InGroup, nn.Module):
             TypeError, ValueError: on bad input, naming the argument.
         """
         first, second = list(first), list(second)
-        if not first or len(first) != len(second):
-            raise ValueError(f"first and second must hold as many heads, at least 1; got {len(first)}, {len(second)}")
         if self.group is not None and current() is None:
-            named = {f"first[{k}]": v for k, v in enumerate(first)} | {f"second[{k}]": v for k, v in enumerate(second)}
-            named |= {"first_phi": first_phi, "second_phi": second_phi}
-            self.row_groups = (tuple(named),)
 
-            def run(**given: Tensor) -> Tensor:
-                *heads, phi, psi = given.values()
-                return self.forward(heads[: len(first)], heads[len(first) :], phi, psi)
+            def run(first_phi: Tensor, second_phi: Tensor, **heads: Tensor) -> Tensor:
+                values = list(heads.values())
+                return self.forward(values[: len(first)], values[len(first) :], first_phi, second_phi)
 
-            return self.over_group(run, named)
+            phi = {"first_phi": first_phi, "second_phi": second_phi}
+            return self.over_group(run, lambda: {**phi, **_named(first, second)})
+        _named(first, second)
         for k, (x, y) in enumerate(zip(first, second, strict=True)):
             check_matched(x, y, (f"first[{k}]", f"second[{k}]"))
             check_rows(f"first[{k}]", x, first[0].shape[0], first[0])
@@ -127,3 +126,11 @@ class AMCLLoss(InGroup, nn.Module):
 
         (push,) = row_reduce(x, y, rivals, products=[(phi, psi)], exclude=index, normalize=True, copies=16)
         return (loss + push).mean()
+
+
+def _named(first: list[Tensor], second: list[Tensor]) -> dict[str, Tensor]:
+    """The heads, one by one."""
+    if not first or len(first) != len(second):
+        raise ValueError(f"first and second must hold as many heads, at least 1; got {len(first)} and {len(second)}")
+    heads = (("first", first), ("second", second))
+    return {f"{side}[{k}]": head for side, of in heads for k, head in enumerate(of)}

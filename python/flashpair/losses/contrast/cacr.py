@@ -48,6 +48,8 @@ class CACRLoss(InGroup, nn.Module):
         -2.0
     """
 
+    row_groups = None
+
     def __init__(
         self,
         positive_temperature: float = 1.0,
@@ -67,12 +69,9 @@ class CACRLoss(InGroup, nn.Module):
 
     def forward(self, *views: Tensor) -> Tensor:
         """The loss of two or more views (B, D) of one dtype; 0 for an empty batch."""
-        if len(views) < 2:
-            raise ValueError(f"views must be at least 2; got {len(views)}")
         if self.group is not None and current() is None:
-            named = {f"views[{k}]": view for k, view in enumerate(views)}
-            self.row_groups = (tuple(named),)
-            return self.over_group(lambda **given: self.forward(*given.values()), named)
+            return self.over_group(lambda **given: self.forward(*given.values()), lambda: _named(views))
+        _named(views)
         for k, view in enumerate(views):
             check_matched(views[0], view, ("views[0]", f"views[{k}]"))
         if views[0].shape[0] == 0:
@@ -107,3 +106,9 @@ class CACRLoss(InGroup, nn.Module):
                 cost = (cost + self.tau_plus * (2 - 2 * own)) / (1 - self.tau_plus)
             total = total + cost.mean()
         return total / len(pairs)
+
+
+def _named(views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    if len(views) < 2:
+        raise ValueError(f"views must be at least 2; got {len(views)}")
+    return {f"views[{k}]": view for k, view in enumerate(views)}

@@ -67,7 +67,15 @@ class CoCaLoss(ClipLoss):
 
         Returns:
             `(clip, caption)`, 0-d each. With a weight of 0 the contrastive part is not computed and is 0.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
         """
+        if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+            raise ValueError(
+                "logits must have shape (rows, tokens, vocabulary) and labels (rows, tokens); "
+                f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            )
         clip = image_features.new_zeros(())
         if self.clip_loss_weight:
             clip = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)

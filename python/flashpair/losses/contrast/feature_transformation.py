@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from ...distributed.sharded import current
+from ...distributed.sharded import all_rows, by_row, current
 from ...random import draw_seed
-from ..arguments import check_matched
+from ..arguments import check_matched, without_gradient
 from ..group import InGroup
 from ..info_nce import info_nce_loss
 
@@ -76,18 +76,15 @@ class FeatureTransformationLoss(InGroup, nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
-        if current() is None:
-            check_matched(query, key, ("query", "key"))
-            key = key.detach()
-            if self.positive_alpha is not None:
-                stretch = 1 + beta_like(query, self.positive_alpha)
-                query, key = stretch * query + (1 - stretch) * key, stretch * key + (1 - stretch) * query
-            if self.group is not None:
-                return self.over_group(self._of, {"query": query, "key": key}, queue=queue)
-        return self._of(query, key, queue)
-
-    def _of(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        if self.group is not None and current() is None:
+            return self.over_group(self.forward, {"query": query, "key": without_gradient(key)}, queue=queue)
+        check_matched(query, key, ("query", "key"))
         checks.embedding_pair(query, queue, ("query", "queue"))
+        key = without_gradient(key)
+        if self.positive_alpha is not None:
+            stretch = by_row(lambda q: 1 + beta_like(q, self.positive_alpha), query)
+            away = lambda a, b, s: s * a + (1 - s) * b  # noqa: E731
+            query, key = by_row(away, query, key, stretch), by_row(away, key, query, stretch)
         if self.negative_alpha is not None:
             queue = mixed(queue, self.negative_alpha)
         how = {"temperature": self.temperature, "normalize": False, "in_batch_negatives": False}
@@ -97,7 +94,7 @@ class FeatureTransformationLoss(InGroup, nn.Module):
 @torch.no_grad()
 def mixed(queue: Tensor, alpha: float) -> Tensor:
     """(M, D) each key between itself and another, by the same random numbers on all ranks of a group."""
-    queue = queue + 0  # of all ranks
+    queue = all_rows(queue)
     generator = torch.Generator(queue.device).manual_seed(draw_seed() & ((1 << 62) - 1))
     share = beta_like(queue, alpha, generator)
     order = torch.randperm(queue.shape[0], generator=generator, device=queue.device)

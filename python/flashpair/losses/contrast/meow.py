@@ -44,7 +44,7 @@ class MEOWLoss(InGroup, nn.Module):
         0.1945
     """
 
-    row_groups = (("first", "second"),)
+    row_groups = None
 
     def __init__(self, temperature: float | Tensor = 0.4, group=None) -> None:
         super().__init__(group=group)
@@ -61,17 +61,13 @@ class MEOWLoss(InGroup, nn.Module):
         Returns:
             0-d loss in float32 (float64 for float64); 0 for an empty batch.
         """
-        if not isinstance(clusters, Tensor) or clusters.dtype != torch.int64 or clusters.dim() != 2:
-            got = f"{clusters.dtype} {tuple(clusters.shape)}" if isinstance(clusters, Tensor) else type(clusters)
-            raise TypeError(f"clusters must be int64 of shape (clusterings, rows); got {got}")
         if self.group is not None and current() is None:
-            labels = {f"clusters[{k}]": c for k, c in enumerate(clusters.unbind(0))}
-            self.row_groups = (("first", "second", *labels),)
             run = lambda first, second, **c: self.forward(first, second, torch.stack(list(c.values())))  # noqa: E731
-            return self.over_group(run, {"first": first, "second": second, **labels})
+            return self.over_group(run, lambda: {"first": first, "second": second, **_named(clusters)})
+        _named(clusters)
         check_matched(first, second, ("first", "second"))
-        if clusters.shape[0] == 0 or clusters.shape[1] != first.shape[0]:
-            raise ValueError(f"clusters must have shape (at least 1, {first.shape[0]}); got {tuple(clusters.shape)}")
+        if clusters.shape[1] != first.shape[0]:
+            raise ValueError(f"clusters must have shape (clusterings, {first.shape[0]}); got {tuple(clusters.shape)}")
         checks.same_device("first", first, clusters=clusters)
         rows = first.shape[0]
         if rows == 0:
@@ -85,3 +81,13 @@ class MEOWLoss(InGroup, nn.Module):
         positive = scale * pair_similarity(first, second, index, index, normalize=True)
         losses = torch.where(rivals == -torch.inf, 0.0, rivals - positive)
         return poisoned(losses.mean(), first, second)
+
+
+def _named(clusters: Tensor) -> dict[str, Tensor]:
+    """The clusterings, one by one."""
+    if not isinstance(clusters, Tensor) or clusters.dtype != torch.int64 or clusters.dim() != 2:
+        got = f"{clusters.dtype} {tuple(clusters.shape)}" if isinstance(clusters, Tensor) else type(clusters).__name__
+        raise TypeError(f"clusters must be int64 of shape (clusterings, rows); got {got}")
+    if clusters.shape[0] == 0:
+        raise ValueError(f"clusters must hold at least one clustering; got shape {tuple(clusters.shape)}")
+    return {f"clusters[{k}]": of for k, of in enumerate(clusters.unbind(0))}

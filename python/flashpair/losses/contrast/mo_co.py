@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...distributed.sharded import current
-from ..arguments import constant, without_gradient
+from ..arguments import check_matched, constant, without_gradient
 from ..group import InGroup
 from ..info_nce import info_nce_loss
 
 
 class MoCoV3Loss(InGroup, nn.Module):
-    """`2 T · ( InfoNCE(q1, k2) + InfoNCE(q2, k1) )` with keys that take no gradient.
+    """`2 T · ( InfoNCE(q1, k2) + InfoNCE(q2, k1) )` with keys, and a factor 2 T, that take no gradient.
 
     MoCo v1 and v2 are `InfoNCELoss(in_batch_negatives=False)` with a `KeyQueue`.
 
@@ -51,9 +51,10 @@ class MoCoV3Loss(InGroup, nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
+        tensors = dict(zip(self.row_groups[0], (first_query, second_query, first_key, second_key), strict=True))
         if self.group is not None and current() is None:
-            names = self.row_groups[0]
-            tensors = dict(zip(names, (first_query, second_query, first_key, second_key), strict=True))
             return self.over_group(self.forward, tensors)
+        for name, rows in tensors.items():
+            check_matched(first_query, rows, ("first_query", name))
         of = lambda query, key: info_nce_loss(query, without_gradient(key), temperature=self.temperature)  # noqa: E731
         return 2 * constant(self.temperature) * (of(first_query, second_key) + of(second_query, first_key))

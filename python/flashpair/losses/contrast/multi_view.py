@@ -51,6 +51,8 @@ class MultiViewSupConLoss(InGroup, nn.Module):
         0.5514
     """
 
+    row_groups = None
+
     def __init__(
         self,
         temperature: float = 0.07,
@@ -81,20 +83,21 @@ class MultiViewSupConLoss(InGroup, nn.Module):
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
         """
+        if self.group is not None:
+            run = lambda labels, **views: self._of(list(views.values()), labels, None)  # noqa: E731
+            return self.over_group(run, lambda: {"labels": labels, **self._named(features, labels, mask)})
+        return self._of(list(self._named(features, labels, mask).values()), labels, mask)
+
+    def _named(self, features: Tensor, labels: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+        """The views, one by one."""
         if not isinstance(features, Tensor) or features.dim() != 3 or features.shape[1] == 0:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"features must have shape (rows, views, features) with at least one view; got {got}")
         if labels is not None and mask is not None:
             raise ValueError("labels and mask exclude each other; got both")
-        views = {f"features[:, {k}]": view for k, view in enumerate(features.unbind(1))}
-        if self.group is not None:
-            if mask is not None:
-                raise ValueError("mask must be None with group; got one")
-            self.row_groups = (("labels", *views),)
-            run = lambda labels=None, **views: self._of(list(views.values()), labels, None)  # noqa: E731
-            given = views if labels is None else {"labels": labels, **views}
-            return self.over_group(run, given)
-        return self._of(list(views.values()), labels, mask)
+        if self.group is not None and mask is not None:
+            raise ValueError("mask must be None with group; got one")
+        return {f"features[:, {k}]": view for k, view in enumerate(features.unbind(1))}
 
     def _of(self, views: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> Tensor:
         checks.embeddings("features", views[0])

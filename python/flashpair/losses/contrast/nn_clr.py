@@ -69,7 +69,7 @@ class NNCLRLoss(InGroup, nn.Module):
         if self.group is not None and current() is None:
             given = first, second, first_prediction, second_prediction
             return self.over_group(self.forward, dict(zip(self.row_groups[0], given, strict=True)), support=support)
-        for name, view in (("second", second), ("first_prediction", first_prediction)):
+        for name, view in zip(self.row_groups[0][1:], (second, first_prediction, second_prediction), strict=True):
             check_matched(first, view, ("first", name))
         checks.embedding_pair(first, support, ("first", "support"))
         if support.shape[0] == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
-from ...distributed.sharded import current
+from ...distributed.sharded import all_rows, current
 from ...rows import RowPanel, row_reduce
 from ...terms import Similarity
 from ..arguments import inverse_temperature, poisoned
@@ -70,7 +70,7 @@ class RnCLoss(InGroup, nn.Module):
         if rows < 2:
             return poisoned(nothing(embeddings), embeddings)
         scale = inverse_temperature(self.temperature)
-        targets = (targets.whole() if hasattr(targets, "whole") else targets).detach().reshape(rows, -1)
+        targets = all_rows(targets).detach().reshape(rows, -1)
         targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
 
         def ordered(panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:

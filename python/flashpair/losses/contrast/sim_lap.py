@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
-from ...distributed.sharded import current
+from ...distributed.sharded import by_row, current
 from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
 from ..arguments import check_matched, poisoned
@@ -74,9 +74,10 @@ class SimLAPLoss(InGroup, nn.Module):
         if embeddings.shape[0] == 0:
             return nothing(embeddings, gates)
         with torch.autocast(embeddings.device.type, enabled=False):
-            z, g = (v.to(statistics_dtype(v)) for v in (embeddings, gates))
-            squares = g * g
-            anchors = F.normalize(g * z, dim=1, eps=1e-12) * g  # <anchor_i, z_j> is the cosine times ||g_i z_j||
+            z, g = (by_row(lambda v: v.to(statistics_dtype(v)), v) for v in (embeddings, gates))
+            squares, of_columns = (by_row(torch.square, v) for v in (g, z))
+            # <anchor_i, z_j> is the cosine times ||g_i z_j||.
+            anchors = by_row(lambda z, g: F.normalize(g * z, dim=1, eps=1e-12) * g, z, g)
 
         def crossed(panel: RowPanel, own: Tensor, partner: Tensor, classes: Tensor) -> list[Tensor]:
             of_column = classes[panel.column][None]
@@ -89,6 +90,12 @@ class SimLAPLoss(InGroup, nn.Module):
             return [torch.where(positive, gaps, 0.0).sum(1), positive.sum(1).to(logits.dtype)]
 
         losses, pairs = row_reduce(
-            anchors, z, crossed, products=[(squares, z * z)], rows=[labels, partner_labels], shared=[labels], copies=16
+            anchors,
+            z,
+            crossed,
+            products=[(squares, of_columns)],
+            rows=[labels, partner_labels],
+            shared=[labels],
+            copies=16,
         )
         return poisoned(losses.sum() / pairs.sum().clamp_min(1), embeddings, gates)

@@ -32,8 +32,6 @@ class MultiLabelLoss(InGroup, nn.Module):
             TypeError, ValueError: on bad input, naming the argument.
         """
         if self.group is not None and current() is None:
-            if isinstance(labels, LabelSets):
-                raise ValueError("labels must be a multi-hot tensor with group; got LabelSets")
             return self.over_group(self.forward, {"embeddings": embeddings, "labels": labels})
         checks.embeddings("embeddings", embeddings)
         sets = LabelSets.of("labels", labels, embeddings.shape[0], embeddings.device)

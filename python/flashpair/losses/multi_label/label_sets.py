@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...distributed.sharded import all_rows
 from .weights import OverlapWeight
 
 #: Entries (sample, label, other sample) at a time.
@@ -66,7 +67,7 @@ class LabelSets:
                     f"{name} must be the sets of {rows} samples on {device}; got {labels.rows} on {labels.owner.device}"
                 )
             return labels
-        labels = labels.whole() if hasattr(labels, "whole") else labels
+        labels = all_rows(labels)
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[0] != rows:
             got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"{name} must be LabelSets or a multi-hot tensor of shape ({rows}, labels); got {got}")

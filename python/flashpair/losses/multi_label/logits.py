@@ -38,7 +38,7 @@ class AsymmetricLoss(nn.Module):
 
     Args:
         gamma_neg, gamma_pos: γ₋, γ₊ ≥ 0. Default 1 and 0, the comprehensive study's.
-        clip: m in [0, 1). Default 0.
+        clip: m in [0, 1]. Default 0.
 
     Source: Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, equations 4-6.
 
@@ -62,8 +62,9 @@ class AsymmetricLoss(nn.Module):
         p = torch.sigmoid(logits)
         pull = torch.sigmoid(-logits) ** self.gamma_pos * F.logsigmoid(logits)
         if self.clip:
-            q = (p - self.clip).clamp_min(0)
-            push = q**self.gamma_neg * torch.log1p(-q)
+            far = p > self.clip  # a power below one has no slope at 0
+            q = torch.where(far, p - self.clip, 0.5)
+            push = torch.where(far, q**self.gamma_neg * torch.log1p(-q), 0 * logits)
         else:
             push = p**self.gamma_neg * F.logsigmoid(-logits)
         return -torch.where(present, pull, push).sum() / max(len(logits), 1)

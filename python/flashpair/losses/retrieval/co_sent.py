@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
+from ...distributed.sharded import by_row
 from ...pairs import pair_similarity
 from ..arguments import poisoned
 from ..two_views import nothing
@@ -83,9 +84,9 @@ class AnglELoss(CoSENTLoss):
 
     def similarities(self, first: Tensor, second: Tensor) -> Tensor:
         if first.shape[1] % 2:
-            first, second = F.pad(first, (0, 1)), F.pad(second, (0, 1))
+            first, second = (by_row(lambda x: F.pad(x, (0, 1)), v) for v in (first, second))
         half = first.shape[1] // 2
-        turned = torch.cat([first[:, half:], -first[:, :half]], 1)
+        turned = by_row(lambda x: torch.cat([x[:, half:], -x[:, :half]], 1), first)
         return (super().similarities(first, second) + super().similarities(turned, second)).abs()
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
 from ...algebra import log_add_exp
-from ...distributed.sharded import current
+from ...distributed.sharded import by_row, current
 from ...pairs import pair_similarity
 from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
 from ..arguments import check_matched, check_rows, poisoned, without_gradient
 from ..group import InGroup
 from ..two_views import nothing
+from .sentences import named_columns
 
 STRATEGIES = ("absolute", "relative")
 
@@ -51,6 +55,8 @@ class GISTEmbedLoss(InGroup, nn.Module):
         True
     """
 
+    row_groups = None
+
     def __init__(
         self,
         temperature: float = 0.01,
@@ -82,21 +88,14 @@ class GISTEmbedLoss(InGroup, nn.Module):
             TypeError, ValueError: on bad input, naming the argument.
         """
         embeddings, guides = list(embeddings), [without_gradient(g) for g in guide_embeddings]
-        if len(embeddings) < 2 or len(guides) != len(embeddings):
-            raise ValueError(
-                "embeddings and guide_embeddings must hold the same two or more columns; "
-                f"got {len(embeddings)} and {len(guides)}"
-            )
         if self.group is not None and current() is None:
-            named = {f"embeddings[{k}]": e for k, e in enumerate(embeddings)}
-            named |= {f"guide_embeddings[{k}]": g for k, g in enumerate(guides)}
-            self.row_groups = (tuple(named),)
 
             def run(**columns: Tensor) -> Tensor:
                 values = list(columns.values())
                 return self.forward(values[: len(embeddings)], values[len(embeddings) :])
 
-            return self.over_group(run, named)
+            return self.over_group(run, lambda: _named(embeddings, guides))
+        _named(embeddings, guides)
         for k, (column, guide) in enumerate(zip(embeddings, guides, strict=True)):
             check_matched(embeddings[0], column, ("embeddings[0]", f"embeddings[{k}]"))
             check_rows(f"guide_embeddings[{k}]", guide, embeddings[0].shape[0], embeddings[0])
@@ -106,7 +105,8 @@ class GISTEmbedLoss(InGroup, nn.Module):
         return poisoned(self._of(embeddings, guides), *embeddings, *guides)
 
     def _of(self, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
-        anchor, positive, *negatives = zip(embeddings, map(_unit, guides), strict=True)
+        unit = functools.partial(by_row, functools.partial(F.normalize, dim=1, eps=1e-12))
+        anchor, positive, *negatives = zip(embeddings, map(unit, guides), strict=True)
         index = torch.arange(anchor[0].shape[0], device=anchor[0].device)
         guided = pair_similarity(anchor[1], positive[1], index, index)
         margin = self.margin * (guided.abs() if self.margin_strategy == "relative" else 1.0)
@@ -114,10 +114,11 @@ class GISTEmbedLoss(InGroup, nn.Module):
         slack = 8 * max(torch.finfo(statistics_dtype(v)).eps for v in (anchor[0], guided))
         threshold = guided - margin + slack
         own = pair_similarity(anchor[0], positive[0], index, index, normalize=True) / self.temperature
-        blocks = [(anchor, positive, True)]
-        blocks += [(anchor, anchor, True)] * self.contrast_anchors + [
-            (positive, positive, True)
-        ] * self.contrast_positives
+        blocks = [(anchor, positive, True)]  # rows, columns, whether row i must not meet column i
+        if self.contrast_anchors:
+            blocks.append((anchor, anchor, True))
+        if self.contrast_positives:
+            blocks.append((positive, positive, True))
         blocks += [(anchor, negative, False) for negative in negatives]
         total = own
         for (x, u), (y, v), excludes in blocks:
@@ -133,8 +134,10 @@ class GISTEmbedLoss(InGroup, nn.Module):
         return (total - own).mean()
 
 
-def _unit(guide: Tensor) -> Tensor:
-    """A guide's rows, normalised, of all ranks or not."""
-    local = getattr(guide, "local", guide)
-    unit = torch.nn.functional.normalize(local, dim=1, eps=1e-12)
-    return type(guide)(unit, guide.sizes, guide.ranks) if local is not guide else unit
+def _named(embeddings: list[Tensor], guides: list[Tensor]) -> dict[str, Tensor]:
+    if len(embeddings) != len(guides):
+        raise ValueError(
+            "embeddings and guide_embeddings must hold the same two or more columns; "
+            f"got {len(embeddings)} and {len(guides)}"
+        )
+    return {**named_columns(embeddings), **named_columns(guides, "guide_embeddings")}

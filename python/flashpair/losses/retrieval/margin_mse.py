@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...distributed.sharded import all_rows
 from ...pairs import pair_similarity
 from ..arguments import poisoned
 from ..two_views import nothing
@@ -54,5 +55,5 @@ class MarginMSELoss(SentenceLoss):
         index = torch.arange(rows, device=query.device)
         own, *others = (pair_similarity(query, d, index, index, normalize=self.normalize) for d in documents)
         margins = own[:, None] - torch.stack(others, 1)
-        wanted = labels[:].reshape(rows, -1).to(margins.dtype)
+        wanted = all_rows(labels).reshape(rows, -1).to(margins.dtype)
         return poisoned((margins - wanted).square().mean(), *embeddings)

@@ -18,6 +18,8 @@ class SentenceLoss(InGroup, nn.Module):
     that library's own losses and its wrappers meet ours.
     """
 
+    row_groups = None
+
     def __init__(self, model: nn.Module | None = None, group=None) -> None:
         super().__init__(group=group)
         self.model = model
@@ -50,16 +52,13 @@ class SentenceLoss(InGroup, nn.Module):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of embeddings (B, D) by column."""
         embeddings = list(embeddings)
-        if len(embeddings) < 2:
-            raise ValueError(f"embeddings must hold at least 2 columns; got {len(embeddings)}")
         if self.group is not None and current() is None:
-            named = {f"embeddings[{k}]": e for k, e in enumerate(embeddings)}
-            self.row_groups = ((*named, "labels"),)
 
-            def run(labels: Tensor | None = None, **columns: Tensor) -> Tensor:
+            def run(labels: Tensor | None, **columns: Tensor) -> Tensor:
                 return self.compute_loss_from_embeddings(list(columns.values()), labels)
 
-            return self.over_group(run, {**named, "labels": labels})
+            return self.over_group(run, lambda: {"labels": labels, **named_columns(embeddings)})
+        named_columns(embeddings)
         for k, column in enumerate(embeddings[1:], 1):
             check_matched(embeddings[0], column, ("embeddings[0]", f"embeddings[{k}]"))
         return self.of(embeddings, labels)
@@ -67,3 +66,14 @@ class SentenceLoss(InGroup, nn.Module):
     def of(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The loss of checked columns."""
         raise NotImplementedError
+
+
+def named_columns(embeddings: list[Tensor], name: str = "embeddings") -> dict[str, Tensor]:
+    """Two or more columns, one by one.
+
+    Raises:
+        ValueError: on fewer.
+    """
+    if len(embeddings) < 2:
+        raise ValueError(f"{name} must hold at least 2 columns; got {len(embeddings)}")
+    return {f"{name}[{k}]": column for k, column in enumerate(embeddings)}
