@@ -13,6 +13,7 @@ from loss_cases import engine  # noqa: F401
 from views import Views, evaluate, unit, views
 
 from flashpair import losses
+from flashpair.losses.contrast.feature_transformation import beta_like
 
 KINDS = ["random", "collapsed", "aligned", "large"]
 
@@ -116,8 +117,14 @@ def test_transformed_positives():
     plain = losses.FeatureTransformationLoss(0.5, None, None)(q, k, queue)
     assert torch.equal(plain, losses.info_nce_loss(q, k.detach(), queue=queue, temperature=0.5, normalize=False,
                                                    in_batch_negatives=False))  # fmt: skip
+    torch.manual_seed(3)
     harder = losses.FeatureTransformationLoss(0.5, 2.0, None)(q, k, queue)
     assert harder > plain
+    torch.manual_seed(3)
+    stretch = 1 + beta_like(q, 2.0)
+    far, other = stretch * q + (1 - stretch) * k.detach(), stretch * k.detach() + (1 - stretch) * q
+    logits = torch.cat([(far * other).sum(1, keepdim=True), far @ queue.T], 1) / 0.5
+    torch.testing.assert_close(harder, (logits.logsumexp(1) - logits[:, 0]).mean())
     assert torch.autograd.grad(harder, [q, k], allow_unused=True)[1] is None
 
 
@@ -271,6 +278,16 @@ def test_reranking_gradients():
     torch.testing.assert_close(torch.autograd.grad(flat, yes)[0], sign / 5)
 
 
+def test_jscl_sees_nothing_of_samples_that_share_no_label():
+    """Not even the one on top of the anchor, at a temperature where the others are far away."""
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([[1, 0], [1, 0], [0, 1]])
+    got = losses.JSCLLoss(0.01)(x, labels)
+    # Anchors 0 and 1: log-sum over the other one, at cosine -1, less the mean of both; anchor 2 shares nothing.
+    want = ((-100 - (-100 + 100) / 2) + (-100 - (-100 - 100) / 2)) / 3
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
 LEARNABLE = {
     "SimCLRLoss": lambda t, d: losses.SimCLRLoss(t)(d.x, d.y),
     "DCLLoss": lambda t, d: losses.DCLLoss(t)(d.x, d.y),
@@ -309,17 +326,20 @@ def test_thresholds_leave_room_for_rounding():
     assert thresholds(x, x, 1)[0] <= last - 6 * torch.finfo(torch.float64).eps
 
 
-def test_the_table_of_the_papers_temperature(monkeypatch):
-    """The density of float32 alone, in float64: F within 1e-7, its slope too."""
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+@pytest.mark.parametrize(("density", "bound"), [(torch.float32, 1e-7), (torch.float64, 1e-10)])
+def test_the_table_alone(temperature, density, bound, monkeypatch):
+    """In float64 at the density of either dtype: F and its gradients within the stated share of the largest."""
     from flashpair.losses.contrast import mann_whitney
 
-    monkeypatch.setitem(mann_whitney._DENSITY, torch.float64, mann_whitney._DENSITY[torch.float32])
+    monkeypatch.setitem(mann_whitney._DENSITY, torch.float64, mann_whitney._DENSITY[density])
     own = 2 * torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    own.requires_grad_()
     s = torch.linspace(-1, 1, 999, dtype=torch.float64, requires_grad=True)
-    got = mann_whitney.Interpolated.apply(*mann_whitney.softplus_table(own, 0.01), s)
-    want = torch.nn.functional.softplus((s[:, None] - own) / 0.01, threshold=100).sum(1)
-    for a, b in ((got, want), *zip(*(torch.autograd.grad(v.sum(), s) for v in (got, want)), strict=True)):
-        assert ((a - b).abs() <= 1e-7 * b.abs().max()).all()
+    got = mann_whitney.Interpolated.apply(*mann_whitney.softplus_table(own, temperature), s)
+    want = torch.nn.functional.softplus((s[:, None] - own) / temperature, threshold=100).sum(1)
+    for a, b in ((got, want), *zip(*(torch.autograd.grad(v.sum(), [s, own]) for v in (got, want)), strict=True)):
+        assert ((a - b).abs() <= bound * b.abs().max()).all()
 
 
 BAD = [

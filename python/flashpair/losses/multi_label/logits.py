@@ -62,9 +62,8 @@ class AsymmetricLoss(nn.Module):
         p = torch.sigmoid(logits)
         pull = torch.sigmoid(-logits) ** self.gamma_pos * F.logsigmoid(logits)
         if self.clip:
-            far = p > self.clip  # a power below one has no slope at 0
-            q = torch.where(far, p - self.clip, 0.5)
-            push = torch.where(far, q**self.gamma_neg * torch.log1p(-q), 0 * logits)
+            q = (p - self.clip).clamp_min(0)
+            push = q**self.gamma_neg * torch.log1p(-q)
         else:
             push = p**self.gamma_neg * F.logsigmoid(-logits)
         return -torch.where(present, pull, push).sum() / max(len(logits), 1)
