@@ -97,8 +97,8 @@ class MannWhitneyLoss(InGroup, torch.nn.Module):
 
     That is B² (B - 1) comparisons. A negative score meets the same sum over positives wherever it stands, so the sum is
     tabulated: F(s) = Σ_i softplus((s - s_i+) / T) at 8 knots a temperature (48 in float64), cubic between them,
-    with an error below 1e-7 (1e-10) of its largest value. The loss is Σ F(s) in one walk over S; its gradient in the positives is that of
-    the table.
+    with an error below 1e-7 (1e-10) of its largest value. The loss is Σ F(s) in one walk over S; its gradient in the
+    positives is that of the table.
 
     Args:
         temperature: T in [1e-4, ∞). Default 0.01.
