@@ -251,16 +251,22 @@ def dense_batch_hard(i: Inputs, margin: float = 0.05) -> Tensor:
 # --- flashpair --------------------------------------------------------------------------------------------------------
 
 
+@cache
+def once(make: Callable, *arguments):
+    """A loss or miner is made once, as a training script does, not at every step."""
+    return make(*arguments)
+
+
 def flash_clip(i: Inputs) -> Tensor:
     from flashpair.losses import ClipLoss
 
-    return ClipLoss()(i.x, i.y, i.scale)
+    return once(ClipLoss)(i.x, i.y, i.scale)
 
 
 def flash_siglip(i: Inputs) -> Tensor:
     from flashpair.losses import SigLipLoss
 
-    return SigLipLoss()(i.x, i.y, i.scale, i.bias)
+    return once(SigLipLoss)(i.x, i.y, i.scale, i.bias)
 
 
 def flash_info_nce(i: Inputs) -> Tensor:
@@ -285,8 +291,8 @@ def from_names(losses, miners, loss: str, miner: str | None = None) -> Callable[
     """A user's call: the loss with its defaults, after the miner where there is one."""
 
     def run(i: Inputs) -> Tensor:
-        mined = None if miner is None else getattr(miners(), miner)()(i.x, i.labels)
-        return getattr(losses(), loss)()(i.x, i.labels, mined)
+        mined = None if miner is None else once(getattr(miners(), miner))(i.x, i.labels)
+        return once(getattr(losses(), loss))(i.x, i.labels, mined)
 
     return run
 
@@ -377,8 +383,8 @@ def open_clip_losses():
 
 def open_clip(i: Inputs) -> Tensor:
     if i.bias is None:
-        return open_clip_losses().ClipLoss()(i.x, i.y, i.scale)
-    return open_clip_losses().SigLipLoss()(i.x, i.y, i.scale, i.bias)
+        return once(open_clip_losses().ClipLoss)(i.x, i.y, i.scale)
+    return once(open_clip_losses().SigLipLoss)(i.x, i.y, i.scale, i.bias)
 
 
 def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], i: Inputs) -> Tensor:

@@ -32,7 +32,7 @@ import machine
 CHILD = "FLASHPAIR_BENCH_CHILD"
 GATE_BATCH = {"cpu": 4096, "cuda": 2048}  # larger batches are checked at this size
 KEY = ("case", "batch", "width", "dtype", "allocator", "threads", "device")  # what makes two rows the same measurement
-SAMPLE_SECONDS = 0.01  # of a GPU: shorter steps are timed several at once
+SAMPLE_SECONDS = {"cpu": 0.03, "cuda": 0.01}  # shorter steps are timed several at once
 GEMM = "vendor GEMM"
 NOT_REACHED = "not reached"
 LOST = 3  # exit status of a process whose GPU refuses all further work
@@ -89,18 +89,20 @@ def step(implementation, inputs):
     return loss
 
 
+def steps_of(seconds: float, device: str) -> int:
+    """How many steps of this length make a sample."""
+    return min(max(round(SAMPLE_SECONDS[device] / max(seconds, 1e-6)), 1), 50)
+
+
 class HostTimer:
-    """Seconds of one step by the host's clock, on inputs that no step saw before: flashpair may keep S between passes
-    over equal ones."""
+    """Seconds of one step by the host's clock, the mean of several, each on inputs that no step saw before: flashpair
+    may keep S between passes over equal ones."""
 
     def __init__(self, inputs) -> None:
         self.inputs = inputs
+        self.steps: dict[str, int] = {}
 
-    def warm(self, name: str, implementation) -> None:
-        """Code is compiled, kept memory is there."""
-        step(implementation, self.inputs)
-
-    def sample(self, name: str, implementation) -> float:
+    def _run(self, implementation) -> float:
         import torch
 
         with torch.no_grad():
@@ -108,6 +110,14 @@ class HostTimer:
         start = time.perf_counter()
         step(implementation, self.inputs)
         return time.perf_counter() - start
+
+    def warm(self, name: str, implementation) -> None:
+        """Code is compiled, kept memory is there; and how many steps make a sample."""
+        self._run(implementation)
+        self.steps[name] = steps_of(self._run(implementation), "cpu")
+
+    def sample(self, name: str, implementation) -> float:
+        return statistics.mean(self._run(implementation) for _ in range(self.steps[name]))
 
 
 class DeviceTimer:
@@ -154,7 +164,7 @@ class DeviceTimer:
         before = torch.cuda.memory_allocated()
         seconds = self._run(1, implementation)
         self.extra_bytes[name] = torch.cuda.max_memory_allocated() - before
-        self.steps[name] = min(max(round(SAMPLE_SECONDS / max(seconds, 1e-6)), 1), 50)
+        self.steps[name] = steps_of(seconds, "cuda")
 
     def sample(self, name: str, implementation) -> float:
         return self._run(self.steps[name], implementation)

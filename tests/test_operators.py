@@ -72,7 +72,7 @@ CASES = pytest.mark.parametrize(("side", "layout"), [("rectangle", "plain"), ("s
 @CASES
 def test_opcheck_stats(side, layout, backend):
     data = _data(backend, side, layout)
-    torch.library.opcheck(ops.pair_stats, _arguments(data, _terms(data), backend))
+    torch.library.opcheck(ops.pair_stats.overload, _arguments(data, _terms(data), backend))
 
 
 @CASES
@@ -84,7 +84,7 @@ def test_opcheck_weights(side, layout, needs, backend):
     cotangents = [torch.rand_like(s.T).T for s in statistics]
     need_x, need_y = needs[0], needs[1] and data.y is not None
     need_params = [need_x, True, need_x, False]  # scale, offset, weight; nobody asks for a threshold's
-    torch.library.opcheck(ops.pair_weights, (*cotangents, *statistics, *arguments, need_x, need_y, need_params))
+    torch.library.opcheck(ops.pair_weights.overload, (*cotangents, *statistics, *arguments, need_x, need_y, need_params))
 
 
 @CASES
@@ -93,7 +93,7 @@ def test_opcheck_sum(side, layout, parameters, backend):
     data = _data(backend, side, layout)
     terms = [Term(SUM, Score.SOFTPLUS, scale=data.scale if parameters else 1.0), Term(SUM, axis=Axis.COLUMNS)]
     needs = (True, side == "rectangle", [True] if parameters else [])
-    torch.library.opcheck(ops.pair_sum, (*_arguments(data, terms, backend), *needs))
+    torch.library.opcheck(ops.pair_sum.overload, (*_arguments(data, terms, backend), *needs))
 
 
 @CASES
@@ -102,7 +102,7 @@ def test_opcheck_mine(side, layout, backend):
     arguments = _arguments(data, [], backend)
     spec = [*arguments[7], int(Mask.SAME), 1, 2, -1, 0, int(Mask.ALL), 0, 3, -1, -1]
     consts = [-torch.inf, torch.inf, 0.1, torch.inf]
-    torch.library.opcheck(ops.pair_mine, (*arguments[:6], [data.row_offset], spec, consts, *arguments[9:]))
+    torch.library.opcheck(ops.pair_mine.overload, (*arguments[:6], [data.row_offset], spec, consts, *arguments[9:]))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -113,11 +113,11 @@ def test_opcheck_pair_similarity(similarity, side, normalize):
     rows, columns = torch.tensor([0, 5, 5, 2]), torch.tensor([1, 1, 4, 0])
     static = (rows, columns, int(similarity), normalize)
     y = data.y if side == "rectangle" else None
-    torch.library.opcheck(pairs.similarity_of_pairs, (data.x, y, *static))
+    torch.library.opcheck(pairs.similarity_of_pairs.overload, (data.x, y, *static))
     x, y = data.x.detach(), None if y is None else y.detach()
     out = pairs.similarity_of_pairs(x, y, *static)
     arguments = (torch.rand_like(out), out, x, y, *static)
-    torch.library.opcheck(pairs.gradients_of_pairs, arguments)
+    torch.library.opcheck(pairs.gradients_of_pairs.overload, arguments)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["widest", "bfloat16"])

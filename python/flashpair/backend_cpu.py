@@ -6,19 +6,19 @@ results lose nothing but the rounding of their gradients.
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .request import Request, count_slots, statistics_dtype
+from .request import Request, count_slots, parameter_places, statistics_dtype
 from .terms import Axis
 
 MAX_FEATURES = 1 << 16
 
 
-@cache
+@functools.cache
 def _load() -> str:
     """Load the extension once; the reason why not, or an empty string."""
     found = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
@@ -99,20 +99,20 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
 def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | None):
     b, n = request.shape
     dtype = statistics_dtype(request.x)
-    empty = lambda *shape: request.x.new_empty(shape, dtype=dtype)  # noqa: E731
-    directed = _directed(request)
-    dx = empty(b, request.x.shape[1]) if needs.x else empty(0)
-    dy = empty(n, request.x.shape[1]) if (needs.x if directed else needs.y) else empty(0)
+    empty = lambda *shape: torch.empty(shape, dtype=dtype)  # noqa: E731
+    directed, absent = _directed(request), empty(0)
+    dx = empty(b, request.x.shape[1]) if needs.x else absent
+    dy = empty(n, request.x.shape[1]) if (needs.x if directed else needs.y) else absent
     gradients = [dx, dy]
     by_parameter: list[list[Tensor]] = [[] for _ in request.params]
-    for term in request.terms:
-        owners, others = (b, n) if term.axis == Axis.ROWS else (n, b)
-        for name, length in (("scale", owners), ("offset", owners), ("other_offset", others), ("weight", others)):
-            index = term.index[name]
-            wanted = index >= 0 and needs.params[index]
-            gradients.append(empty(length) if wanted else empty(0))
+    for axis, places in parameter_places(request.spec):
+        owners, others = (b, n) if axis == Axis.ROWS else (n, b)
+        # Of scale, offset, other_offset and weight; thresholds have none.
+        for place, length in zip(places, (owners, owners, others, others), strict=False):
+            wanted = place >= 0 and needs.params[place]
+            gradients.append(empty(length) if wanted else absent)
             if wanted:
-                by_parameter[index].append(gradients[-1])
+                by_parameter[place].append(gradients[-1])
     flat = (_params(request), request.spec, request.consts, request.max_workspace_bytes)
     torch.ops.flashpair_cpu.weights(*_arguments(request), *flat, statistics, gradients, total)
     if directed and needs.x:
@@ -122,7 +122,9 @@ def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | 
         if not parts:
             dparams.append(None)
             continue
-        dparams.append(sum(p.double().sum() if parameter.dim() == 0 else p for p in parts))
+        if parameter.dim() == 0:  # one number for all owners of all terms
+            parts = [(torch.cat(parts) if len(parts) > 1 else parts[0]).sum(dtype=torch.float64)]
+        dparams.append(functools.reduce(torch.add, parts))
     return dx.to(request.x.dtype), dy.to(request.x.dtype), dparams
 
 

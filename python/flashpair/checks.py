@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -115,6 +116,11 @@ def _mask(name: str, mask: Mask, has_labels: bool, has_pair_mask: bool) -> None:
         raise ValueError(f"{name} is {Mask(mask).name}, which needs pair_mask")
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Term)}
+_OWNER_FIELDS = tuple((name, _DEFAULTS[name]) for name in ("scale", "offset", "above", "below"))
+_CLOSED_FIELDS = (("reduction", Reduction), ("score", Score), ("mask", Mask), ("axis", Axis), ("combine", Combine))
+
+
 def terms(
     values: Sequence[Term], rows: int, columns: int, device: torch.device, has_labels: bool, has_pair_mask: bool
 ) -> None:
@@ -124,20 +130,25 @@ def terms(
     for t, term in enumerate(values):
         if not isinstance(term, Term):
             raise TypeError(f"terms[{t}] must be a flashpair.Term; got {type(term).__name__}")
-        for field, kind in (
-            ("reduction", Reduction), ("score", Score), ("mask", Mask), ("axis", Axis), ("combine", Combine)
-        ):  # fmt: skip
+        for field, kind in _CLOSED_FIELDS:
             if not isinstance(getattr(term, field), kind):
                 raise TypeError(f"terms[{t}].{field} must be a flashpair.{kind.__name__}; got {getattr(term, field)!r}")
-        _mask(f"terms[{t}].mask", term.mask, has_labels, has_pair_mask)
+        if term.mask != Mask.ALL:
+            _mask(f"terms[{t}].mask", term.mask, has_labels, has_pair_mask)
         owners, others = (rows, columns) if term.axis == Axis.ROWS else (columns, rows)
-        for field in ("scale", "offset", "above", "below"):
-            if getattr(term, field) is None and field in ("scale", "offset"):
-                raise TypeError(f"terms[{t}].{field} must be a number or a tensor; got None")
-            _parameter(f"terms[{t}].{field}", getattr(term, field), owners, device, scalar=True)
+        # What was not given needs no name in a message: a step checks a dozen of these.
+        for field, absent in _OWNER_FIELDS:
+            value = getattr(term, field)
+            if value is not absent:
+                if value is None:
+                    raise TypeError(f"terms[{t}].{field} must be a number or a tensor; got None")
+                _parameter(f"terms[{t}].{field}", value, owners, device, scalar=True)
         for field in ("other_offset", "weight"):
-            _parameter(f"terms[{t}].{field}", getattr(term, field), others, device, scalar=False)
-        number(f"terms[{t}].constant", term.constant)
+            value = getattr(term, field)
+            if value is not None:
+                _parameter(f"terms[{t}].{field}", value, others, device, scalar=False)
+        if term.constant is not _DEFAULTS["constant"]:
+            number(f"terms[{t}].constant", term.constant)
         if term.score == Score.SOFTCAP and not SINGLE.tiny <= term.constant <= SINGLE.max:
             raise ValueError(
                 f"terms[{t}].constant must be positive and finite (in float32) for SOFTCAP; got {term.constant}"

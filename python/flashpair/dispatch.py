@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ class BackendError(RuntimeError):
     """No backend can serve a request, or the forced one cannot; the message says why."""
 
 
+_loaded = functools.cache(import_module)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A row of the table: a name and the module behind it, which offers what `ops.py` lists and says when it cannot."""
@@ -37,7 +41,7 @@ class Backend:
     serves: str
 
     def load(self):
-        return import_module(self.module)
+        return _loaded(self.module)
 
     def why_not(self, x: Tensor | None = None, pairs: int | None = None) -> list[str]:
         """Reasons against running on embeddings like `x`; without `x`, against running at all."""

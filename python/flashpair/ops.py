@@ -14,14 +14,16 @@ it to a backend module, which offers
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import dispatch
+from .operator import operator
 from .request import Request, count_slots, decode, statistics_dtype
-from .terms import Axis, Extreme, Mask
+from .terms import Axis, Extreme, Mask, Reduction
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ def backend_module(name: str):
 
 
 def without_autocast(x: Tensor):
-    """Autocast off: it would narrow the matrix products of a backend."""
-    return torch.autocast(x.device.type, enabled=False)
+    """Autocast off, where it is on: it would narrow the matrix products of a backend."""
+    device = x.device.type
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _statistics_shape(x: Tensor, y: Tensor | None, spec: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -50,7 +55,7 @@ def _statistics_shape(x: Tensor, y: Tensor | None, spec: list[int]) -> tuple[tup
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashpair::pair_stats", mutates_args=())
+@operator("pair_stats")
 def pair_stats(
     x: Tensor,  # (B, D)
     y: Tensor | None,  # (N, D)
@@ -69,7 +74,7 @@ def pair_stats(
         return backend_module(backend).stats(request)
 
 
-@pair_stats.register_fake
+@pair_stats.fake
 def _(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes):
     dtype = statistics_dtype(x)
     rows, columns = _statistics_shape(x, y, spec)
@@ -82,12 +87,10 @@ def _stats_setup(ctx, inputs, output):
     ctx.static = (spec, consts, backend, max_workspace_bytes)
 
 
-def _stats_backward(ctx, grad_rows, grad_columns):
+def _stats_backward(ctx, needs, grad_rows, grad_columns):
     x, y, labels, ref_labels, pair_mask, exclude, rows, columns, *params = ctx.saved_tensors
     spec, consts, backend, max_workspace_bytes = ctx.static
-    need_x, need_y = ctx.needs_input_grad[:2]
-    # In x, y, labels, ref_labels, pair_mask, exclude, params, ... the list counts as one entry of nested flags.
-    need_params = [bool(n) for n in nested_flags(ctx.needs_input_grad[6], len(params))]
+    need_x, need_y, need_params = needs[0], needs[1], list(needs[6])
     dx, dy, dparams = _call_weights(
         grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
         spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
@@ -95,24 +98,20 @@ def _stats_backward(ctx, grad_rows, grad_columns):
     return dx, dy, None, None, None, None, dparams, None, None, None, None
 
 
-def nested_flags(flags, count: int):
-    return flags if isinstance(flags, (list, tuple)) else [flags] * count
-
-
 def _call_weights(*args):
-    params, need_x, need_y, need_params = args[10], args[-3], args[-2], args[-1]
+    need_x, need_y, need_params = args[-3:]
     grads = pair_weights(*args)
     dparams = [g if need else None for g, need in zip(grads[2:], need_params, strict=True)]
-    return grads[0] if need_x else None, grads[1] if need_y else None, dparams if params else []
+    return grads[0] if need_x else None, grads[1] if need_y else None, dparams
 
 
-pair_stats.register_autograd(_stats_backward, setup_context=_stats_setup)
+pair_stats.differentiable(_stats_backward, _stats_setup)
 
 
 # --- weights: the backward pass of the statistics --------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashpair::pair_weights", mutates_args=())
+@operator("pair_weights")
 def pair_weights(
     grad_rows: Tensor,  # (R, B)
     grad_columns: Tensor,  # (C, N)
@@ -155,7 +154,7 @@ def gradients_fake(x, y, params, need_x, need_y, need_params) -> list[Tensor]:
     return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in wanted]
 
 
-@pair_weights.register_fake
+@pair_weights.fake
 def _(
     grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
     spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
@@ -163,17 +162,17 @@ def _(
     return gradients_fake(x, y, params, need_x, need_y, need_params)
 
 
-def _weights_backward(ctx, grads):
+def _weights_backward(ctx, needs, *grads):
     raise RuntimeError("flashpair.pair_reduce cannot be differentiated twice; use_backend('reference') can")
 
 
-pair_weights.register_autograd(_weights_backward)
+pair_weights.differentiable(_weights_backward)
 
 
 # --- one scalar: gradients in the forward pass ------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashpair::pair_sum", mutates_args=())
+@operator("pair_sum")
 def pair_sum(
     x: Tensor,
     y: Tensor | None,
@@ -197,7 +196,7 @@ def pair_sum(
     return [total, *_gradients(request, needs, dx, dy, dparams)]
 
 
-@pair_sum.register_fake
+@pair_sum.fake
 def _(
     x, y, labels, ref_labels, pair_mask, exclude, params,
     spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
@@ -225,8 +224,8 @@ def _sum_setup(ctx, inputs, output):
     ctx.needs = (*inputs[-3:-1], *inputs[-1])
 
 
-def _sum_backward(ctx, grads):
-    total, count = grads[0], len(ctx.needs)
+def _sum_backward(ctx, needs, total, *_):
+    count = len(ctx.needs)
     gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     # Scaled in the wide dtype: a gradient scaler's factor need not fit float16.
     scaled = [
@@ -235,18 +234,16 @@ def _sum_backward(ctx, grads):
     if torch.is_grad_enabled():
         inputs = [t for t in inputs if t is not None]
         scaled = [g if g is None else _Once.apply(g, *inputs) for g in scaled]
-    # An empty list of flags counts as a list of tensors, whose gradient must be a list.
-    flags = None if ctx.needs[2:] else []
-    return scaled[0], scaled[1], None, None, None, None, scaled[2:], None, None, None, None, None, None, flags
+    return scaled[0], scaled[1], None, None, None, None, scaled[2:], *[None] * 7
 
 
-pair_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+pair_sum.differentiable(_sum_backward, _sum_setup)
 
 
 # --- extremes -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashpair::pair_mine", mutates_args=())
+@operator("pair_mine")
 def pair_mine(
     x: Tensor,
     y: Tensor | None,
@@ -272,7 +269,7 @@ def pair_mine(
     return [t for pair in found for t in pair]
 
 
-@pair_mine.register_fake
+@pair_mine.fake
 def _(x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backend, max_workspace_bytes):
     found = []
     for e in range((len(spec) - 5) // 5):
@@ -281,12 +278,17 @@ def _(x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backen
     return found
 
 
-def statistics_of(request_terms, rows: Tensor, columns: Tensor) -> list[Tensor]:
-    """Cut the stacked statistics into one (slots, owners) view per term."""
-    used = {Axis.ROWS: 0, Axis.COLUMNS: 0}
-    views = []
-    for term in request_terms:
-        first = used[term.axis]
-        used[term.axis] += term.reduction.slots
-        views.append((rows if term.axis == Axis.ROWS else columns)[first : used[term.axis]])
-    return views
+def statistics_of(terms, rows: Tensor, columns: Tensor) -> list[Tensor]:
+    """What each term is asked for: (owners,), moments (slots, owners); counts and moments have no gradient."""
+    # (statistics, their vectors by one node of autograd for all terms, how many are taken)
+    sides = {axis: (stacked, stacked.unbind(0), [0]) for axis, stacked in ((Axis.ROWS, rows), (Axis.COLUMNS, columns))}
+    found = []
+    for term in terms:
+        stacked, vectors, used = sides[term.axis]
+        first = used[0]
+        used[0] += term.reduction.slots
+        if term.reduction == Reduction.MOMENTS:
+            found.append(stacked.detach()[first : used[0]])
+        else:
+            found.append(vectors[first].detach() if term.reduction == Reduction.COUNT else vectors[first])
+    return found

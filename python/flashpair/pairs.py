@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .distributed.sharded import Sharded
+from .operator import operator
 from .request import FlatTerm, decode_terms, encode, statistics_dtype
 from .terms import Axis, Combine, Mask, Precision, Reduction, Similarity, Term
 
@@ -62,7 +63,7 @@ def _rows_at(x: Tensor, norms: Tensor | None, index: Tensor) -> Tensor:
     return rows if norms is None else rows / norms[index]
 
 
-@torch.library.custom_op("flashpair::pair_similarity", mutates_args=())
+@operator("pair_similarity")
 def similarity_of_pairs(
     x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int, normalize: bool
 ) -> Tensor:
@@ -82,12 +83,12 @@ def similarity_of_pairs(
     return out
 
 
-@similarity_of_pairs.register_fake
+@similarity_of_pairs.fake
 def _(x, y, rows, columns, similarity, normalize):
     return x.new_empty(rows.shape, dtype=statistics_dtype(x))
 
 
-@torch.library.custom_op("flashpair::pair_similarity_backward", mutates_args=())
+@operator("pair_similarity_backward")
 def gradients_of_pairs(
     grad: Tensor, out: Tensor, x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int,
     normalize: bool,
@@ -129,16 +130,16 @@ def _through_norm(gradient: Tensor, x: Tensor, norms: Tensor | None) -> Tensor:
     return gradient.div_(norms)
 
 
-@gradients_of_pairs.register_fake
+@gradients_of_pairs.fake
 def _(grad, out, x, y, rows, columns, similarity, normalize):
     return [torch.empty_like(side) for side in (x, y) if side is not None]
 
 
-def _backward_backward(ctx, *grads):
+def _backward_backward(ctx, needs, *grads):
     raise RuntimeError("flashpair.pair_similarity cannot be differentiated twice")
 
 
-gradients_of_pairs.register_autograd(_backward_backward)
+gradients_of_pairs.differentiable(_backward_backward)
 
 
 def _setup(ctx, inputs, output):
@@ -147,12 +148,12 @@ def _setup(ctx, inputs, output):
     ctx.static = (similarity, normalize)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, needs, grad):
     grads = gradients_of_pairs(grad.contiguous(), *ctx.saved_tensors, *ctx.static)
     return grads[0], grads[1] if len(grads) > 1 else None, None, None, None, None
 
 
-similarity_of_pairs.register_autograd(_backward, setup_context=_setup)
+similarity_of_pairs.differentiable(_backward, _setup)
 
 
 def pair_similarity(

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checks, dispatch, ops, reference
 from .distributed.sharded import Sharded, current
 from .pairs import pair_similarity, reduce_pairs
-from .request import decode, encode
+from .request import KEEP, decode, encode
 from .terms import Axis, Extreme, Precision, Reduction, Similarity, Term
 from .workspace import workspace_bytes
 
@@ -53,7 +53,9 @@ def _outside_autocast(primitive: Callable) -> Callable:
 
     @functools.wraps(primitive)
     def call(x, *args, **kwargs):
-        with torch.autocast(getattr(x, "device", torch.device("cpu")).type, enabled=False):
+        if not isinstance(x, Tensor):  # refused inside, or rows of all ranks
+            return primitive(x, *args, **kwargs)
+        with ops.without_autocast(x):
             return primitive(x, *args, **kwargs)
 
     return call
@@ -143,19 +145,18 @@ def pair_reduce(
         return reduce_pairs(x, y, list(terms), pairs, labels, ref_labels, similarity, normalize)
     workspace = workspace_bytes(max_workspace_bytes)
     backend = dispatch.choose(x, rows * columns)
-    keep = needs_grad(x, y, *(v for t in terms for v in vars(t).values()))
-    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, keep, precision)
+    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision)
+    spec[KEEP] = int(needs_grad(x, y, *params))
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
-        results = reference.pair_reduce(request)
+        found = reference.pair_reduce(request)
+        return tuple(_public(term, slots) for term, slots in zip(terms, found, strict=True))
+    call = x, y, labels, ref_labels, pair_mask, exclude, params
+    if current() is None:
+        row_stats, column_stats = ops.pair_stats(*call, spec, consts, backend, workspace)
     else:
-        call = x, y, labels, ref_labels, pair_mask, exclude, params
-        if current() is None:
-            row_stats, column_stats = ops.pair_stats(*call, spec, consts, backend, workspace)
-        else:
-            row_stats, column_stats = _divided().pair_statistics(*call, terms, spec, consts, backend, workspace)
-        results = ops.statistics_of(terms, row_stats, column_stats)
-    return tuple(_public(term, result) for term, result in zip(terms, results, strict=True))
+        row_stats, column_stats = _divided().pair_statistics(*call, terms, spec, consts, backend, workspace)
+    return tuple(ops.statistics_of(terms, row_stats, column_stats))
 
 
 def _public(term: Term, slots: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ back. Checks of user input stand in `checks.py`; here everything is already know
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,10 @@ from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Si
 
 #: Tensor parameters of a term, in the order of their indices in the flat form.
 PARAMETERS = ("scale", "offset", "other_offset", "weight", "above", "below")
+#: And the numbers that stand for them where they are not given; None where they cannot be numbers.
+_ABSENT = tuple(zip(PARAMETERS, (1.0, 0.0, None, None, -torch.inf, torch.inf), strict=True))
 HEADER = 5  # similarity, normalize, exclude_self, keep, precision
+KEEP = 3
 PER_TERM = 6 + len(PARAMETERS)
 _PER_EXTREME = 5
 
@@ -114,28 +118,28 @@ def encode(
     given: list[tuple[Tensor, bool]] = []
     spec = [int(similarity), int(normalize), int(exclude_self), int(keep), int(precision)]
     consts: list[float] = []
+
+    def place(value: Tensor, threshold: bool) -> int:
+        # The same tensor given to several terms is one parameter: its gradient is computed once.
+        # Thresholds are not differentiable, so they are apart and detached.
+        for i, (known, kind) in enumerate(given):
+            if known is value and kind == threshold:
+                return i
+        given.append((value, threshold))
+        params.append(value.detach() if threshold else value)
+        return len(params) - 1
+
     for term in terms:
-        indices = []
-        for name in PARAMETERS:
+        spec += [int(term.reduction), int(term.score), int(term.mask), int(term.axis), int(term.combine)]
+        spec.append(int(term.detach_weights))
+        for name, absent in _ABSENT:
             value = getattr(term, name)
-            if isinstance(value, Tensor):
-                # The same tensor given to several terms is one parameter: its gradient is computed once.
-                # Thresholds are not differentiable, so they are apart and detached.
-                threshold = name in ("above", "below")
-                known = [i for i, (v, t) in enumerate(given) if v is value and t == threshold]
-                indices.append(known[0] if known else len(params))
-                if not known:
-                    given.append((value, threshold))
-                    params.append(value.detach() if threshold else value)
-            else:
-                indices.append(-1)
-        spec += [term.reduction, term.score, term.mask, term.axis, term.combine, int(term.detach_weights)]
-        spec += indices
-        for name, absent in (("scale", 1.0), ("offset", 0.0), ("above", -torch.inf), ("below", torch.inf)):
-            value = getattr(term, name)
-            consts.append(absent if isinstance(value, Tensor) or value is None else float(value))
+            tensor = isinstance(value, Tensor)
+            spec.append(place(value, name in ("above", "below")) if tensor else -1)
+            if absent is not None:
+                consts.append(absent if tensor or value is None else float(value))
         consts.append(float(term.constant))
-    return params, [int(v) for v in spec], consts
+    return params, spec, consts
 
 
 def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
@@ -168,6 +172,12 @@ def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> 
             )
         )
     return terms
+
+
+def parameter_places(spec: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """(axis, position in the params of each of `PARAMETERS`, -1 for a number) of every term, from the ints alone."""
+    for at in range(HEADER, len(spec), PER_TERM):
+        yield spec[at + 3], spec[at + 6 : at + PER_TERM]
 
 
 def count_slots(spec: list[int]) -> tuple[int, int]:

@@ -60,7 +60,7 @@ class Reduction(IntEnum):
     @property
     def slots(self) -> int:
         """Number of vectors that the reduction keeps per owner."""
-        return {Reduction.SOFTMAX_MEAN: 2, Reduction.MOMENTS: 5}.get(self, 1)
+        return 5 if self == Reduction.MOMENTS else 2 if self == Reduction.SOFTMAX_MEAN else 1
 
 
 class Axis(IntEnum):

@@ -14,6 +14,7 @@ Gradients of replicated values are complete on every rank, so averaging does not
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import accumulate
@@ -188,7 +189,8 @@ def by_row(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
 def sum_of_entries(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor | int:
     """Sum of all entries, no gradients; of sharded rows each rank adds its own."""
     own = [v.local for v in values if isinstance(v, Sharded)]
-    total = sum(v.detach().sum(dtype=dtype) for v in values if not isinstance(v, Sharded))
+    sums = [v.detach().sum(dtype=dtype) for v in values if not isinstance(v, Sharded)]
+    total = functools.reduce(torch.add, sums) if sums else 0  # Python's sum would add 0 first
     if not own:
         return total
     ranks = next(v.ranks for v in values if isinstance(v, Sharded))

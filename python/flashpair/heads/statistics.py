@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import checks, dispatch, ops, reference
 from ..algebra import merge
 from ..distributed.sharded import Sharded
+from ..operator import operator
 from ..ops import Needs
 from ..pairs import EPSILON, accumulate
 from ..primitives import needs_grad
@@ -161,7 +162,7 @@ def listed_gradients(
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flashpair::class_stats", mutates_args=())
+@operator("class_stats")
 def class_stats(
     x: Tensor,  # (B, D)
     weight: Tensor,  # (C, D)
@@ -179,7 +180,7 @@ def class_stats(
         return listed_similarity(x, weight, index, bool(spec[1])), rows
 
 
-@class_stats.register_fake
+@class_stats.fake
 def _(x, weight, labels, index, params, spec, consts, backend, max_workspace_bytes, gradient_filter):
     dtype = statistics_dtype(x)
     return x.new_empty(index.shape, dtype=dtype), x.new_empty((count_slots(spec)[0], x.shape[0]), dtype=dtype)
@@ -191,21 +192,20 @@ def _setup(ctx, inputs, output):
     ctx.static = static
 
 
-def _backward(ctx, grad_listed, grad_rows):
+def _backward(ctx, needs, grad_listed, grad_rows):
     x, weight, labels, index, rows, *params = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    need_params = [bool(n) for n in ops.nested_flags(ctx.needs_input_grad[4], len(params))]
+    need_x, need_weight, need_params = needs[0], needs[1], list(needs[4])
     dx, dw, *dparams = class_weights(
         grad_listed, grad_rows, rows, x, weight, labels, index, params, *ctx.static, need_x, need_weight, need_params
     )
     dparams = [g if need else None for g, need in zip(dparams, need_params, strict=True)]
-    return (dx if need_x else None, dw if need_weight else None, None, None, dparams if params else [], *[None] * 5)
+    return (dx if need_x else None, dw if need_weight else None, None, None, dparams, *[None] * 5)
 
 
-class_stats.register_autograd(_backward, setup_context=_setup)
+class_stats.differentiable(_backward, _setup)
 
 
-@torch.library.custom_op("flashpair::class_weights", mutates_args=())
+@operator("class_weights")
 def class_weights(
     grad_listed: Tensor,  # (B, K)
     grad_rows: Tensor,  # (R, B)
@@ -251,7 +251,7 @@ def class_weights(
     ]
 
 
-@class_weights.register_fake
+@class_weights.fake
 def _(
     grad_listed, grad_rows, rows, x, weight, labels, index, params, spec, consts, backend, max_workspace_bytes,
     gradient_filter, need_x, need_weight, need_params,
@@ -259,11 +259,11 @@ def _(
     return ops.gradients_fake(x, weight, params, need_x, need_weight, need_params)
 
 
-def _class_weights_backward(ctx, grads):
+def _class_weights_backward(ctx, needs, *grads):
     raise RuntimeError("a class head cannot be differentiated twice; use_backend('reference') can")
 
 
-class_weights.register_autograd(_class_weights_backward)
+class_weights.differentiable(_class_weights_backward)
 
 
 def _filtered(rows: Tensor, params: list[Tensor], spec: list[int], consts: list[float], least: float):
@@ -445,8 +445,7 @@ def class_statistics(
             similarities, rows = _Updating.apply(
                 update, x, weight, labels, listed, spec, consts, backend, workspace, *params
             )
-            results = ops.statistics_of(terms, rows, rows)
-            return similarities[:, 0] if index is None else similarities, *(r[0] for r in results)
+            return similarities[:, 0] if index is None else similarities, *ops.statistics_of(terms, rows, rows)
         if backend == "reference":
             request = decode(x, weight, None, None, None, labels, params, spec, consts, workspace)
             results = reference.pair_reduce(request)
@@ -455,7 +454,7 @@ def class_statistics(
         similarities, rows = class_stats(
             x, weight, labels, listed, params, spec, consts, backend, workspace, float(gradient_filter)
         )
-    return similarities[:, 0] if index is None else similarities, *(r[0] for r in ops.statistics_of(terms, rows, rows))
+    return similarities[:, 0] if index is None else similarities, *ops.statistics_of(terms, rows, rows)
 
 
 def check_classes(labels: Tensor, x: Tensor, classes: int, missing: int | None = None) -> None:

@@ -48,7 +48,7 @@ def clip_loss(
         image_features, text_features, terms, labels=labels, ref_labels=labels
     )
     gaps = F.softplus(rows - diagonal, threshold=40) + F.softplus(columns - diagonal, threshold=40)
-    loss = poisoned(0.5 * gaps.sum() / max(batch, 1), image_features, text_features)
+    loss = poisoned(gaps.sum() * (0.5 / max(batch, 1)), image_features, text_features)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * as_scalar("logit_bias", logit_bias)  # a softmax does not see a shift
     if local_value:
