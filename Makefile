@@ -40,7 +40,9 @@ test: $(VENV)/.native $(VENV)/.test
 
 bench: $(VENV)/.native $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH)
-	$(BIN)/python bench/memory.py $(BENCH)
+	$(BIN)/python bench/run.py --preset sweep --allocator warm
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/memory.py --sweep
 	$(BIN)/python bench/report.py
 
 gpu:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from run import merge
+from results import merge
 
 TABLE = machine.ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!-- measured: begin (written by bench/distributed.py) -->", "<!-- measured: end -->"

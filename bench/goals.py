@@ -1,35 +1,48 @@
-"""What the GPU backends are to reach, as data, and whether the measured rows show it.
+"""What is to be reached, as data, and whether the measured rows show it.
 
-A goal bounds one quantity, a time, a ratio of two times or memory, of some cases at some sizes. It is met where every
-case was measured and every size that was measured keeps the bound; nothing is met that was not measured.
+A goal bounds one quantity, a time, a ratio of two times, memory or the share of the processor's peak, of some cases at
+some sizes. It is met where every case was measured and every size that was measured keeps the bound; nothing is met
+that was not measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from results import BOTH, FORWARD, GEMM, of_peak
 
 TRITON, CUDA, DENSE = "flashpair[triton]", "flashpair[cuda]", "dense"
-FASTER = "flashpair"  # the faster of the two backends, row by row
+FASTER = "faster backend"  # of the two for GPUs, row by row
+COMPILE, INF_CL = "compile", "inf_cl"
+FASTEST_DENSE = "fastest dense"  # of eager, compiled and chunked
 BOUND = -1.0  # limit of memory: see `memory_bound`
+GPU = {"dtype": "bfloat16"}
+CPU = {"dtype": "float32", "allocator": "warm"}
 
 
 @dataclass(frozen=True)
 class Goal:
     text: str
     cases: tuple[str, ...]
-    limit: float  # of milliseconds, of a ratio, or of MiB
+    limit: float  # of milliseconds, of a ratio, of MiB, or of the inverse share of the peak
     of: str = FASTER
     against: tuple[str, str] | None = None  # (case or "" for the same, implementation) whose time divides
     memory: bool = False  # MiB beyond inputs and gradients instead of a time
+    peak: bool = False  # how many times as long as at the processor's peak rate
     batches: tuple[int, ...] = (32768,)
     widths: tuple[int, ...] = (512,)
+    direction: str = BOTH
+    rows: dict[str, Any] = field(default_factory=lambda: GPU)  # which rows count
+    predicted: str = "-"  # before the first run, see docs/gpu.md
 
 
 MS = ("ms-random", "ms-trained")
 DENSE_CASES = ("clip", "supcon", "siglip", *MS)
 ALL_SIZES = {"batches": (4096, 16384, 32768), "widths": (128, 512, 1024)}
+EVERY_SIZE = {"batches": (1024, *ALL_SIZES["batches"]), "widths": ALL_SIZES["widths"]}
 
-GOALS = (
+GPU_GOALS = (
     Goal("cuda no slower than dense, B ≥ 4096", DENSE_CASES, 1.0, CUDA, ("", DENSE), **ALL_SIZES),
     Goal("cuda within its memory bound, B ≥ 4096", DENSE_CASES, BOUND, CUDA, memory=True, **ALL_SIZES),
     Goal("cuda at most 1.6x triton", (*DENSE_CASES, "batch-hard"), 1.6, CUDA, ("", TRITON), **ALL_SIZES),
@@ -39,7 +52,36 @@ GOALS = (
     Goal("at most 0.65x CLIP", ("supcon", "ntxent"), 0.65, against=("clip", FASTER)),
     Goal("at most 1.2x SupCon", MS, 1.2, against=("supcon", FASTER)),
     Goal("at most 3 ms, B = 32768, D = 512", ("batch-hard",), 3.0),
+    Goal("at most 38 ms, B = 65536, D = 768", ("siglip",), 38.0, batches=(65536,), widths=(768,)),
+    Goal("at most 700 MiB, the same", ("siglip",), 700.0, memory=True, batches=(65536,), widths=(768,)),
+    Goal("no slower than torch.compile, B ≥ 1024", DENSE_CASES, 1.0, against=("", COMPILE), **EVERY_SIZE),
+    Goal("at least 5 times as fast as Inf-CL", ("clip",), 0.2, against=("", INF_CL), **ALL_SIZES),
+    Goal("forward alone at 60 % of the GEMM's rate", ("clip",), 1 / 0.6, against=("", GEMM), direction=FORWARD),
 )
+
+
+def _times_dense(case: str, times: float, **more) -> Goal:
+    text = f"{times:g} times as fast as dense, B = 4096"
+    return Goal(text, (case,), 1 / times, "flashpair", ("", DENSE), batches=(4096,), rows=CPU, **more)
+
+
+SMALL, NARROW = {"widths": (128,)}, {"widths": (256,), "batches": (256,)}
+CPU_GOALS = (
+    _times_dense("clip", 3.5, **SMALL),
+    _times_dense("supcon", 5.5, **SMALL),
+    _times_dense("ms-random", 5.3, **SMALL),
+    Goal("2.4 times as fast as dense", ("arcface",), 1 / 2.4, "flashpair", ("", DENSE), rows=CPU, **NARROW),
+    Goal(
+        "75 % of the processor's peak, B = 4096", ("clip", "supcon", "siglip", "infonce"), 1 / 0.75, "flashpair",
+        peak=True, batches=(4096,), rows=CPU, **SMALL,
+    ),
+    Goal(
+        "no slower than the fastest dense code, B ≥ 256", ("clip", "supcon", "ms-random"), 1.0, "flashpair",
+        ("", FASTEST_DENSE), batches=(256, 512, 1024, 2048, 4096, 8192, 16384), widths=(64, 128, 256, 512, 1024),
+        rows=CPU,
+    ),
+)  # fmt: skip
+GOALS = (*CPU_GOALS, *GPU_GOALS)
 
 
 def memory_bound(row: dict) -> float:
@@ -57,15 +99,20 @@ class Finding:
 
 
 def _time(row: dict | None, implementation: str) -> tuple[str, float] | None:
-    """(name, median ms) of an implementation in a row, or of the faster backend."""
+    """(name, median ms) of an implementation in a row, or of the fastest of several."""
     times = {name: t["median"] for name, t in row["milliseconds"].items()} if row else {}
-    names = (TRITON, CUDA) if implementation == FASTER else (implementation,)
+    if row and row.get("gemm_milliseconds"):
+        times[GEMM] = row["gemm_milliseconds"]["median"]
+    several = {FASTER: (TRITON, CUDA), FASTEST_DENSE: (DENSE, COMPILE, "chunked")}
+    names = several.get(implementation, (implementation,))
     return min(((name, times[name]) for name in names if name in times), key=lambda found: found[1], default=None)
 
 
 def findings(goal: Goal, rows: list[dict]) -> list[Finding]:
     """The goal's quantity for each of its cases and sizes that was measured."""
-    table = {(r["case"], r["batch"], r["width"]): r for r in rows if r["dtype"] == "bfloat16" and "milliseconds" in r}
+    wanted = {**goal.rows, "direction": goal.direction}
+    counts = [r for r in rows if "milliseconds" in r and all(r[k] == v for k, v in wanted.items())]
+    table = {(r["case"], r["batch"], r["width"]): r for r in counts}
     found = []
     for case, b, d in ((c, b, d) for c in goal.cases for b in goal.batches for d in goal.widths):
         row = table.get((case, b, d))
@@ -74,6 +121,11 @@ def findings(goal: Goal, rows: list[dict]) -> list[Finding]:
             continue
         name, value = ours
         limit, used = goal.limit, (row,)
+        if goal.peak:
+            share = of_peak(row, name)
+            if share is None:
+                continue
+            value = 1 / share
         if goal.memory:
             value = row["extra_mebibytes"][name] - row["gradient_mebibytes"]
             limit = memory_bound(row) if limit == BOUND else limit
@@ -97,7 +149,8 @@ def judge(goal: Goal, rows: list[dict]) -> tuple[str, str, tuple[dict, ...]]:
     sizes = len(goal.cases) * len(goal.batches) * len(goal.widths)
     count = f"; worst of {len(found)}, of {sizes} sizes" if sizes > 1 else ""
     bound = f" of {worst.limit:.0f}" if goal.limit == BOUND else ""
-    text = f"{worst.value:.2f}{bound}{unit} ({worst.place}{count})"
+    value = f"{100 / worst.value:.0f} %" if goal.peak else f"{worst.value:.2f}{bound}{unit}"
+    text = f"{value} ({worst.place}{count})"
     if any(f.value > f.limit for f in found):
         state = "missed"
     else:

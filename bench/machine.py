@@ -91,6 +91,18 @@ def processor() -> str:
     return f"{name} ({widest})" if widest else name
 
 
+@functools.cache
+def fma_peak(threads: int) -> float | None:
+    """GFLOP/s of float32 multiply-adds in registers on this many threads; None where nothing compiles `peak.cpp`."""
+    program = ROOT / "out" / "peak"
+    program.parent.mkdir(exist_ok=True)
+    source = str(ROOT / "bench" / "peak.cpp")
+    flags = ("-O2", "-march=native", "-ffp-contract=fast", "-pthread")
+    _output(os.environ.get("CXX", "c++"), *flags, source, "-o", str(program))
+    printed = _output(str(program), str(threads))
+    return float(printed) if printed else None
+
+
 def describe(device: str = "cpu") -> dict[str, str]:
     """Provenance of one row of results."""
     from importlib.metadata import PackageNotFoundError, version

@@ -2,6 +2,7 @@
 
     python bench/memory.py                          every loss at B = 65536, D = 64, default and smallest workspace
     python bench/memory.py clip --batch 4096 --implementations flashpair dense metric-learning
+    python bench/memory.py --sweep                  a few losses at many B, for the report's curves
     python bench/memory.py --quick                  a smoke check at a tiny size; nothing is kept
 
 Counted is the growth of the resident memory beyond the interpreter, the libraries and the inputs; the gradients of the
@@ -18,10 +19,13 @@ import sys
 import time
 from pathlib import Path
 
+import curves
 import machine
-from run import merge, step
+from results import merge
+from timers import step
 
 QUEUED = "cross-batch-memory"
+TOO_SLOW = ("all-triplets",)  # at the sizes that are measured here
 WARM_UP = 256  # rows of the step that loads libraries and starts threads
 FEW = 96  # for which a case with columns of its own makes few of them
 
@@ -36,12 +40,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", default=["flashpair"])
     parser.add_argument("--workspace", choices=["default", "smallest"], nargs="+", default=["default", "smallest"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--sweep", action="store_true", help="a few losses at many B, D = 128, for the report's curves")
     parser.add_argument("--quick", action="store_true", help="512 rows, results to out/ only")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/memory.json)")
     parser.add_argument(
         "--child", nargs=5, metavar=("CASE", "BATCH", "WIDTH", "IMPLEMENTATION", "WORKSPACE"), help=argparse.SUPPRESS
     )
     options = parser.parse_args()
+    if options.sweep:
+        options.batch, options.width = [b for b in curves.BATCHES if b >= 1024], curves.WIDTH
+        options.workspace = ["default"]
+        options.implementations = ["flashpair", "dense", "compile", "chunked"]
     if options.quick:
         options.batch, options.width = [512], 16
     options.out = options.out or (
@@ -59,16 +68,19 @@ def cross_batch_memory(inputs):
 
 
 def dense_cross_batch_memory(inputs):
-    from cases import dense_contrastive
+    from dense import dense_memory_contrastive
 
-    return dense_contrastive(inputs, memory=inputs.x.detach().clone())
+    inputs.memory, inputs.memory_labels = inputs.x.detach().clone(), inputs.labels
+    return dense_memory_contrastive(inputs)
 
 
 def all_cases():
-    from cases import CASES, Case, labelled
+    from cases import CASES, FORWARD, Case
+    from inputs import labelled
 
+    ours = [case for case in CASES if case.directions != (FORWARD,) and case.name not in (QUEUED, *TOO_SLOW)]
     extra = Case(QUEUED, labelled(4, float("inf")), cross_batch_memory, dense_cross_batch_memory)
-    return (*CASES, extra)
+    return (*ours, extra)
 
 
 def measure(name: str, batch: int, width: int, implementation: str, workspace: str, threads: int) -> dict:
@@ -85,7 +97,7 @@ def measure(name: str, batch: int, width: int, implementation: str, workspace: s
     needs = case.needs_bytes(implementation, batch)
     if needs > 0.5 * available_bytes():
         return {"not_run": f"needs about {needs / 2**30:.0f} GiB"}
-    step(function, case.make(WARM_UP if case.columns is None else FEW, width))
+    step(function, case.make(FEW if case.sizes else WARM_UP, width))
     inputs = case.make(batch, width)
     memory = machine.PeakMemory()
     memory.start()
@@ -97,7 +109,7 @@ def measure(name: str, batch: int, width: int, implementation: str, workspace: s
     return {
         "mebibytes": round(memory.growth() / 2**20, 1),
         # Both sides of S; a queue has the length of the batch.
-        "columns": case.columns or batch,
+        "columns": case.columns(batch),
         "inputs_mebibytes": round(sum(t.nbytes for t in inputs.leaves) * (1 + (name == QUEUED)) / 2**20, 1),
         "seconds": round(seconds, 2),
     }
@@ -125,7 +137,10 @@ def main() -> int:
         return 0
     from tqdm import tqdm
 
+    if options.sweep:
+        options.patterns = curves.CASES
     cases = [c for c in all_cases() if not options.patterns or any(p in c.name for p in options.patterns)]
+    cases = [c for c in cases if c.name in options.patterns] if options.sweep else cases
     if not cases:
         raise SystemExit(f"no loss matches {options.patterns}; there are {', '.join(c.name for c in all_cases())}")
     jobs = [
@@ -146,6 +161,7 @@ def main() -> int:
             message = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
             found = {"not_run": message[:200], **machine.describe()}
         row = {**dict(zip(("case", "batch", "width", "implementation", "workspace"), job, strict=True)), **found}
+        row["sweep"] = options.sweep
         rows.append(row)
         allowed = limit(row)
         over = allowed is not None and row["mebibytes"] > allowed

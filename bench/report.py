@@ -1,6 +1,6 @@
 """Markdown and pictures from bench/results/*.json; rows whose sources have changed since are marked stale.
 
-python bench/report.py              writes bench/results/README.md, docs/bench-speed.png, the block in README.md, and
+python bench/report.py              writes bench/results/README.md, docs/bench-*.png, the block in README.md, and
                                     bench/results/<gpu>.md and .png for every GPU that has results
 python bench/report.py --gpu NAME   writes those of one GPU alone
 python bench/report.py --check      exit status 1 where a row is stale or README.md differs
@@ -13,9 +13,10 @@ import json
 import sys
 from pathlib import Path
 
+import curves
 import goals
 import machine
-from run import GEMM, matmul_units
+from results import BOTH, GEMM, REGRESSION, change, matmul_units, of_peak, regressed
 
 BEGIN, END = "<!-- measured: begin (written by bench/report.py) -->", "<!-- measured: end -->"
 STALE = "stale"
@@ -53,35 +54,110 @@ def measured(rows: list[dict]) -> list[dict]:
     return [r for r in rows if "not_measured" not in r]
 
 
-def speed_section(rows: list[dict], sources: str) -> list[str]:
+def machine_of(row: dict) -> tuple:
+    return row["device"], row.get("threads", "")
+
+
+def newest_machine(rows: list[dict]) -> list[dict]:
+    """The rows of the machine that was measured last."""
     if not rows:
-        return ["No speed has been measured yet: `python bench/run.py`.", ""]
-    others = sorted({name for r in rows for name in [*r["milliseconds"], *r["not_run"]]} - {"flashpair"})
+        return []
+    last = max(rows, key=lambda r: (r["date"], sum(machine_of(o) == machine_of(r) for o in rows)))
+    return [r for r in rows if machine_of(r) == machine_of(last)]
+
+
+def since(row: dict) -> str:
+    """flashpair's time against that of the row before, in units of dense code."""
+    found = change(row)
+    if found is None:
+        return ""
+    text = f"{found:.2f}x ({row['previous']['sources'][:6]})"
+    return f"**slower** {text}" if regressed(row) else text
+
+
+def _size(row: dict) -> list[str]:
+    return [row["case"], f"{row['batch']}x{row['width']}"]
+
+
+def speed_summary(rows: list[dict], sources: str) -> list[str]:
+    """One line a case: the warm allocator, forward + backward, everybody's ratio."""
+    swept = {(case, b, d) for case in curves.CASES for b in curves.BATCHES for d in curves.WIDTHS}
+    swept -= {(case, 4096, d) for case in curves.CASES for d in (128, 512)}
+    rows = [r for r in rows if r["allocator"] == "warm" and r["direction"] == BOTH] or rows
+    rows = [r for r in rows if (r["case"], r["batch"], r["width"]) not in swept]
     body = []
     for r in rows:
         ours = r["milliseconds"].get("flashpair")
-        cells = [r["case"], str(r["batch"]), str(r["width"]), r["dtype"], r["allocator"]]
-        cells.append(f"{ours['median']:.1f}" if ours else r["not_run"].get("flashpair", "-"))
-        for name in others:
-            ratio, time = r["times_flashpair"].get(name), r["milliseconds"].get(name)
-            if ratio:
-                cells.append(f"**{ratio['median']:.2f}x** ({ratio['low']:.2f}-{ratio['high']:.2f})")
-            else:
-                cells.append(f"{time['median']:.1f} ms" if time else r["not_run"].get(name, "-"))
-        body.append([*cells, f"{100 * r['foreign_load']:.0f}%", freshness(r, sources)])
-    header = ["case", "B", "D", "dtype", "allocator", "flashpair, ms", *others, "foreign load", ""]
+        ratio = {name: f"**{t['median']:.2f}x**" for name, t in r["times_flashpair"].items()}
+        peers = ", ".join(f"{name} {text}" for name, text in ratio.items() if name not in ("dense", "compile"))
+        kept = r.get("kept_mebibytes", {})
+        peak = of_peak(r, "flashpair")
+        body.append([
+            *_size(r), f"{ours['median']:.1f}" if ours else r["not_run"].get("flashpair", "-"),
+            f"{100 * peak:.0f}%" if peak else "-", ratio.get("dense", "-"), ratio.get("compile", "-"), peers or "-",
+            " / ".join(f"{kept[n]:.0f}" if n in kept else "-" for n in ("flashpair", "dense")), since(r),
+            freshness(r, sources),
+        ])  # fmt: skip
+    header = ["case", "BxD", "flashpair, ms", "of peak", "dense", "compile", "others", "keeps, MiB", "since", ""]
+    return table(header, body)
+
+
+def speed_section(rows: list[dict], sources: str) -> list[str]:
+    """What README shows."""
+    rows = newest_machine(rows)
+    if not rows:
+        return ["No speed has been measured yet: `python bench/run.py`.", ""]
     return [
-        "Printed by `python bench/run.py`. Forward + backward; median, and how many times as long the others take",
-        "(median of ratios within a round, 10th to 90th percentile in brackets).",
+        "Printed by `python bench/run.py`. Forward + backward, with an allocator that keeps freed buffers (plain glibc",
+        "makes dense code up to twice as slow); median, and how many times as long the others take. Of peak: of the",
+        "processor's multiply-adds, counting the loss's own matrix products. Keeps: between forward and backward,",
+        "flashpair / dense, S included where flashpair keeps it. Since: against the sources named, in units of dense",
+        "code of the same runs.",
+        "[All rows](bench/results/README.md): plain allocator, forward alone, spreads, who did not run and why.",
         "",
         *provenance(rows),
         "",
-        *table(header, body),
+        *speed_summary(rows, sources),
+        "",
+        "![time and memory against B, time against D](docs/bench-sweep.png)",
         "",
     ]
 
 
+def speed_details(rows: list[dict], sources: str) -> list[str]:
+    """Every row of every machine, with spreads, and what did not run."""
+    lines = []
+    for place in dict.fromkeys(map(machine_of, rows)):
+        of = [r for r in rows if machine_of(r) == place]
+        body, absent = [], {}
+        for r in of:
+            units = matmul_units(r, "flashpair")
+            unit = f"{units[0]:.2f} U, {100 * units[1]:.0f}%" if units else "-"
+            kept = r.get("kept_mebibytes", {})
+            head = [*_size(r), r["dtype"], r["direction"], r["allocator"]]
+            for name, t in r["milliseconds"].items():
+                ratio = r["times_flashpair"].get(name)
+                body.append([
+                    *head, name, f"{t['median']:.2f} ({t['low']:.2f}-{t['high']:.2f})",
+                    f"**{ratio['median']:.2f}x** ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else unit,
+                    f"{kept[name]:.1f}" if name in kept else "-",
+                    *([f"{100 * r['foreign_load']:.0f}%", since(r), freshness(r, sources)] if not ratio else [""] * 3),
+                ])  # fmt: skip
+                head = [""] * len(head)
+            for name, reason in r["not_run"].items():
+                absent.setdefault((name, reason), []).append(r["case"])
+        header = ["case", "BxD", "dtype", "direction", "allocator", "implementation", "ms (10th to 90th percentile)",
+                  "times flashpair's", "keeps, MiB", "foreign load", "since", ""]  # fmt: skip
+        reasons = [f"- {n}: {why} ({', '.join(dict.fromkeys(c))})" for (n, why), c in sorted(absent.items())]
+        lines += [f"## {place[0]}, {place[1]} threads", "", *provenance(of), "", *table(header, body), ""]
+        lines += ["Did not run:", "", *reasons, ""] if reasons else []
+    text = f"""U: of the matrix product that makes S, by torch.mm in the same run; percent: of its rate.
+{REGRESSION}x the time of the row before, both in units of dense code, is called slower."""
+    return [text, "", *lines] if lines else lines
+
+
 def memory_section(rows: list[dict], sources: str) -> list[str]:
+    rows = newest_machine(rows)
     if not rows:
         return ["No memory has been measured yet: `python bench/memory.py`.", ""]
     body = [
@@ -97,6 +173,7 @@ def memory_section(rows: list[dict], sources: str) -> list[str]:
             freshness(r, sources),
         ]
         for r in rows
+        if not r.get("sweep")
     ]
     header = ["loss", "B", "D", "implementation", "workspace", "peak, MiB", "inputs, MiB", "S would be, MiB", ""]
     return [
@@ -119,18 +196,21 @@ def gpu_results() -> dict[str, list[dict]]:
     return {name: load(name) for name in names if name not in ("speed", "memory", "family", "contrast", "distributed")}
 
 
-def goals_section(rows: list[dict], sources: str) -> list[str]:
+def goals_section(rows: list[dict], sources: str, which: tuple[goals.Goal, ...] = goals.GPU_GOALS) -> list[str]:
     """Every goal with what was measured; met or missed only where it was."""
     body = []
-    for goal in goals.GOALS:
+    for goal in which:
         state, text, used = goals.judge(goal, rows)
         stale = STALE if any(freshness(r, sources) for r in used) else ""
-        body.append([", ".join(goal.cases), goal.text, text, state, stale])
+        body.append([", ".join(goal.cases), goal.text, goal.predicted, text, state, stale])
     device = next((r["device"] for r in measured(rows)), None)
+    on_gpu = which is goals.GPU_GOALS
+    what = "one GPU in bfloat16" if on_gpu else "the CPU in float32, warm allocator"
+    where = f", measured on {device}" if device else f"; no {'GPU' if on_gpu else 'CPU'} has been measured yet"
     return [
-        f"Goals for one GPU in bfloat16{f', measured on {device}' if device else '; no GPU has been measured yet'}:",
+        f"Goals for {what}{where}:",
         "",
-        *table(["cases", "goal", "measured", "state", ""], body),
+        *table(["cases", "goal", "predicted", "measured", "state", ""], body),
         "",
     ]
 
@@ -239,7 +319,8 @@ def main() -> int:
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("met", "missed", "not measured"))
         print(f"goals: {counts}; wrote bench/results/{options.gpu}.md")
         return 0
-    goal_rows = [goals_section(rows, sources) for rows in gpus.values()] or [goals_section([], sources)]
+    goal_rows = [goals_section(newest_machine(speed), sources, goals.CPU_GOALS)]
+    goal_rows += [goals_section(rows, sources) for rows in gpus.values()] or [goals_section([], sources)]
     block = [*speed_section(speed, sources), *memory_section(memory, sources), *(x for part in goal_rows for x in part)]
     block += [f"More of each GPU: {', '.join(f'[{n}](bench/results/{n}.md)' for n in gpus)}.", ""] if gpus else []
     readme = machine.ROOT / "README.md"
@@ -251,13 +332,23 @@ def main() -> int:
     readme.write_text(text)
     machine.RESULTS.mkdir(parents=True, exist_ok=True)
     local = [line.replace("](bench/results/", "](") for line in block]
-    (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *local]))
+    local = [line.replace("](docs/", "](../../docs/") for line in local if "All rows" not in line]
+    details = ["# All rows", "", *speed_details(speed, sources)]
+    (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *local, *details]))
     for name, rows in gpus.items():
         write_gpu(name, rows, sources)
-    drawn = draw(speed, sources, machine.ROOT / "docs" / "bench-speed.png")
+    newest = newest_machine(speed)
+    docs = machine.ROOT / "docs"
+    at_default = [r for r in newest if r["direction"] == BOTH and (r["batch"] == 4096 or r["width"] == 256)]
+    drawn = [path for path, done in (
+        (docs / "bench-speed.png", draw(at_default, sources, docs / "bench-speed.png")),
+        (docs / "bench-sweep.png", curves.draw(newest, newest_machine(memory), docs / "bench-sweep.png")),
+    ) if done]  # fmt: skip
     print("\n".join(block))
-    pictures = " and docs/bench-speed.png" if drawn else ""
-    print(f"wrote README.md and bench/results/README.md{pictures}; {len(stale)} stale rows")
+    slower = [" ".join(_size(r)) for r in newest if regressed(r)]
+    print(f"slower than before: {', '.join(slower)}" if slower else "nothing is slower than before")
+    written = ["README.md", "bench/results/README.md", *(str(path.relative_to(machine.ROOT)) for path in drawn)]
+    print(f"wrote {', '.join(written)}; {len(stale)} stale rows")
     return 0
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import machine
 import torch
-from run import merge
+from results import merge
 from torch import Tensor
 
 END = "<!-- measured: end -->"

@@ -20,6 +20,7 @@ import goals  # noqa: E402
 import gpu  # noqa: E402
 import machine  # noqa: E402
 import report  # noqa: E402
+import results  # noqa: E402
 import run  # noqa: E402
 
 GPU = gpu.Gpu("NVIDIA Nothing 100 80GB", "9.0", "2.11.0")
@@ -193,7 +194,10 @@ PROVENANCE = {
 
 
 def size(case: str, batch: int = 32768, width: int = 512) -> dict:
-    return {"case": case, "batch": batch, "width": width, "dtype": "bfloat16", **IDENTITY}
+    return {
+        "case": case, "batch": batch, "width": width, "dtype": "bfloat16", "direction": results.BOTH, **IDENTITY,
+        "columns": batch,
+    }  # fmt: skip
 
 
 def measured(case: str, times: dict[str, float], extra: float = 100.0, sources: str = "now", **options) -> dict:
@@ -215,9 +219,9 @@ def unmeasured(case: str, **options) -> dict:
 
 def test_a_row_that_was_not_reached_replaces_no_measurement(tmp_path):
     path = tmp_path / "gpu.json"
-    run.merge(path, [unmeasured("clip"), unmeasured("supcon")], run.KEY)
-    run.merge(path, [measured("clip", {goals.CUDA: 9.0})], run.KEY)
-    run.merge(path, [unmeasured("clip"), unmeasured("supcon")], run.KEY)
+    results.merge(path, [unmeasured("clip"), unmeasured("supcon")], results.KEY)
+    results.merge(path, [measured("clip", {goals.CUDA: 9.0})], results.KEY)
+    results.merge(path, [unmeasured("clip"), unmeasured("supcon")], results.KEY)
     rows = {row["case"]: row for row in json.loads(path.read_text())}
     assert rows["clip"]["milliseconds"] and rows["supcon"]["not_measured"] and len(rows) == 2
     assert list(tmp_path.iterdir()) == [path]
@@ -264,11 +268,147 @@ def test_the_preset_begins_with_the_most_telling_rows():
     jobs = gpu_jobs()
     assert [(j.case, j.batch, j.width) for j in jobs[:2]] == [("clip", 32768, 512), ("supcon", 32768, 512)]
     assert {j.case for j in jobs} <= {c.name for c in CASES}
-    assert len({(j.case, j.batch, j.width, j.dtype) for j in jobs}) == len(jobs)
-    bf16 = {(j.case, j.batch, j.width) for j in jobs if j.dtype == "bfloat16"}
-    named = {(c, b, d) for g in goals.GOALS for c in g.cases for b in g.batches for d in g.widths}
-    assert named <= bf16
+    assert len({(j.case, j.batch, j.width, j.dtype, j.direction) for j in jobs}) == len(jobs)
+    bf16 = {(j.case, j.batch, j.width, j.direction) for j in jobs if j.dtype == "bfloat16"}
+    named = {(c, b, d, g.direction) for g in goals.GPU_GOALS for c in g.cases for b in g.batches for d in g.widths}
+    # Small batches are measured at the usual width, as far as they concern one goal only.
+    assert {(c, b, d, way) for c, b, d, way in named if b > 1024} <= bf16
+    assert {(c, b, way) for c, b, d, way in named} <= {(c, b, way) for c, b, d, way in bf16}
     assert {(j.case, j.batch) for j in jobs if j.dtype == "float32"} == {("clip", 4096), ("clip", 16384)}
+
+
+def test_a_row_tells_of_the_one_of_other_sources_before_it(tmp_path):
+    """And of that one still, after it was measured again with the same sources."""
+    path = tmp_path / "speed.json"
+    for sources, ours, dense in (("first", 10.0, 40.0), ("second", 30.0, 60.0), ("second", 24.0, 60.0)):
+        results.merge(path, [measured("clip", {"flashpair": ours, "dense": dense}, sources=sources)], results.KEY)
+    (row,) = json.loads(path.read_text())
+    assert row["previous"]["sources"] == "first" and row["previous"]["milliseconds"]["flashpair"]["median"] == 10.0
+    # 24 of 60 against 10 of 40: a machine that is slower today is no regression, this is one.
+    assert results.change(row) == pytest.approx(1.6) and results.regressed(row)
+    assert report.since(row) == "**slower** 1.60x (first)"
+    results.merge(path, [measured("clip", {"flashpair": 13.0, "dense": 60.0}, sources="third")], results.KEY)
+    (row,) = json.loads(path.read_text())
+    assert results.change(row) == pytest.approx(13 / 24) and not results.regressed(row)
+    assert report.since(measured("clip", {"flashpair": 1.0})) == ""
+
+
+def test_what_a_row_says_of_the_machine():
+    row = measured("clip", {"flashpair": 6.0}) | {"peak_gflops": 2000.0, "batch": 1000, "columns": 2000, "width": 500}
+    assert results.matmul_units(row, "flashpair") == (4.0, 1.0)  # 1.5 ms a product, four of them needed
+    assert results.of_peak(row, "flashpair") == pytest.approx(4 * 2e9 / 6e-3 / 2e12)
+    assert results.of_peak(row, "dense") is None and results.matmul_units(row, "dense") is None
+    goal = next(g for g in goals.CPU_GOALS if g.peak)
+    row |= {"dtype": "float32", "allocator": "warm", "batch": 4096, "columns": 4096, "width": 128}
+    row["peak_gflops"] = 3819.0
+    state, text, _ = goals.judge(goal, [row])
+    assert state == "missed" and text.startswith("75 % (flashpair, clip 4096x128")  # 74.98
+    assert goals.judge(goal, [row | {"peak_gflops": 3800.0}])[0] == "partly measured"
+
+
+def test_the_peak_is_that_of_this_processor():
+    found = machine.fma_peak(1)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    assert found > 1.0
+
+
+# --- contestants ------------------------------------------------------------------------------------------------------
+
+
+def test_kept_bytes_are_those_between_the_passes():
+    import cases
+    import inputs
+    import timers
+
+    made = inputs.towers(10.0)(64, 8)
+    stored = cases.Implementation(lambda i: (i.x @ i.y.T).exp().sum())
+    assert timers.kept_bytes(stored, made) == 64 * 64 * 4
+    assert timers.kept_bytes(cases.Implementation(lambda i: (i.x * i.y).sum()), made) == 0
+
+
+@pytest.mark.parametrize("numbers", [1, 640, 1 << 24])
+def test_the_unit_is_the_whole_product(monkeypatch, numbers):
+    """In panels that fit `GEMM_NUMBERS`, against the columns of the case."""
+    import inputs
+    import timers
+
+    monkeypatch.setattr(timers, "GEMM_NUMBERS", numbers)
+    made = inputs.remembered(6, 4)
+    product = timers.Product(made)
+    product()
+    last = 6 - (-(-6 // product.panel) - 1) * product.panel
+    assert product.out.numel() <= max(numbers, len(made.memory))
+    assert (product.out[:last] == made.x.detach()[6 - last :] @ made.memory.T).all()
+
+
+def test_chunks_are_the_dense_loss(monkeypatch):
+    import cases
+    import dense
+    import gate
+    import torch
+
+    monkeypatch.setattr(dense, "CHUNK_ROWS", 7)
+    tried = [case for case in cases.CASES if cases.CHUNKED in case.peers]
+    assert len(tried) >= 9
+    for case in tried:
+        inputs = case.make(24, 8).to(torch.float64)
+        whole, parts = (
+            gate.results_of(cases.Implementation(loss), inputs) for loss in (case.dense, case.peers[cases.CHUNKED].loss)
+        )
+        assert max(gate.errors(parts, whole)) < 1e-12, case.name
+
+
+def test_contestants_are_gated_and_timed(tmp_path):
+    """Cases of every shape; whoever cannot run says why; forward alone where it is asked for or there is no more."""
+    pytest.importorskip("tqdm")
+    out = tmp_path / "speed.json"
+    who = ["--only", "flashpair", "dense", "chunked", "inf_cl"]
+    names = ["clip", "all-triplets", "cross-batch", "nearest", "linear"]
+    done = command(
+        sys.executable, "bench/run.py", *names, "--quick", *who, "--direction", "forward", "forward+backward",
+        "--out", str(out), FLASHPAIR_BACKEND="cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(r["case"], r["direction"]): r for r in json.loads(out.read_text())}
+    assert {d for c, d in rows if c == "nearest"} == {"forward"}
+    assert {d for c, d in rows if c == "clip"} == {"forward", "forward+backward"}
+    both = rows["clip", "forward+backward"]
+    assert set(both["milliseconds"]) == set(both["kept_mebibytes"]) == {"flashpair", "dense", "chunked"}
+    assert both["not_run"] == {"inf_cl": "runs on NVIDIA GPUs only"}
+    assert both["gemm_milliseconds"]["median"] > 0 and both["products"] == 3.0  # S is kept
+    assert rows["clip", "forward"]["products"] == 1.0 and not rows["clip", "forward"]["kept_mebibytes"]
+    assert rows["cross-batch-memory", "forward"]["columns"] == 16 * 96
+
+
+def test_a_wrong_contestant_is_reported_and_never_timed(monkeypatch):
+    import cases
+    import gate
+
+    case = next(c for c in cases.CASES if c.name == "supcon")
+    made = {
+        "flashpair": cases.Implementation(lambda i: 1.001 * case.dense(i)),
+        "peer": cases.Implementation(lambda i: case.dense(i) + 0 * (i.x - i.x.detach()).abs().sqrt().sum()),
+    }
+    found = gate.Gate("cpu").reasons(case, cases.Job("supcon", 24, 8, "float32"), made, lambda *a: None)
+    assert found["flashpair"].startswith("wrong: loss: error 1.0e-03") and "gradient 0: error inf" in found["peer"]
+    assert run.is_defect("flashpair", found["flashpair"]) and not run.is_defect("peer", found["peer"])
+    assert not run.is_defect("flashpair", "does not fit: 9 GiB") and run.is_defect("dense", "failed: x")
+
+
+def test_curves_are_drawn_where_there_are_points(tmp_path):
+    pytest.importorskip("matplotlib")
+    import curves
+
+    path = tmp_path / "sweep.png"
+    rows = [
+        measured("clip", {"flashpair": b / 100, "dense": b / 30}, batch=b, width=128)
+        | {"dtype": "float32", "allocator": "warm"}
+        for b in (1024, 256, 4096)
+    ]
+    assert not curves.draw(rows[:1], [], path) and not path.exists()
+    assert curves.series(rows, "batch", curves.medians)["dense"] == [(b, b / 30) for b in (256, 1024, 4096)]
+    assert curves.draw(rows, [], path) and path.stat().st_size > 1000
 
 
 # --- goals and report -------------------------------------------------------------------------------------------------
@@ -282,7 +422,9 @@ def test_nothing_is_met_that_was_not_measured():
     assert set(states([]).values()) == {"not measured"}
     assert set(states([unmeasured("clip"), unmeasured("supcon")]).values()) == {"not measured"}
     section = "\n".join(report.goals_section([], "now"))
-    assert section.count("| not measured |") == len(goals.GOALS) and "no GPU has been measured yet" in section
+    assert section.count("| not measured |") == len(goals.GPU_GOALS) and "no GPU has been measured yet" in section
+    section = "\n".join(report.goals_section([], "now", goals.CPU_GOALS))
+    assert section.count("| not measured |") == len(goals.CPU_GOALS) and "no CPU has been measured yet" in section
 
 
 def test_goals_are_judged_by_what_was_measured():
@@ -301,7 +443,7 @@ def test_goals_are_judged_by_what_was_measured():
     assert found["supcon: at most 0.65x CLIP"] == "missed"
     assert found["ms-random: at most 1.2x SupCon"] == "partly measured"
     assert found["batch-hard: at most 3 ms, B = 32768, D = 512"] == "met"
-    text = goals.judge(goals.GOALS[0], rows)[1]
+    text = goals.judge(goals.GPU_GOALS[0], rows)[1]
     assert "1.14x" in text and "supcon 32768x512" in text
 
 
@@ -322,7 +464,7 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "source_hash", lambda: "now")
     times = {goals.TRITON: 8.0, goals.CUDA: 12.0, goals.DENSE: 20.0}
     rows = [measured("clip", times, sources="before"), measured("supcon", times), unmeasured("siglip")]
-    run.merge(tmp_path / f"{GPU.slug}.json", rows, run.KEY)
+    results.merge(tmp_path / f"{GPU.slug}.json", rows, results.KEY)
     monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", GPU.slug])
     assert report.main() == 0
     text = (tmp_path / "nvidia-nothing-100-80gb.md").read_text()

@@ -84,7 +84,8 @@ def test_opcheck_weights(side, layout, needs, backend):
     cotangents = [torch.rand_like(s.T).T for s in statistics]
     need_x, need_y = needs[0], needs[1] and data.y is not None
     need_params = [need_x, True, need_x, False]  # scale, offset, weight; nobody asks for a threshold's
-    torch.library.opcheck(ops.pair_weights.overload, (*cotangents, *statistics, *arguments, need_x, need_y, need_params))
+    flat = (*cotangents, *statistics, *arguments, need_x, need_y, need_params)
+    torch.library.opcheck(ops.pair_weights.overload, flat)
 
 
 @CASES
