@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import subprocess
+import sys
 import threading
 
 import dense_backend
@@ -33,6 +35,7 @@ from flashpair import (
     pairs,
     use_backend,
 )
+from flashpair.operator import operator
 from flashpair.request import encode
 from flashpair.workspace import MINIMUM_BYTES, workspace_bytes
 
@@ -352,3 +355,55 @@ def test_default_workspace():
         assert workspace_bytes(None) == 5 << 20 and workspace_bytes(7 << 20) == 7 << 20
     finally:
         assert flashpair.set_max_workspace_bytes(previous) == 5 << 20
+
+
+# --- calls that nobody watches ----------------------------------------------------------------------------------------
+
+
+def test_a_direct_call_is_the_dispatched_call(backend):
+    """Value and every gradient, bit by bit; a profiler takes the way through the dispatcher."""
+    found = []
+    for call in (ops.pair_stats, ops.pair_stats.overload):
+        data = _data(backend, "rectangle", "plain")
+        rows, columns = call(*_arguments(data, _terms(data), backend))
+        rows, columns = (torch.where(s.isinf(), 0.0, s) for s in (rows, columns))
+        leaves = [data.x, data.y, data.scale]
+        found.append([rows, columns, *torch.autograd.grad(rows.sum() + columns.square().sum(), leaves)])
+    for direct, dispatched in zip(*found, strict=True):
+        assert direct.requires_grad == dispatched.requires_grad and torch.equal(direct, dispatched)
+
+
+def test_a_profiler_sees_the_operators(backend):
+    data = _data(backend, "self", "plain")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.pair_stats(*_arguments(data, _terms(data), backend))[0].sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"flashpair::pair_stats", "flashpair::pair_weights"} <= names
+
+
+def test_a_tracer_sees_the_operators(backend):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    data = _data(backend, "self", "plain", grad=False)
+    arguments = _arguments(data, _terms(data), backend)
+    graph = make_fx(lambda x: ops.pair_stats(x, *arguments[1:])[0])(data.x)
+    assert any(node.target is ops.pair_stats.overload for node in graph.graph.nodes)
+
+
+def test_a_step_does_not_import_the_compiler():
+    """Which takes a second that nobody who does not compile should pay."""
+    program = (
+        "import sys, torch; from flashpair.losses import ClipLoss;"
+        "x, y = torch.randn(2, 8, 4, requires_grad=True); ClipLoss()(x, y, 10.0).backward();"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_one_list_of_tensors_at_most():
+    @operator("test_two_lists")
+    def two(x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.raises(ValueError, match="test_two_lists has 2 lists of tensors; at most one is allowed"):
+        two.differentiable(lambda ctx, needs, grad: (grad, [], []))
