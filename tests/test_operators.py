@@ -390,6 +390,12 @@ def test_a_tracer_sees_the_operators(backend):
     assert any(node.target is ops.pair_stats.overload for node in graph.graph.nodes)
 
 
+def test_tensors_without_data_have_shapes():
+    data = _data("cpu", "rectangle", "plain").to(torch.float32, "meta", grad=False)
+    rows, columns = ops.pair_stats(*_arguments(data, _terms(data), "cpu"))
+    assert rows.is_meta and rows.shape == (7, 6) and columns.shape == (2, 5)
+
+
 def test_a_step_does_not_import_the_compiler():
     """Which takes a second that nobody who does not compile should pay."""
     program = (

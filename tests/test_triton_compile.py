@@ -13,8 +13,7 @@ import functools
 import itertools
 import os
 import re
-import subprocess
-import tempfile
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,118 +23,35 @@ from programs import BY_NAME
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashpair
-from flashpair import Extreme, Mask, Precision, Reduction, Score, Term, backend_triton, mine, ops, pair_sum, use_backend
+from flashpair import Extreme, Mask, Precision, Reduction, Score, Term, mine, ops, pair_sum
 from flashpair.workspace import MINIMUM_BYTES
 
-triton = pytest.importorskip("triton", reason="no Triton wheel for this platform")
+pytest.importorskip("triton", reason="no Triton wheel for this platform")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from flashpair.kernels import configs, launch  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from flashpair.kernels import configs, launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import ahead_of_time
+from ahead_of_time import Launch, compiled
 
 ALL = os.environ.get("FLASHPAIR_COMPILE_ALL", "0") not in ("0", "")
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Shared memory that one block may have, bytes.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
-}  # fmt: skip
-MISSING = -(2**63)
-KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel")
 
 
 # --- what would be launched -------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Launch:
-    kernel: object
-    grid: tuple[int, ...]
-    arguments: dict  # every argument of the kernel by its name
-    options: dict  # of the compiler: num_warps, num_stages, ...
-
-    @property
-    def name(self) -> str:
-        return self.kernel.__name__
-
-    @property
-    def has_product(self) -> bool:
-        return "BLOCK_D" in self.arguments
-
-    def tile(self) -> str:
-        if not self.has_product:
-            return ""
-        block_b, block_n, block_d, parts = (self.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D", "PARTS"))
-        warps, stages = self.options["num_warps"], self.options["num_stages"]
-        return f"{block_b}x{block_n}x{block_d} in {parts}, {warps} warps, {stages} stages"
-
-    def source(self) -> ASTSource:
-        """The specialisation that Triton makes of these arguments."""
-        signature, constants, attributes = {}, {}, {}
-        for parameter in self.kernel.params:
-            value = self.arguments[parameter.name]
-            specialised = not parameter.is_constexpr and not parameter.do_not_specialize
-            if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
-                signature[parameter.name] = "constexpr"
-                constants[parameter.name] = value
-                continue
-            signature[parameter.name] = _type(value)
-            divisible = isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
-            divisible |= specialised and isinstance(value, int) and value % 16 == 0
-            if divisible:
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
-
-
-def _type(value):
-    if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype]
-    if isinstance(value, tuple):
-        return tuple(_type(v) for v in value)
-    if isinstance(value, int):
-        return "i32" if value < 1 << 31 else "i64"
-    return "fp32"
-
-
-class Recorder:
-    """Stands for a kernel and writes down its launches."""
-
-    def __init__(self, kernel, launches: list[Launch]):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        def start(*args, **constants):
-            options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
-            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-            assert sorted(arguments) == sorted(self.kernel.arg_names)
-            for value in args:
-                if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
-                    value.fill_(MISSING)  # what mining finds in nothing
-            self.launches.append(Launch(self.kernel, grid, arguments, options))
-
-        return start
-
-
 @pytest.fixture
 def record(monkeypatch):
     """Runs something on the backend without a device and returns its launches."""
-    launches: list[Launch] = []
-    for name in KERNELS:
-        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), launches))
-    monkeypatch.setattr(backend_triton, "unavailable", list)
-    monkeypatch.setattr(backend_triton, "why_not", lambda x: [])
     decode = ops.decode
 
     def run(function, architecture: int = 90, precision: Precision = Precision.IEEE) -> list[Launch]:
-        launches.clear()
-        monkeypatch.setattr(configs, "architecture", lambda device: architecture)
         monkeypatch.setattr(ops, "decode", lambda *args: dataclasses.replace(decode(*args), precision=precision))
-        with use_backend("triton"):
-            function()
-        return list(launches)
+        return ahead_of_time.record(function, architecture)
 
     return run
 
@@ -191,33 +107,6 @@ def _run(program: str, kind: str, d: int, b: int = 272, n: int = 336):
 # --- what the compiler says -------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Compiled:
-    ptx: str
-    shared: int  # bytes
-    registers: int
-    spilled: int  # bytes of stack and local memory
-
-
-_seen: dict[tuple, Compiled] = {}
-
-
-def compiled(launched: Launch, architecture: int) -> Compiled:
-    source = launched.source()
-    key = (source.hash(), tuple(launched.options.items()), architecture)
-    if key not in _seen:
-        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launched.options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [BINARIES / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-        _seen[key] = Compiled(binary.asm["ptx"], binary.metadata.shared, found["REG"], found["STACK"] + found["LOCAL"])
-    return _seen[key]
-
-
 def check(launched: Launch, architecture: int, kind: str) -> str:
     """Asserts what every kernel promises; returns one line of facts."""
     found = compiled(launched, architecture)
@@ -267,13 +156,13 @@ CASES = [pytest.param(*case, id="sm_{}-{}-{}-{}".format(*case)) for case in _cas
 @pytest.mark.parametrize(("architecture", "kind", "program", "d"), CASES)
 def test_compiles(architecture, kind, program, d, record, capsys):
     """Fits registers and shared memory, uses the tensor cores asked for, has no atomics and a 1-D grid."""
-    before = len(_seen)
+    before = len(ahead_of_time.seen)
     for launched in record(_run(program, kind, d), architecture, PRECISIONS[kind]):
         facts = check(launched, architecture, kind)
-        if ALL and len(_seen) > before and launched.has_product:
+        if ALL and len(ahead_of_time.seen) > before and launched.has_product:
             with capsys.disabled():
                 print(f"\n{facts}, {program}, D = {d}", end="", flush=True)
-        before = len(_seen)
+        before = len(ahead_of_time.seen)
 
 
 def test_cases_cover_the_table(record):

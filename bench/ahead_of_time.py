@@ -1,0 +1,144 @@
+"""Triton's kernels compiled without a GPU: what a call would launch, and what the compiler makes of it.
+
+The launchers run on CPU tensors with recorders in place of the kernels, so what is compiled is what a user's call
+really launches. Needs Triton; a GPU is not asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
+MISSING = -(2**63)
+KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel")
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: dict  # every argument of the kernel by its name
+    options: dict  # of the compiler: num_warps, num_stages, ...
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def has_product(self) -> bool:
+        return "BLOCK_D" in self.arguments
+
+    def tile(self) -> str:
+        if not self.has_product:
+            return ""
+        block_b, block_n, block_d, parts = (self.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D", "PARTS"))
+        warps, stages = self.options["num_warps"], self.options["num_stages"]
+        return f"{block_b}x{block_n}x{block_d} in {parts}, {warps} warps, {stages} stages"
+
+    def source(self) -> ASTSource:
+        """The specialisation that Triton makes of these arguments."""
+        signature, constants, attributes = {}, {}, {}
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            specialised = not parameter.is_constexpr and not parameter.do_not_specialize
+            if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = _type(value)
+            divisible = isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
+            divisible |= specialised and isinstance(value, int) and value % 16 == 0
+            if divisible:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _type(value):
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(_type(v) for v in value)
+    if isinstance(value, int):
+        return "i32" if value < 1 << 31 else "i64"
+    return "fp32"
+
+
+class Recorder:
+    """Stands for a kernel and writes down its launches."""
+
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def start(*args, **constants):
+            options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            assert sorted(arguments) == sorted(self.kernel.arg_names)
+            for value in args:
+                if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+                    value.fill_(MISSING)  # what mining finds in nothing
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+        return start
+
+
+def record(function: Callable[[], object], architecture: int = 90) -> list[Launch]:
+    """Launches of a call of flashpair on CPU tensors, as on a GPU of this architecture."""
+    from flashpair.kernels import configs
+    from flashpair.kernels import launch as launchers
+
+    from flashpair import backend_triton, use_backend
+
+    launches: list[Launch] = []
+    stand_ins = {name: Recorder(getattr(launchers, name), launches) for name in KERNELS}
+    with (
+        patch.multiple(launchers, **stand_ins),
+        patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
+        patch.object(configs, "architecture", lambda device: architecture),
+        use_backend("triton"),
+    ):
+        function()
+    return launches
+
+
+@dataclasses.dataclass
+class Compiled:
+    ptx: str
+    shared: int  # bytes
+    registers: int
+    spilled: int  # bytes of stack and local memory
+    cubin: bytes
+
+
+seen: dict[tuple, Compiled] = {}
+
+
+def compiled(launched: Launch, architecture: int) -> Compiled:
+    source = launched.source()
+    key = (source.hash(), tuple(launched.options.items()), architecture)
+    if key not in seen:
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launched.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            command = [BINARIES / "cuobjdump", "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        spilled, cubin = found["STACK"] + found["LOCAL"], binary.asm["cubin"]
+        seen[key] = Compiled(binary.asm["ptx"], binary.metadata.shared, found["REG"], spilled, cubin)
+    return seen[key]
