@@ -25,6 +25,7 @@ import goals
 import machine
 
 ARCHITECTURE = 90
+KINDS = ("every", "plain", "mixed")
 RECORDED = 4096  # rows of the call that is recorded; counts grow with their square
 RECORDED_WORKSPACE = 4 << 20  # gives it panels on and off the diagonal, as the full size has
 PATH = machine.RESULTS / "predictions.json"
@@ -45,6 +46,7 @@ class Gpu:
     shared: int = 227 << 10
     bandwidth: float = 3.35e12
     gemm: float = 600e12  # FLOP/s of the vendor's products
+    leaving: float = 1e-6  # seconds of a program that finds its tile is not its own
     rest: float = 0.5e-3  # seconds a step: norms, folds, launches
 
 
@@ -52,6 +54,7 @@ class Gpu:
 class Kernel:
     name: str
     tile: str
+    tiles: str  # which it serves
     registers: int
     shared_kib: int
     programs_at_once: int  # on a multiprocessor
@@ -132,6 +135,8 @@ def shortest(code: list[Instruction], labels: dict[str, int], trips: int) -> tup
 
 def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, gpu: Gpu) -> list[Kernel]:
     """One entry for each kernel with a product; `growth`: how many times the recorded tiles there are."""
+    from flashpair.kernels.program import EVERY, MIXED, PLAIN, TILES, TRIANGLE
+
     kernels: dict[str, Kernel] = {}
     for launched in launches:
         if not launched.has_product:
@@ -143,19 +148,22 @@ def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, g
         instructions, special, products = shortest(*disassembled(compiled.cubin), trips)
         registers = -(-compiled.registers // 8) * 8 * 32 * warps
         at_once = max(1, min(gpu.registers // registers, gpu.shared // (compiled.shared + 1024)))
-        tiles = growth * launched.grid[0]
-        from flashpair.kernels.program import TRIANGLE
-
-        if launched.arguments["PROGRAM"][TRIANGLE.value]:
-            tiles /= 2  # the others end at once
-        seconds = tiles / (gpu.multiprocessors * gpu.clock)
+        program, programs = launched.arguments["PROGRAM"], growth * launched.grid[0]
+        served = programs / 2 if program[TRIANGLE.value] else programs
+        # Along the diagonal and where a class goes on in the next tile.
+        mixed = min(served, 2 * growth**0.5 * launched.grid[0] ** 0.5)
+        kind = program[TILES.value]
+        served = {EVERY.value: served, PLAIN.value: served - mixed, MIXED.value: mixed}[kind]
+        seconds = served / (gpu.multiprocessors * gpu.clock)
+        leaving = 1e3 * (programs - served) * gpu.leaving / (gpu.multiprocessors * at_once)
         tensor = 2 * pairs * width / gpu.flop
         issue = max(instructions * warps / gpu.issue / gpu.issue_share, special * warps / gpu.special)
         cycles = max(tensor / gpu.flop_share, issue) if at_once > 1 else tensor / gpu.flop_share + issue
+        ms = 1e3 * seconds
         facts = Kernel(
-            launched.name, launched.tile(), compiled.registers, compiled.shared >> 10, at_once,
+            launched.name, launched.tile(), KINDS[kind], compiled.registers, compiled.shared >> 10, at_once,
             instructions * warps * 32 / pairs, special * warps * 32 / pairs, products,
-            1e3 * seconds * tensor / gpu.flop_share, 1e3 * seconds * issue, 1e3 * seconds * cycles, 1e3 * seconds * tensor,
+            ms * tensor / gpu.flop_share, ms * issue, ms * cycles + leaving, ms * tensor,
         )  # fmt: skip
         key = launched.source().hash()
         if key in kernels:
@@ -201,12 +209,13 @@ def lines(rows: list[dict]) -> list[str]:
         out.append(f"{row['case']} {row['batch']}x{row['width']}")
         for k in row["kernels"]:
             out.append(
-                f"  {k['name']:<18} {k['tile']:<36} {k['registers']:3} registers, {k['shared_kib']:3} KiB, "
-                f"{k['programs_at_once']} at once, {k['instructions']:5.1f} instructions a pair, "
+                f"  {k['name']:<18} {k['tiles']} {k['tile']:<36} {k['registers']:3} registers, "
+                f"{k['shared_kib']:3} KiB, {k['programs_at_once']} at once, {k['instructions']:5.1f} instructions a pair, "
                 f"{k['special']:.1f} special: {k['predicted_ms']:6.2f} ms "
                 f"(tensor {k['tensor_ms']:.2f}, issue {k['issue_ms']:.2f}, floor {k['floor_ms']:.2f})"
             )
-        out.append(f"  vendor GEMMs {row['gemm_ms']:.2f} ms; step {row['predicted_ms']:.1f} ms, floor {row['floor_ms']:.1f}")
+        total = f"step {row['predicted_ms']:.1f} ms, floor {row['floor_ms']:.1f}"
+        out.append(f"  vendor GEMMs {row['gemm_ms']:.2f} ms; {total}")
     return out
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .program import PLAIN
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -21,6 +23,7 @@ class TileConfig:
     parts: int = 1  # column parts that the epilogue takes one after the other, which bounds its registers
     group: int = 8  # row tiles that share the columns they walk
     registers: int | None = None  # per thread, at most; left to itself, the assembler spills a few to fit another block
+    plain: tuple[int, int] | None = None  # stages and registers of plain tiles, whose epilogue holds little at a time
 
 
 #: Compute capabilities that have an entry of their own; others use the next lower one.
@@ -33,12 +36,15 @@ SHORTEST_BLOCK = 32
 #: Terms times sides that the epilogue of an ordinary pass has at most.
 MANY_EVALUATIONS = 6
 
+#: Two programs share a multiprocessor: one multiplies while the other reduces.
+_TWO_AT_ONCE = (3, 128)
+ONE_AT_ONCE = (4, 255)
 #: 16-bit inputs. Four parts: the epilogue of a 128 by 128 tile at once would spill.
 _HALF = {
     80: TileConfig(128, 64, 32, 8, 3, parts=2),
     89: TileConfig(128, 64, 32, 8, 3, parts=2),
-    90: TileConfig(128, 128, 64, 8, 4, parts=4),
-    100: TileConfig(128, 128, 64, 8, 4, parts=4),
+    90: TileConfig(128, 128, 64, 8, 4, parts=4, plain=_TWO_AT_ONCE),
+    100: TileConfig(128, 128, 64, 8, 4, parts=4, plain=_TWO_AT_ONCE),
 }
 _TF32 = {
     80: TileConfig(128, 64, 32, 8, 3, parts=2),
@@ -69,7 +75,11 @@ _CROWDED = {
 }
 _STATS = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
 #: Pair weights hold more at a time than statistics: probabilities, slopes, their sum.
-_WEIGHTS = _STATS | {"half": _HALF | dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4, registers=128))}
+_WEIGHTS = _STATS | {
+    "half": _HALF
+    | dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4, registers=128))
+    | {100: TileConfig(128, 128, 64, 8, 4, parts=4, plain=ONE_AT_ONCE)}
+}
 _ENTRIES = {"stats": _STATS, "weights": _WEIGHTS, "extremes": _EXTREMES, "top_k": _TOP_K, "crowded": _CROWDED}
 
 TABLE: dict[tuple[str, str, int], TileConfig] = {
@@ -99,6 +109,14 @@ def architecture(device: torch.device) -> int:
     if major == 12:  # as little shared memory as 89
         return 89
     return 89 if major == 8 and minor > 0 else max(below, default=80)
+
+
+def of_tiles(config: TileConfig, kind: int) -> TileConfig:
+    """The configuration of one kind of tiles; their shape is that of all, since they share the partials."""
+    if kind != PLAIN.value or config.plain is None:
+        return config
+    stages, registers = config.plain
+    return replace(config, stages=min(config.stages, stages), registers=registers)
 
 
 def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> TileConfig:

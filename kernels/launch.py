@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -13,10 +15,18 @@ from ..forward import Forward, set_neutral, statistics
 from ..operands import Operands, on_device, operands, padded_length
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
 from ..request import Request
-from ..terms import Extreme, Precision, Reduction
+from ..terms import Extreme, Precision, Reduction, Score
 from . import configs
 from .extremes import _extremes_kernel, _top_k_kernel
-from .program import Parameters, extremes_codes, program, statistics_codes, weights_codes, written_slots
+from .program import (
+    Parameters,
+    extremes_codes,
+    kinds_of_tiles,
+    program,
+    statistics_codes,
+    weights_codes,
+    written_slots,
+)
 from .reductions import _fold_kernel
 from .stats import _stats_kernel
 from .weights import _weights_kernel
@@ -55,7 +65,23 @@ def _config(kernel: str, request: Request) -> configs.TileConfig:
     evaluations = max(len(request.terms), len(request.extremes)) * (1 + int(request.symmetric))
     crowded = request.pair_mask is not None or evaluations > configs.MANY_EVALUATIONS
     crowded |= any(term.reduction == Reduction.SOFTMAX_MEAN for term in request.terms)
-    return configs.choose(kernel, _kind(request), configs.architecture(request.x.device), request.x.shape[1], crowded)
+    config = configs.choose(kernel, _kind(request), configs.architecture(request.x.device), request.x.shape[1], crowded)
+    return config if config.plain is None or _is_lean(kernel, request) else replace(config, plain=configs.ONE_AT_ONCE)
+
+
+#: Scores of few instructions.
+_SHORT_SCORES = (Score.IDENTITY, Score.SOFTPLUS, Score.HINGE, Score.SQUARED_HINGE, Score.SQUARE)
+
+
+def _is_lean(kernel: str, request: Request) -> bool:
+    """Whether the epilogue of plain tiles is known to fit `TileConfig.plain`; compiled and read, not derived."""
+    if any(term.score not in _SHORT_SCORES for term in request.terms):
+        return False
+    if kernel == "stats":
+        return True
+    parameters = [getattr(term, name) for term in request.terms for name in backward.DIFFERENTIABLE]
+    vectors = any(isinstance(value, Tensor) and value.numel() > 1 for value in parameters)
+    return not vectors and (request.symmetric or not request.normalize)
 
 
 def _in_blocks(x: Tensor, block_d: int) -> Tensor:
@@ -128,11 +154,12 @@ def _stats_panels(request: Request, plan: Forward) -> None:
                 for partials, count, side in ((row_partials, slots[0], 0), (column_partials, slots[1], 1)):
                     if count:
                         set_neutral(partials.view(count, -1), entries[side])
-            launch(
-                _stats_kernel, tiles_b * tiles_n, config, *inputs, row_partials, column_partials,
-                *dimensions, first_b, first_n, end_b, end_n,
-                PROGRAM=program(request, op, codes, triangle=request.symmetric), **_arithmetic(request),
-            )  # fmt: skip
+            for kind in kinds_of_tiles(request, op):
+                launch(
+                    _stats_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs,
+                    row_partials, column_partials, *dimensions, first_b, first_n, end_b, end_n,
+                    PROGRAM=program(request, op, codes, triangle=request.symmetric, tiles=kind), **_arithmetic(request),
+                )  # fmt: skip
             _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0])
             _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1])
 
@@ -190,16 +217,17 @@ def _weights_panels(request: Request, plan: Backward) -> None:
             if op.same_only:
                 for buffer in (row_partials, column_partials, panel):
                     buffer.zero_()
-            launch(
-                _weights_kernel, tiles_b * tiles_n, config, *inputs, row_partials, column_partials,
-                panel, packed[1] if plan.scale is None else plan.scale, *dimensions, stride_w,
-                first_b, first_n, end_b, end_n,
-                PROGRAM=program(
-                    request, op, visible, store=store, scaled=plan.scale is not None,
-                    row_sum=plan.row_sum, column_sum=column_sum,
-                ),
-                **_arithmetic(request),
-            )  # fmt: skip
+            for kind in kinds_of_tiles(request, op):
+                launch(
+                    _weights_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs,
+                    row_partials, column_partials, panel, packed[1] if plan.scale is None else plan.scale,
+                    *dimensions, stride_w, first_b, first_n, end_b, end_n,
+                    PROGRAM=program(
+                        request, op, visible, store=store, scaled=plan.scale is not None,
+                        row_sum=plan.row_sum, column_sum=column_sum, tiles=kind,
+                    ),
+                    **_arithmetic(request),
+                )  # fmt: skip
             for side, partials, tiles, length, first, weight_sum in (
                 (0, row_partials, tiles_n * config.parts, length_b, first_b, plan.row_sum),
                 (1, column_partials, tiles_b, length_n, first_n, column_sum),
@@ -230,7 +258,7 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
 def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
     B, N = request.shape
     device, count = request.x.device, len(extremes)
-    op = operands(request, {e.mask for e in extremes})
+    op = operands(request, {e.mask for e in extremes}, mining=True)
     extremes = [op.arranged_extreme(e) for e in extremes]
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes(extremes, request.symmetric, parameters)
@@ -273,7 +301,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
 def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     B, N = request.shape
     device = request.x.device
-    op = operands(request, {extreme.mask})
+    op = operands(request, {extreme.mask}, mining=True)
     extreme = op.arranged_extreme(extreme)
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes([extreme], False, parameters)

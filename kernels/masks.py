@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .program import ABOVE, ABSENT, BELOW, EXCLUDE_SELF, HAS_EXCLUDE, MASK, MIRRORED, SIDE, TRIANGLE
+from .program import ABOVE, ABSENT, BELOW, EXCLUDE_SELF, HAS_EXCLUDE, MASK, MIRRORED, PLAIN, SIDE, TILES, TRIANGLE
 from .tiles import along_columns, along_rows, columns_of, inside_tile, parameter, rows_of
 
 ALL = tl.constexpr(0)
@@ -21,6 +21,22 @@ def keep_tile(
     AT: tl.constexpr,  # first field of the evaluation
 ):
     """(BLOCK_B, span) bool: the pairs that an evaluation reduces. A NaN passes every threshold."""
+    if PROGRAM[TILES] == PLAIN:
+        keep = tl.full(s.shape, 1, tl.int1)
+    else:
+        keep = keep_by_place(s, view, PROGRAM, AT)
+    if PROGRAM[AT + ABOVE] != ABSENT:
+        above = parameter(view, PROGRAM[AT + ABOVE], PROGRAM[AT + ABOVE + 1], PROGRAM[AT + SIDE], 0.0)
+        keep = keep & ((s <= above) == 0)
+    if PROGRAM[AT + BELOW] != ABSENT:
+        below = parameter(view, PROGRAM[AT + BELOW], PROGRAM[AT + BELOW + 1], PROGRAM[AT + SIDE], 0.0)
+        keep = keep & ((s >= below) == 0)
+    return keep
+
+
+@triton.jit
+def keep_by_place(s, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
+    """(BLOCK_B, span) bool: inside, off the diagonal where that is asked for, and in the mask."""
     x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N = view[3]
     place = view[2]
     i = rows_of(view)
@@ -54,10 +70,4 @@ def keep_tile(
             keep = keep & (given != 0)
         else:
             keep = keep & (given == 0)
-    if PROGRAM[AT + ABOVE] != ABSENT:
-        above = parameter(view, PROGRAM[AT + ABOVE], PROGRAM[AT + ABOVE + 1], PROGRAM[AT + SIDE], 0.0)
-        keep = keep & ((s <= above) == 0)
-    if PROGRAM[AT + BELOW] != ABSENT:
-        below = parameter(view, PROGRAM[AT + BELOW], PROGRAM[AT + BELOW + 1], PROGRAM[AT + SIDE], 0.0)
-        keep = keep & ((s >= below) == 0)
     return keep

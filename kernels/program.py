@@ -16,7 +16,7 @@ from ..backward import Backward
 from ..forward import Forward
 from ..operands import ALONG_OTHERS, Operands, padded
 from ..request import FlatTerm, Request
-from ..terms import Extreme, Reduction
+from ..terms import Extreme, Mask, Reduction
 
 #: Where a parameter comes from.
 ABSENT = tl.constexpr(0)
@@ -36,7 +36,15 @@ SCALED = tl.constexpr(7)  # float16: pair weights are multiplied by a scale befo
 ROW_SUM_SLOT = tl.constexpr(8)  # sums of the stored weights, for distances; -1 for none
 COLUMN_SUM_SLOT = tl.constexpr(9)
 SYMMETRIC = tl.constexpr(10)  # self-similarity: a row is at distance 0 of itself, also after rounding
-HEADER = tl.constexpr(11)
+TILES = tl.constexpr(11)  # which tiles a launch serves
+LABELLED = tl.constexpr(12)  # an evaluation asks for labels
+HEADER = tl.constexpr(13)
+
+#: Plain tiles lie inside the panel, off the diagonal, and hold no pair of equal labels: no pair needs a mask of its
+#: own. They have programs of their own, with fewer instructions and registers.
+EVERY = tl.constexpr(0)
+PLAIN = tl.constexpr(1)
+MIXED = tl.constexpr(2)  # the others
 
 #: Fields of an evaluation. Parameters take two: kind and position.
 REDUCTION = tl.constexpr(0)  # for extremes: 1 largest, 0 smallest
@@ -181,10 +189,20 @@ def program(
     scaled: bool = False,
     row_sum: int = -1,
     column_sum: int = -1,
+    tiles: int = EVERY.value,
 ) -> tuple[int, ...]:
     """A complete program from its evaluations."""
     flags = (op.scaled, request.exclude_self, request.exclude is not None, op.same_only, triangle, store, scaled)
-    return (int(request.similarity), *map(int, flags), row_sum, column_sum, int(request.symmetric), *codes)
+    labelled = any(mask in (Mask.SAME, Mask.DIFFERENT) for mask in codes[MASK.value :: WIDTH.value])
+    sums = (row_sum, column_sum, int(request.symmetric), tiles, int(labelled))
+    return (int(request.similarity), *map(int, flags), *sums, *codes)
+
+
+def kinds_of_tiles(request: Request, op: Operands) -> tuple[int, ...]:
+    """What a pass launches: plain tiles apart from the others, unless a mask of pairs leaves none plain."""
+    if op.same_only or request.pair_mask is not None or request.exclude is not None:
+        return (EVERY.value,)
+    return (PLAIN.value, MIXED.value)
 
 
 def _flat(codes: list[list[int]]) -> tuple[int, ...]:

@@ -3,8 +3,24 @@
 import triton
 import triton.language as tl
 
-from .masks import keep_tile
-from .program import ABSENT, HEADER, PARTNER, REDUCTION, SAME_ONLY, SCORE, SIDE, SLOT, TRIANGLE, WEIGHT, WIDTH
+from .masks import SAME, keep_tile
+from .program import (
+    ABSENT,
+    EVERY,
+    HEADER,
+    MASK,
+    PARTNER,
+    PLAIN,
+    REDUCTION,
+    SAME_ONLY,
+    SCORE,
+    SIDE,
+    SLOT,
+    TILES,
+    TRIANGLE,
+    WEIGHT,
+    WIDTH,
+)
 from .reductions import (
     COUNT,
     MOMENTS,
@@ -62,9 +78,42 @@ def store_statistic(s, keep, view, partials, PROGRAM: tl.constexpr, AT: tl.const
 
 
 @triton.jit
+def store_neutral(partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
+    """The statistics of no pair."""
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    slot: tl.constexpr = PROGRAM[AT + SLOT]
+    reduction: tl.constexpr = PROGRAM[AT + REDUCTION]
+    nothing = tl.zeros(partials[side][3].shape, tl.float32)
+    inf = float("inf")
+    if reduction == MOMENTS:
+        for k in tl.static_range(3):
+            store_owner(partials, nothing, slot + k, side)
+        store_owner(partials, nothing + inf, slot + 3, side)
+        store_owner(partials, nothing - inf, slot + 4, side)
+    elif (reduction != SUM) and (reduction != COUNT):
+        store_owner(partials, nothing - inf, slot, side)
+        store_owner(partials, nothing, slot + 1, side)
+        if reduction == SOFTMAX_MEAN:
+            store_owner(partials, nothing, slot + 2, side)
+    else:
+        store_owner(partials, nothing, slot, side)
+
+
+@triton.jit
 def store_statistics(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.constexpr):
     """Reduce one tile for an evaluation, and for its partner with the same exponentials."""
     at: tl.constexpr = HEADER + INDEX * WIDTH
+    if (PROGRAM[TILES] == PLAIN) and (PROGRAM[at + MASK] == SAME):
+        store_neutral(partials, PROGRAM, at)
+        if PROGRAM[at + PARTNER] >= 0:
+            store_neutral(partials, PROGRAM, HEADER + PROGRAM[at + PARTNER] * WIDTH)
+    else:
+        store_kept_statistics(s, view, partials, PROGRAM, at)
+
+
+@triton.jit
+def store_kept_statistics(s, view, partials, PROGRAM: tl.constexpr, at: tl.constexpr):
+    """The same, where the mask keeps pairs."""
     keep = keep_tile(s, view, PROGRAM, at)
     if PROGRAM[at + PARTNER] >= 0:
         other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
@@ -146,7 +195,7 @@ def _stats_kernel(
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):  # noqa: SIM102
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
         if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(

@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .program import NORMALIZE, NUMBER, SAME_ONLY, SCALAR, SIMILARITY, SYMMETRIC, TRIANGLE, VECTOR
+from .program import (
+    EVERY,
+    LABELLED,
+    NORMALIZE,
+    NUMBER,
+    PLAIN,
+    SAME_ONLY,
+    SCALAR,
+    SIMILARITY,
+    SYMMETRIC,
+    TILES,
+    TRIANGLE,
+    VECTOR,
+)
 
 DOT = tl.constexpr(0)  # numbered as in `flashpair.Similarity`
 SQUARED_EUCLIDEAN = tl.constexpr(1)
@@ -79,7 +92,7 @@ def similarity_tile(dots, view, PROGRAM: tl.constexpr):
         slope = tl.full(dots.shape, 1.0, tl.float32)
     else:
         squared = along_rows(x_norms_ptr + padded_b, place) + along_columns(y_norms_ptr + padded_n, place) - 2.0 * dots
-        if PROGRAM[SYMMETRIC]:
+        if (PROGRAM[SYMMETRIC] != 0) and (PROGRAM[TILES] != PLAIN):
             squared = tl.where(rows_of(view) == columns_of(view), squared - squared, squared)
         s = tl.where(squared < 0.0, 0.0, squared)
         slope = tl.where(squared < 0.0, 0.0, -2.0)
@@ -177,9 +190,25 @@ def labels_meet(view):
 
 
 @triton.jit
+def is_plain(view, PROGRAM: tl.constexpr):
+    """Whether a tile is inside the panel, off the diagonal of a self-similarity, and without a pair of equal labels."""
+    end_b = view[2][0] + view[2][2].shape[0]
+    end_n = view[2][1] + view[2][3].shape[0]
+    plain = (end_b <= view[4][0]) & (end_n <= view[4][1])
+    if PROGRAM[SYMMETRIC]:
+        plain = plain & ((end_b <= view[2][1]) | (end_n <= view[2][0]))
+    if PROGRAM[LABELLED]:
+        plain = plain & (labels_meet(view) == 0)
+    return plain
+
+
+@triton.jit
 def visited(view, PROGRAM: tl.constexpr):
-    """False where a tile lies below the diagonal of a self-similarity or holds no pair of equal labels."""
+    """False where a tile is not of the kind that is served, lies below the diagonal of a self-similarity, or holds no
+    pair of equal labels where only those count."""
     wanted = view[2][0] < view[4][0]
+    if PROGRAM[TILES] != EVERY:
+        wanted = wanted & (is_plain(view, PROGRAM) == (PROGRAM[TILES] == PLAIN))
     if PROGRAM[TRIANGLE]:
         last_column = tl.minimum(view[2][1] + view[2][3].shape[0], view[4][1]) - 1
         wanted = wanted & (view[2][0] <= last_column)

@@ -3,21 +3,24 @@
 import triton
 import triton.language as tl
 
-from .masks import keep_tile
+from .masks import SAME, keep_tile
 from .program import (
     ABSENT,
     COLUMN_SUM_SLOT,
     COMBINE,
     COTANGENT,
     DETACH,
+    EVERY,
     HEADER,
     LSE,
+    MASK,
     MEAN,
     OFFSET,
     OFFSET_SLOT,
     OTHER,
     OTHER_SLOT,
     PARTNER,
+    PLAIN,
     REDUCTION,
     ROW_SUM_SLOT,
     SAME_ONLY,
@@ -27,6 +30,7 @@ from .program import (
     SCORE,
     SIDE,
     STORE,
+    TILES,
     TRIANGLE,
     VALUE_SLOT,
     WEIGHT,
@@ -158,9 +162,40 @@ def pair_probabilities(e, keep, other_keep, lse, other_lse):
 
 
 @triton.jit
+def store_zeros(partials, SLOT: tl.constexpr, SIDE: tl.constexpr):
+    """A vector of zeros in a slot, where there is one."""
+    if SLOT >= 0:
+        store_owner(partials, tl.zeros(partials[SIDE][3].shape, tl.float32), SLOT, SIDE)
+
+
+@triton.jit
+def store_no_sums(partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
+    """The sums of an evaluation that keeps no pair."""
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    store_zeros(partials, PROGRAM[AT + SCALE_SLOT], side)
+    store_zeros(partials, PROGRAM[AT + OFFSET_SLOT], side)
+    store_zeros(partials, PROGRAM[AT + VALUE_SLOT], side)
+    store_zeros(partials, PROGRAM[AT + OTHER_SLOT], 1 - side)
+    store_zeros(partials, PROGRAM[AT + WEIGHT_SLOT], 1 - side)
+
+
+@triton.jit
 def evaluated_weights(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.constexpr):
     """dL/ds of an evaluation, together with its partner's from the same exponentials."""
     at: tl.constexpr = HEADER + INDEX * WIDTH
+    if (PROGRAM[TILES] == PLAIN) and (PROGRAM[at + MASK] == SAME):
+        store_no_sums(partials, PROGRAM, at)
+        if PROGRAM[at + PARTNER] >= 0:
+            store_no_sums(partials, PROGRAM, HEADER + PROGRAM[at + PARTNER] * WIDTH)
+        ds = tl.zeros(s.shape, tl.float32)
+    else:
+        ds = kept_weights(s, view, partials, PROGRAM, at)
+    return ds
+
+
+@triton.jit
+def kept_weights(s, view, partials, PROGRAM: tl.constexpr, at: tl.constexpr):
+    """The same, where the mask keeps pairs."""
     keep = keep_tile(s, view, PROGRAM, at)
     if PROGRAM[at + PARTNER] >= 0:
         other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
@@ -202,7 +237,9 @@ def weights_epilogue(
     if PROGRAM[STORE]:
         weights_ptr = outputs[2]
         stride_w = outputs[4]
-        weights = tl.where(inside_tile(view), ds * slope, 0.0)
+        weights = ds * slope
+        if PROGRAM[TILES] != PLAIN:
+            weights = tl.where(inside_tile(view), weights, 0.0)
         if PROGRAM[SCALED]:
             weights = weights * tl.load(outputs[3])
         stored = weights.to(weights_ptr.dtype.element_ty)
@@ -264,7 +301,7 @@ def _weights_kernel(
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):  # noqa: SIM102
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
         if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(

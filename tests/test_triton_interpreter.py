@@ -31,6 +31,7 @@ from flashpair import (
     Similarity,
     Term,
     mine,
+    operands,
     pair_reduce,
     pair_sum,
     use_backend,
@@ -160,6 +161,36 @@ def test_terms_of_equal_labels_only(side, labels):
 
     data = make(*_shape(side, 37, 41), 7, labels, precision=torch.float32)
     support.compare(run, data, "triton", torch.float32, ill_conditioned=True)
+
+
+SORTED = only(
+    "siglip", "supcon", "nt_xent", "multi_similarity", "contrastive", "cacr", "softmax_mean_parameters", "moments",
+    "scalar_of_everything",
+)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("labels", ["few", "many"])
+@pytest.mark.parametrize(("program", "side"), on_sides(SORTED))
+def test_many_pairs_are_sorted_by_label(program, side, labels, monkeypatch):
+    """Which makes most tiles plain; everything comes back in the caller's order."""
+    monkeypatch.setattr(operands, "ORDERED_PAIRS", 0)
+    data = make(*_shape(side, 50, 70), 5, labels, grid=program.grid, precision=torch.float32)
+    support.compare(program.run, data, "triton", torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize(("sort", "masked"), [(False, 6), (True, 4)])
+def test_plain_tiles_ask_no_pair_for_its_mask(sort, masked, monkeypatch):
+    """Of the 6 tiles of 16 by 32 that hold pairs i <= j, the two off the diagonal, if the labels are in order."""
+    asked, real = [], masks.keep_by_place
+    monkeypatch.setattr(masks, "keep_by_place", lambda *a, **k: asked.append(1) or real(*a, **k))
+    monkeypatch.setattr(operands, "ORDERED_PAIRS", 0 if sort else 1 << 26)
+    x, labels = torch.randn(64, 8, requires_grad=True), torch.arange(64) % 32
+    with use_backend("triton"):
+        (lse,) = pair_reduce(x, terms=[Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT)], labels=labels)
+    both_sides_and_parts = 2 * 2
+    assert len(asked) == masked * both_sides_and_parts
 
 
 @interpreted
