@@ -34,7 +34,6 @@ class Goal:
     widths: tuple[int, ...] = (512,)
     direction: str = BOTH
     rows: dict[str, Any] = field(default_factory=lambda: GPU)  # which rows count
-    predicted: str = "-"  # before the first run, see docs/gpu.md
 
 
 MS = ("ms-random", "ms-trained")
@@ -137,6 +136,22 @@ def findings(goal: Goal, rows: list[dict]) -> list[Finding]:
             value, used = value / rival[1], (row, other)
         found.append(Finding(value, limit, case, f"{name}, {case} {b}x{d}", used))
     return found
+
+
+def predicted(goal: Goal, steps: list[dict]) -> float | None:
+    """The worst value of a goal for the Triton backend by `predict.py`; None where that says nothing of it."""
+    times = {(s["case"], s["batch"], s["width"]): s["predicted_ms"] for s in steps}
+    other = goal.against and goal.against[0]
+    if goal.memory or goal.peak or goal.direction != BOTH or goal.of != FASTER or (goal.against and not other):
+        return None
+    sizes = [(b, d) for b in goal.batches for d in goal.widths]
+    found = [
+        times[c, b, d] / (times.get((other, b, d), float("nan")) if other else 1.0)
+        for c in goal.cases
+        for b, d in sizes
+        if (c, b, d) in times
+    ]
+    return max(found, default=None)
 
 
 def judge(goal: Goal, rows: list[dict]) -> tuple[str, str, tuple[dict, ...]]:

@@ -1,6 +1,6 @@
-"""Times of the Triton kernels on one H100, predicted from their machine code: what the first run on a GPU has to test.
+"""Times of the Triton kernels on one H100, predicted from their machine code: what the first run has to test.
 
-    python bench/predict.py              every goal that names a time; writes bench/results/predictions.json
+    python bench/predict.py              every goal that names a time; to docs/triton.md and results/predictions.json
     python bench/predict.py clip         cases whose name contains a pattern
 
 A call is recorded on CPU tensors, its kernels are compiled for compute capability 9.0 and disassembled. Counted are the
@@ -28,6 +28,7 @@ ARCHITECTURE = 90
 KINDS = ("every", "plain", "mixed")
 RECORDED = 4096  # rows of the call that is recorded; counts grow with their square
 RECORDED_WORKSPACE = 4 << 20  # gives it panels on and off the diagonal, as the full size has
+BEGIN, END = "<!-- predicted: begin (written by bench/predict.py) -->", "<!-- predicted: end -->"
 PATH = machine.RESULTS / "predictions.json"
 
 
@@ -135,7 +136,7 @@ def shortest(code: list[Instruction], labels: dict[str, int], trips: int) -> tup
 
 def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, gpu: Gpu) -> list[Kernel]:
     """One entry for each kernel with a product; `growth`: how many times the recorded tiles there are."""
-    from flashpair.kernels.program import EVERY, MIXED, PLAIN, TILES, TRIANGLE
+    from flashpair.kernels.program import EVERY, MIXED, PLAIN, SAME_ONLY, TILES, TRIANGLE
 
     kernels: dict[str, Kernel] = {}
     for launched in launches:
@@ -154,6 +155,7 @@ def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, g
         mixed = min(served, 2 * growth**0.5 * launched.grid[0] ** 0.5)
         kind = program[TILES.value]
         served = {EVERY.value: served, PLAIN.value: served - mixed, MIXED.value: mixed}[kind]
+        served = mixed if program[SAME_ONLY.value] else served
         seconds = served / (gpu.multiprocessors * gpu.clock)
         leaving = 1e3 * (programs - served) * gpu.leaving / (gpu.multiprocessors * at_once)
         tensor = 2 * pairs * width / gpu.flop
@@ -210,13 +212,38 @@ def lines(rows: list[dict]) -> list[str]:
         for k in row["kernels"]:
             out.append(
                 f"  {k['name']:<18} {k['tiles']} {k['tile']:<36} {k['registers']:3} registers, "
-                f"{k['shared_kib']:3} KiB, {k['programs_at_once']} at once, {k['instructions']:5.1f} instructions a pair, "
-                f"{k['special']:.1f} special: {k['predicted_ms']:6.2f} ms "
+                f"{k['shared_kib']:3} KiB, {k['programs_at_once']} at once, {k['instructions']:5.1f} instructions "
+                f"a pair ({k['special']:.1f} special): {k['predicted_ms']:6.2f} ms "
                 f"(tensor {k['tensor_ms']:.2f}, issue {k['issue_ms']:.2f}, floor {k['floor_ms']:.2f})"
             )
         total = f"step {row['predicted_ms']:.1f} ms, floor {row['floor_ms']:.1f}"
         out.append(f"  vendor GEMMs {row['gemm_ms']:.2f} ms; {total}")
     return out
+
+
+def markdown(rows: list[dict]) -> list[str]:
+    """The same as two tables."""
+    from report import table
+
+    steps = [
+        [f"{r['case']}, {r['batch']}x{r['width']}", f"{r['predicted_ms']:.1f}", f"{r['floor_ms']:.1f}",
+         f"{r['gemm_ms']:.1f}"] for r in rows
+    ]  # fmt: skip
+    kernels = [
+        [f"{r['case']}, {r['batch']}x{r['width']}", f"`{k['name']}`, {k['tiles']}", str(k["registers"]),
+         f"{k['shared_kib']} KiB", str(k["programs_at_once"]), f"{k['instructions']:.0f}", str(k["products"]),
+         f"{k['tensor_ms']:.2f}", f"{k['issue_ms']:.2f}", f"{k['predicted_ms']:.2f}", f"{k['floor_ms']:.2f}"]
+        for r in rows for k in r["kernels"]
+    ]  # fmt: skip
+    head = ["kernel, tiles", "registers", "shared", "at once", "instructions a pair", "wgmma in the loop", "tensor, ms"]
+    return [
+        f"Sources `{rows[0]['sources']}`. Forward + backward in bfloat16; vendor: products of the gradient.",
+        "",
+        *table(["step", "predicted, ms", "floor, ms", "of these vendor's, ms"], steps),
+        "",
+        *table(["step", *head, "issue, ms", "predicted, ms", "floor, ms"], kernels),
+        "",
+    ]
 
 
 def main() -> int:
@@ -241,7 +268,9 @@ def main() -> int:
     print("\n".join(lines(rows)))
     if not options.patterns:
         PATH.write_text(json.dumps(rows, indent=1) + "\n")
-        print(f"wrote {PATH.relative_to(machine.ROOT)}")
+        page = machine.ROOT / "docs" / "triton.md"
+        page.write_text(machine.with_block(page, BEGIN, END, markdown(rows)))
+        print(f"wrote {PATH.relative_to(machine.ROOT)} and {page.relative_to(machine.ROOT)}")
     return 0
 
 

@@ -20,6 +20,7 @@ from results import BOTH, GEMM, REGRESSION, change, matmul_units, of_peak, regre
 
 BEGIN, END = "<!-- measured: begin (written by bench/report.py) -->", "<!-- measured: end -->"
 STALE = "stale"
+OTHER_RESULTS = ("speed", "memory", "family", "contrast", "distributed", "predictions")  # than those of a GPU
 
 
 def load(name: str) -> list[dict]:
@@ -193,7 +194,7 @@ def memory_section(rows: list[dict], sources: str) -> list[str]:
 def gpu_results() -> dict[str, list[dict]]:
     """Rows of every GPU by the name of its file."""
     names = sorted(path.stem for path in machine.RESULTS.glob("*.json"))
-    return {name: load(name) for name in names if name not in ("speed", "memory", "family", "contrast", "distributed")}
+    return {name: load(name) for name in names if name not in OTHER_RESULTS}
 
 
 def goals_section(rows: list[dict], sources: str, which: tuple[goals.Goal, ...] = goals.GPU_GOALS) -> list[str]:
@@ -202,17 +203,29 @@ def goals_section(rows: list[dict], sources: str, which: tuple[goals.Goal, ...] 
     for goal in which:
         state, text, used = goals.judge(goal, rows)
         stale = STALE if any(freshness(r, sources) for r in used) else ""
-        body.append([", ".join(goal.cases), goal.text, goal.predicted, text, state, stale])
+        body.append([", ".join(goal.cases), goal.text, *forecast(goal), text, state, stale])
     device = next((r["device"] for r in measured(rows)), None)
     on_gpu = which is goals.GPU_GOALS
     what = "one GPU in bfloat16" if on_gpu else "the CPU in float32, warm allocator"
     where = f", measured on {device}" if device else f"; no {'GPU' if on_gpu else 'CPU'} has been measured yet"
+    if not on_gpu:
+        body = [row[:2] + row[3:] for row in body]
     return [
-        f"Goals for {what}{where}:",
+        f"Goals for {what}{where}:" + (" (predictions: [docs/triton.md](docs/triton.md))" if on_gpu else ""),
         "",
-        *table(["cases", "goal", "predicted", "measured", "state", ""], body),
+        *table(["cases", "goal", *(["predicted"] if on_gpu else []), "measured", "state", ""], body),
         "",
     ]
+
+
+def forecast(goal: goals.Goal) -> list[str]:
+    """What is expected before the first run."""
+    steps = load("predictions")
+    value = goals.predicted(goal, steps)
+    if value is None:
+        return ["-"]
+    stale = "" if all(s["sources"] == machine.source_hash() for s in steps) else f", {STALE}"
+    return [f"{value:.2f}x{stale}" if goal.against else f"{value:.1f} ms{stale}"]
 
 
 def gpu_section(rows: list[dict], sources: str) -> list[str]:

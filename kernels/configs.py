@@ -49,8 +49,8 @@ _HALF = {
 _TF32 = {
     80: TileConfig(128, 64, 32, 8, 3, parts=2),
     89: TileConfig(128, 64, 32, 8, 3, parts=2),
-    90: TileConfig(128, 128, 32, 8, 3, parts=4),
-    100: TileConfig(128, 128, 32, 8, 3, parts=4),
+    90: TileConfig(128, 128, 32, 8, 3, parts=4, plain=ONE_AT_ONCE),
+    100: TileConfig(128, 128, 32, 8, 3, parts=4, plain=ONE_AT_ONCE),
 }
 #: float32 in full runs on the ordinary cores, whose accumulators leave few registers for the epilogue.
 _IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4, registers=128))

@@ -180,6 +180,17 @@ def test_many_pairs_are_sorted_by_label(program, side, labels, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("k", [1, 3])
+def test_sorting_leaves_ties_to_the_lowest_column(k, monkeypatch):
+    monkeypatch.setattr(operands, "ORDERED_PAIRS", 0)
+    x, labels = torch.ones(40, 4), 9 - torch.arange(40) // 4
+    with use_backend("triton"):
+        (found,) = mine(x, extremes=[Extreme(Mask.DIFFERENT, k=k)], labels=labels)
+    want = [[j for j in range(40) if labels[j] != labels[i]][:k] for i in range(40)]
+    assert found.indices.tolist() == want
+
+
+@interpreted
 @pytest.mark.parametrize(("sort", "masked"), [(False, 6), (True, 4)])
 def test_plain_tiles_ask_no_pair_for_its_mask(sort, masked, monkeypatch):
     """Of the 6 tiles of 16 by 32 that hold pairs i <= j, the two off the diagonal, if the labels are in order."""
@@ -188,7 +199,7 @@ def test_plain_tiles_ask_no_pair_for_its_mask(sort, masked, monkeypatch):
     monkeypatch.setattr(operands, "ORDERED_PAIRS", 0 if sort else 1 << 26)
     x, labels = torch.randn(64, 8, requires_grad=True), torch.arange(64) % 32
     with use_backend("triton"):
-        (lse,) = pair_reduce(x, terms=[Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT)], labels=labels)
+        pair_reduce(x, terms=[Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT)], labels=labels)
     both_sides_and_parts = 2 * 2
     assert len(asked) == masked * both_sides_and_parts
 
