@@ -31,7 +31,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 from flashpair.kernels import configs, launch
-from flashpair.kernels.program import PLAIN, TILES  # noqa: E402
+from flashpair.kernels.program import PLAIN, TILES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import ahead_of_time
