@@ -447,6 +447,56 @@ def test_goals_are_judged_by_what_was_measured():
     assert "1.14x" in text and "supcon 32768x512" in text
 
 
+def test_goals_have_the_predictions_that_concern_them():
+    sizes = {
+        ("clip", 512): 10.0,
+        ("clip", 1024): 16.0,
+        ("supcon", 512): 5.0,
+        ("ntxent", 512): 7.0,
+        ("batch-hard", 512): 4.0,
+    }
+    steps = [{"case": c, "batch": 32768, "width": d, "predicted_ms": t} for (c, d), t in sizes.items()]
+    found = {f"{goal.cases[0]}: {goal.text}": goals.predicted(goal, steps) for goal in goals.GOALS}
+    assert {name: value for name, value in found.items() if value is not None} == {
+        "clip: at most 10 ms, B = 32768, D = 512": 10.0,
+        "clip: at most 18 ms, B = 32768, D = 1024": 16.0,
+        "supcon: at most 0.65x CLIP": 0.7,  # the worse of both
+        "batch-hard: at most 3 ms, B = 32768, D = 512": 4.0,
+    }
+
+
+CODE = """
+.text._kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P2 EXIT ;
+.L_x_0:
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/                   MUFU.EX2 R3, R4 ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   MUFU.EX2 R3, R4 ;
+        /*0070*/                   FADD R3, R4, R5 ;
+        /*0080*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0090*/                   FADD R3, R4, R5 ;
+        /*00a0*/                   FADD R3, R4, R5 ;
+.L_x_2:
+        /*00b0*/                   EXIT ;
+.L_x_3:
+        /*00c0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_machine_code_is_counted_along_its_shortest_way():
+    pytest.importorskip("triton")
+    import predict
+
+    code, labels = predict.parsed(CODE)
+    assert len(code) == 13 and labels == {".L_x_0": 2, ".L_x_1": 9, ".L_x_2": 11, ".L_x_3": 12}
+    # Two before the loop, three in each of its turns, a branch, two additions, the end; the other way is longer.
+    assert predict.shortest(code, labels, 8) == (2 + 3 * 8 + 1 + 2 + 1, 8.0, 1)
+
+
 def test_memory_beyond_its_bound_is_missed():
     goal = next(g for g in goals.GOALS if g.limit == goals.BOUND)
     row = measured("clip", {goals.CUDA: 9.0})
