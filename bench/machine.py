@@ -99,7 +99,14 @@ def fma_peak(threads: int) -> float | None:
     source = str(ROOT / "bench" / "peak.cpp")
     flags = ("-O2", "-march=native", "-ffp-contract=fast", "-pthread")
     _output(os.environ.get("CXX", "c++"), *flags, source, "-o", str(program))
-    printed = _output(str(program), str(threads))
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        if before is not None:  # OpenMP has bound this thread to one core, and a child inherits that
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        printed = _output(str(program), str(threads))
+    finally:
+        if before is not None:
+            os.sched_setaffinity(0, before)
     return float(printed) if printed else None
 
 

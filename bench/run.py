@@ -261,8 +261,6 @@ def child(options, start: float) -> int:
     from gate import DeviceLost, Gate
     from tqdm import tqdm
 
-    if options.device == "cpu":
-        machine.fma_peak(options.threads)  # while the threads are not yet bound to cores
     torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"bench/run.py: nothing was measured: torch {torch.__version__} sees no GPU")
