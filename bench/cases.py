@@ -24,6 +24,7 @@ from inputs import (
     Inputs,
     classes_of,
     decided,
+    decided_triplets,
     identities,
     labelled,
     remembered,
@@ -246,7 +247,7 @@ CASES = (
     ),
     metric_case(
         "all-triplets", labelled(4, RANDOM), "TripletMarginLoss", dense=dense.dense_all_triplets, sizes=TRIPLETS,
-        dense_matrices=lambda batch: 4.0 * batch, matrices=75.0,
+        dense_matrices=lambda batch: 4.0 * batch, matrices=75.0, gate=decided_triplets,
     ),
     metric_case(
         "cross-batch-memory", remembered, "ContrastiveLoss", dense=dense.dense_memory_contrastive,

@@ -114,3 +114,17 @@ def decided(batch: int, width: int) -> Inputs:
         if min(gap.min().item() for gap in gaps) > 10 * torch.finfo(torch.float32).eps:
             return inputs
     raise RuntimeError(f"no seed separates the hardest pairs of {batch} rows")
+
+
+def decided_triplets(batch: int, width: int, margin: float = 0.05) -> Inputs:
+    """Few rows in which float32 can tell which triplets violate the margin: one that flips shows in a gradient."""
+    from dense import distances, masks
+
+    for seed in range(100):
+        inputs = labelled(4, RANDOM)(min(batch, 64), width, seed)
+        d = distances(inputs.x.detach().double())
+        positive, negative = masks(inputs.labels)
+        violation = (d[:, :, None] - d[:, None, :] + margin)[positive[:, :, None] & negative[:, None, :]]
+        if violation.abs().min().item() > 10 * torch.finfo(torch.float32).eps:
+            return inputs
+    raise RuntimeError(f"no seed separates the triplets of {batch} rows")
