@@ -10,7 +10,15 @@ CASES = ("clip", "supcon", "ms-random")
 WIDTH, BATCH = 128, 4096
 BATCHES, WIDTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768), (64, 128, 256, 512, 1024)
 UNCOMPILED = 16384  # from here on torch.compile takes no part: it needs too long
-STYLE = {"flashpair": {"color": "red", "linewidth": 2.2}, "dense": {"color": "black"}, "compile": {"color": "blue"}}
+STYLE = {
+    "flashpair": {"color": "tab:red", "linewidth": 2.2},
+    "dense": {"color": "black"},
+    "compile": {"color": "tab:blue"},
+    "chunked": {"color": "tab:orange"},
+    "open_clip": {"color": "tab:green"},
+    "metric-learning": {"color": "tab:purple"},
+}
+RATIOS = (0.5, 1, 2, 5, 10, 20, 50)
 
 
 def series(rows: list[dict], along: str, value) -> dict[str, list[tuple[float, float]]]:
@@ -40,24 +48,28 @@ def draw(speed: list[dict], memory: list[dict], path: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(CASES), 13), layout="constrained")
-    grid = figure.subplots(4, len(CASES), squeeze=False)
-    for column, case in enumerate(CASES):
-        panels = (
-            (series(by_batch[case], "batch", medians), f"B, D = {WIDTH}", "ms, forward + backward", "log"),
-            (series(by_batch[case], "batch", ratios), f"B, D = {WIDTH}", "times as long as flashpair", "log"),
-            (series(grown[case], "batch", lambda r: {r["implementation"]: r["mebibytes"]}), f"B, D = {WIDTH}",
-             "peak memory, MiB", "log"),
-            (series(by_width[case], "width", ratios), f"D, B = {BATCH}", "times as long as flashpair", "log"),
-        )  # fmt: skip
-        for axes, (lines, below, beside, scale) in zip(grid[:, column], panels, strict=True):
-            for name, points in lines.items():
+    # (lines of each case, below, beside); a row that has no line in any case is left out.
+    over_batch, over_width = f"B, D = {WIDTH}", f"D, B = {BATCH}"
+    memory_of = lambda r: {r["implementation"]: r["mebibytes"]}  # noqa: E731
+    rows = [
+        ([series(by_batch[c], "batch", medians) for c in CASES], over_batch, "ms, forward + backward"),
+        ([series(by_batch[c], "batch", ratios) for c in CASES], over_batch, "times as long as flashpair"),
+        ([series(grown[c], "batch", memory_of) for c in CASES], over_batch, "peak memory, MiB"),
+        ([series(by_width[c], "width", ratios) for c in CASES], over_width, "times as long as flashpair"),
+    ]
+    rows = [row for row in rows if any(row[0])]
+    figure = Figure(figsize=(4.2 * len(CASES), 3.3 * len(rows)), layout="constrained")
+    for (lines, below, beside), of_row in zip(rows, figure.subplots(len(rows), len(CASES), squeeze=False), strict=True):
+        for case, of_case, axes in zip(CASES, lines, of_row, strict=True):
+            for name, points in of_case.items():
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **STYLE.get(name, {}))
             axes.set_xscale("log", base=2)
-            axes.set(xlabel=below, ylabel=beside, yscale=scale, title=case)
+            axes.set(xlabel=below, ylabel=beside, yscale="log", title=case)
+            if beside.startswith("times"):
+                axes.set_yticks(RATIOS, [f"{r:g}" for r in RATIOS])
+                axes.minorticks_off()
             axes.grid(alpha=0.3)
-            if lines:
-                axes.legend(fontsize=7)
+            axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return True

@@ -322,7 +322,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     sources = machine.source_hash()
-    speed, memory, gpus = load("speed"), load("memory"), gpu_results()
+    speed, memory, gpus = measured(load("speed")), load("memory"), gpu_results()
     if options.gpu:
         if options.gpu not in gpus:
             known = f"there are {', '.join(gpus)}" if gpus else "there are none"

@@ -532,6 +532,19 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
         report.main()
 
 
+def test_a_sweep_that_was_cut_short_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    cpu = {"dtype": "float32", "allocator": "warm"}
+    rows = [measured("clip", {"flashpair": 1.0, "dense": 3.0}, batch=4096, width=128) | {"backend": "cpu"} | cpu]
+    for row in rows:
+        del row["driver"]  # of a GPU's rows only
+    results.merge(tmp_path / "speed.json", [*rows, unmeasured("clip", batch=16384, width=128) | cpu], results.KEY)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 1 and "1 stale rows" in capsys.readouterr().out
+    text = "\n".join([*report.speed_section(rows, "now"), *report.speed_details(rows, "now")])
+    assert "| clip | 4096x128 | 1.0 | - | **3.00x** |" in text and "inf_cl: No module named 'inf_cl' (clip)" in text
+
+
 # --- the family beside the peer --------------------------------------------------------------------------------------
 
 
