@@ -1,7 +1,7 @@
 """Markdown and pictures from bench/results/*.json; rows whose sources have changed since are marked stale.
 
-python bench/report.py              writes bench/results/README.md, docs/bench-*.png, the block in README.md, and
-                                    bench/results/<gpu>.md and .png for every GPU that has results
+python bench/report.py              writes bench/results/README.md, docs/bench-*.png, the blocks in README.md and docs/,
+                                    and bench/results/<gpu>.md and .png for every GPU that has results
 python bench/report.py --gpu NAME   writes those of one GPU alone
 python bench/report.py --check      exit status 1 where a row is stale or README.md differs
 """
@@ -314,6 +314,20 @@ def draw(rows: list[dict], sources: str, path: Path) -> bool:
     return True
 
 
+def write_pages() -> None:
+    """The tables of docs/ once more, so that rows of other sources are marked there too."""
+    import contrast
+    import distributed
+    import family
+    import versus
+
+    for suite in (family.SUITE, contrast.SUITE):
+        if rows := load(suite.title):
+            versus.write_table(suite, rows)
+    if rows := load("distributed"):
+        distributed.write_table(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", metavar="NAME", help="the results of one GPU, such as nvidia-h200")
@@ -350,6 +364,7 @@ def main() -> int:
     (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *local, *details]))
     for name, rows in gpus.items():
         write_gpu(name, rows, sources)
+    write_pages()
     newest = newest_machine(speed)
     docs = machine.ROOT / "docs"
     at_default = [r for r in newest if r["direction"] == BOTH and (r["batch"] == 4096 or r["width"] == 256)]
