@@ -170,9 +170,14 @@ def quack_linear(i: Inputs) -> Tensor:
 # --- KeOps ------------------------------------------------------------------------------------------------------------
 
 
+KEOPS_CPU_PRODUCTS = 1 << 27  # of B, N and D: a step of 4096 by 4096 by 128 takes minutes
+
+
 def _lazy_products(x: Tensor, y: Tensor):
     """Symbolic (B, N) products; KeOps compiles a formula on first use."""
     lazy = installed("pykeops.torch").LazyTensor
+    if not x.is_cuda and len(x) * y.numel() > KEOPS_CPU_PRODUCTS:
+        raise CannotRun("would take minutes a step on a CPU at this size")
     return lazy(x[:, None, :].contiguous()) | lazy(y[None, :, :].contiguous())
 
 
