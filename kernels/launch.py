@@ -125,7 +125,7 @@ def _fold(partials: Tensor, state: Tensor, tiles: int, length: int, first: int, 
 @on_device
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics of all terms: rows (R, B) and columns (C, N), float32."""
-    return statistics(request, _stats_panels)
+    return statistics(request, _stats_panels, sort_many=True)
 
 
 def _stats_panels(request: Request, plan: Forward) -> None:
@@ -170,13 +170,13 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 @on_device
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
     """Gradients (dx, dy, [dparam, ...]) from the cotangents of the statistics."""
-    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels)
+    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels, sort_many=True)
 
 
 @on_device
 def sums(request: Request, needs):
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
-    return backward.sums(request, needs, stats, _weights_panels)
+    return backward.sums(request, needs, stats, _weights_panels, sort_many=True)
 
 
 def _weights_panels(request: Request, plan: Backward) -> None:
@@ -258,7 +258,7 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
 def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
     B, N = request.shape
     device, count = request.x.device, len(extremes)
-    op = operands(request, {e.mask for e in extremes}, mining=True)
+    op = operands(request, {e.mask for e in extremes})
     extremes = [op.arranged_extreme(e) for e in extremes]
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes(extremes, request.symmetric, parameters)
@@ -301,7 +301,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
 def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     B, N = request.shape
     device = request.x.device
-    op = operands(request, {extreme.mask}, mining=True)
+    op = operands(request, {extreme.mask})
     extreme = op.arranged_extreme(extreme)
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes([extreme], False, parameters)

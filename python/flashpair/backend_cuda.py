@@ -432,7 +432,7 @@ def _restored(op: Operands, values: Tensor, places: Tensor) -> tuple[Tensor, Ten
 def _mine_single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
     B, N = request.shape
     device, count, stream = request.x.device, len(extremes), _stream(request.x)
-    op = operands(request, {e.mask for e in extremes}, mining=True)
+    op = operands(request, {e.mask for e in extremes})
     source = _Source(op, _fused(op.x))
     items = [Item(t, t if request.symmetric else -1) for t in range(count)]
     program = program_of(request, op, items, triangle=int(request.symmetric))
@@ -476,7 +476,7 @@ def _mine_single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor
 def _mine_many(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     B, N = request.shape
     device, k, stream = request.x.device, extreme.k, _stream(request.x)
-    op = operands(request, {extreme.mask}, mining=True)
+    op = operands(request, {extreme.mask})
     source = _Source(op, False)
     program = program_of(request, op, [Item(0, -1)])
     program.add(op.arranged_extreme(extreme), {"statistic": 0})

@@ -77,6 +77,7 @@ def weights(
     grad_columns: Tensor,  # (C, N)
     needs,
     add_panels: Callable[[Request, Backward], None],
+    sort_many: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients (dx, dy, [dparam, ...]) of the statistics; `add_panels` adds every panel to dx, dy and the states."""
     cotangents, statistics = [], []
@@ -90,7 +91,7 @@ def weights(
             statistics.append((known[term.slot], known[term.slot + 1]))
         else:
             statistics.append((None, None))
-    _, dx, dy, dparams = _gradients(request, cotangents, statistics, needs, False, add_panels)
+    _, dx, dy, dparams = _gradients(request, cotangents, statistics, needs, False, add_panels, sort_many)
     return dx, dy, dparams
 
 
@@ -99,6 +100,7 @@ def sums(
     needs,
     stats: Callable[[Request], tuple[Tensor, Tensor]],
     add_panels: Callable[[Request, Backward], None],
+    sort_many: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
     if not (needs.x or needs.y or any(needs.params)):
@@ -106,14 +108,14 @@ def sums(
         total = rows.double().sum() + columns.double().sum()
         return total.to(statistics_dtype(request.x)), None, None, [None] * len(request.params)
     nothing = [None] * len(request.terms)
-    return _gradients(request, nothing, [(None, None)] * len(request.terms), needs, True, add_panels)
+    return _gradients(request, nothing, [(None, None)] * len(request.terms), needs, True, add_panels, sort_many)
 
 
-def _gradients(request: Request, cotangents, statistics, needs, with_value: bool, add_panels):
+def _gradients(request: Request, cotangents, statistics, needs, with_value: bool, add_panels, sort_many: bool):
     B, N = request.shape
     device, dtype = request.x.device, statistics_dtype(request.x)
     symmetric, distance = request.symmetric, request.similarity != Similarity.DOT
-    op = operands(request, {t.mask for t in request.terms})
+    op = operands(request, {t.mask for t in request.terms}, sort_many)
     sides = [int(t.axis) for t in request.terms]
     cotangents = [op.arrange(c, s) for c, s in zip(cotangents, sides, strict=True)]
     statistics = [tuple(op.arrange(v, s) for v in pair) for pair, s in zip(statistics, sides, strict=True)]

@@ -54,11 +54,13 @@ def _layout(terms: list[FlatTerm], symmetric: bool) -> tuple[list[int], tuple[in
     return firsts, (used[0], used[1]), (tuple(entries[0]), tuple(entries[1]))
 
 
-def statistics(request: Request, reduce_panels: Callable[[Request, Forward], None]) -> tuple[Tensor, Tensor]:
+def statistics(
+    request: Request, reduce_panels: Callable[[Request, Forward], None], sort_many: bool = False
+) -> tuple[Tensor, Tensor]:
     """Statistics of all terms, rows (R, B) and columns (C, N); `reduce_panels` merges every tile into the states."""
     B, N = request.shape
     device = request.x.device
-    op = operands(request, {t.mask for t in request.terms})
+    op = operands(request, {t.mask for t in request.terms}, sort_many)
     terms = op.arranged_terms(request.terms)
     firsts, slots, entries = _layout(terms, request.symmetric)
     rows_state = torch.empty(slots[0], B, dtype=torch.float64, device=device)

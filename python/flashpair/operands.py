@@ -20,8 +20,8 @@ MAX_BLOCK = 256
 MAX_FEATURES = 1 << 20
 #: Smallest norm that `normalize` divides by.
 EPSILON = 1e-12
-#: From so many pairs on, rows with labels are sorted by them: pairs of equal labels are then in few tiles, and the
-#: others need no mask. Below, the copies would take longer than what they save.
+#: From so many pairs on, kernels that gain by it get rows sorted by label: pairs of equal labels are then in few tiles.
+#: Below, the copies would take longer than what they save.
 ORDERED_PAIRS = 1 << 26
 #: Parameters of a term that run along its reduced side.
 ALONG_OTHERS = ("other_offset", "weight")
@@ -157,10 +157,11 @@ class Operands:
         return replace(extreme, **{n: self.arrange(b, 0) for n, b in bounds.items() if isinstance(b, Tensor)})
 
 
-def operands(request: Request, masks: set[Mask], mining: bool = False) -> Operands:
-    """Operands of a pass with these masks; sorted by label where only pairs of equal labels count, or they are many.
+def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Operands:
+    """Operands of a pass with these masks; sorted by label where only pairs of equal labels count.
 
-    `mining`: the lowest of several columns is asked for, so their order stays unless all have one label.
+    `sort_many`: also where a mask asks for labels and there are `ORDERED_PAIRS`; not for passes whose results depend on
+    the order of the columns, as the lowest of several best does.
     """
     x, y, device = request.x, request.columns, request.x.device
     same_only = masks == {Mask.SAME}
@@ -168,9 +169,8 @@ def operands(request: Request, masks: set[Mask], mining: bool = False) -> Operan
     orders = (None, None)
     if request.labels is not None:
         x_labels, y_labels = group_ids(request.labels, None if request.symmetric else request.column_labels)
-    many = request.labels is not None and not mining and x.shape[0] * y.shape[0] >= ORDERED_PAIRS
-    labelled = bool(masks & {Mask.SAME, Mask.DIFFERENT})
-    if (same_only or (many and labelled)) and request.pair_mask is None and request.exclude is None:
+    many = sort_many and bool(masks & {Mask.SAME, Mask.DIFFERENT}) and x.shape[0] * y.shape[0] >= ORDERED_PAIRS
+    if (same_only or many) and request.pair_mask is None and request.exclude is None:
         row_order = x_labels.argsort(stable=True)
         column_order = row_order if request.symmetric else y_labels.argsort(stable=True)
         orders = (row_order, column_order)

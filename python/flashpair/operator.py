@@ -62,35 +62,33 @@ class Operator:
         def nested(values: tuple, kind: type = tuple) -> tuple:
             return values if at is None else (*values[:at], kind(values[plain:]), *values[at:plain])
 
-        def undifferentiated(*values):
-            if not _watched(values[0]):
-                return self._function(*values)
+        def below_autograd(*values):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload(*values)
 
         class Derivative(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *values):
+            def forward(ctx, run, *values):
                 values = nested(values, list)
-                results = undifferentiated(*values)
+                results = run(*values)
                 if setup is not None:
                     setup(ctx, values, results)
                 return tuple(results) if gives_list else results
 
             @staticmethod
             def backward(ctx, *grads):
-                return flat(backward(ctx, nested(ctx.needs_input_grad), *grads))
+                return None, *flat(backward(ctx, nested(ctx.needs_input_grad[1:]), *grads))
 
         Derivative.__name__ = Derivative.__qualname__ = f"{self.name}_derivative"
 
-        def kernel(*values):
+        def kernel(run, *values):
             if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*values)):
-                return undifferentiated(*values)
-            results = Derivative.apply(*flat(values))
+                return run(*values)
+            results = Derivative.apply(run, *flat(values))
             return list(results) if gives_list else results
 
-        LIBRARY.impl(self.name, kernel, "Autograd")
-        self._kernel = kernel
+        LIBRARY.impl(self.name, functools.partial(kernel, below_autograd), "Autograd")
+        self._kernel = functools.partial(kernel, self._function)
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:
