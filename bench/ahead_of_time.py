@@ -116,6 +116,21 @@ def record(function: Callable[[], object], architecture: int = 90) -> list[Launc
     return launches
 
 
+def record_products(function: Callable[[], object], architecture: int = 90) -> tuple[list[Launch], int]:
+    """The same, and the FLOP of the gradient's products, which the launchers leave to the vendor's library."""
+    from flashpair.kernels import launch as launchers
+
+    flop = 0
+
+    def counted(plan, w: torch.Tensor, first_b: int, first_n: int, mirror: bool) -> None:
+        nonlocal flop
+        products = (plan.dx is not None) * (1 + mirror) + (plan.dy is not None)
+        flop += products * 2 * w.numel() * plan.x.shape[1]
+
+    with patch.object(launchers, "add_panel", counted):
+        return record(function, architecture), flop
+
+
 @dataclasses.dataclass
 class Compiled:
     ptx: str

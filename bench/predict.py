@@ -6,7 +6,8 @@
 A call is recorded on CPU tensors, its kernels are compiled for compute capability 9.0 and disassembled. Counted are the
 warp instructions on the shortest way through a program (the way of a tile without a special case), the loop over D as
 often as it runs. A tile takes its issue slots and its tensor-core time: the longer of both where two programs share a
-multiprocessor, one after the other where registers or shared memory admit one only, apart from what the loop overlaps.
+multiprocessor, one after the other where registers or shared memory admit one only; and no less than it writes takes at
+the memory's bandwidth. The gradient's products by the vendor's library are counted as they are called.
 Nothing here is a measurement.
 """
 
@@ -136,7 +137,7 @@ def shortest(code: list[Instruction], labels: dict[str, int], trips: int) -> tup
 
 def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, gpu: Gpu) -> list[Kernel]:
     """One entry for each kernel with a product; `growth`: how many times the recorded tiles there are."""
-    from flashpair.kernels.program import EVERY, MIXED, PLAIN, SAME_ONLY, TILES, TRIANGLE
+    from flashpair.kernels.program import EVERY, MIXED, PLAIN, SAME_ONLY, STORE, TILES, TRIANGLE
 
     kernels: dict[str, Kernel] = {}
     for launched in launches:
@@ -161,6 +162,8 @@ def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, g
         tensor = 2 * pairs * width / gpu.flop
         issue = max(instructions * warps / gpu.issue / gpu.issue_share, special * warps / gpu.special)
         cycles = max(tensor / gpu.flop_share, issue) if at_once > 1 else tensor / gpu.flop_share + issue
+        if program[STORE.value]:
+            cycles = max(cycles, 2 * pairs * gpu.clock * gpu.multiprocessors / gpu.bandwidth)
         ms = 1e3 * seconds
         facts = Kernel(
             launched.name, launched.tile(), KINDS[kind], compiled.registers, compiled.shared >> 10, at_once,
@@ -184,24 +187,19 @@ def step(case, batch: int, width: int, gpu: Gpu) -> dict:
     previous = flashpair.set_max_workspace_bytes(RECORDED_WORKSPACE)
     try:
         inputs = case.make(RECORDED, width).to(torch.bfloat16)
-        launches = ahead_of_time.record(lambda: case.flashpair(inputs).backward(), ARCHITECTURE)
+        launches, flop = ahead_of_time.record_products(lambda: case.flashpair(inputs).backward(), ARCHITECTURE)
     finally:
         flashpair.set_max_workspace_bytes(previous)
-    kernels = predicted(launches, (batch / RECORDED) ** 2, width, gpu)
-    # The gradient's products by the vendor's library, read from workspaces of 16-bit weights.
-    gradient = max(case.products - sum(k.floor_ms for k in kernels) / (1e3 * unit(batch, width, gpu)), 0.0)
-    gemm_ms = 1e3 * gradient * 2 * batch * batch * width / gpu.gemm
+    growth = (batch / RECORDED) ** 2
+    kernels = predicted(launches, growth, width, gpu)
+    gemm_ms = 1e3 * growth * flop / gpu.gemm
     total = sum(k.predicted_ms for k in kernels) + gemm_ms + 1e3 * gpu.rest
-    floor = sum(k.floor_ms for k in kernels) + 1e3 * gradient * unit(batch, width, gpu)
+    floor = sum(k.floor_ms for k in kernels)
+    floor += 1e3 * growth * flop / (gpu.flop * gpu.clock * gpu.multiprocessors)
     return {
         "case": case.name, "batch": batch, "width": width, "kernels": [dataclasses.asdict(k) for k in kernels],
         "gemm_ms": gemm_ms, "predicted_ms": total, "floor_ms": floor, "sources": machine.source_hash(),
     }  # fmt: skip
-
-
-def unit(batch: int, width: int, gpu: Gpu) -> float:
-    """Seconds of one product at the tensor cores' peak."""
-    return 2 * batch * batch * width / (gpu.flop * gpu.clock * gpu.multiprocessors)
 
 
 def lines(rows: list[dict]) -> list[str]:
