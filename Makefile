@@ -1,5 +1,6 @@
 # make demo | faces | towers | labels | test | bench | lint | format | clean. Each makes .venv first and installs what it
 # needs, once.
+# make test runs the files of tests in JOBS processes; their threads wait without spinning, so as to share the cores.
 # make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize.
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ TRITON ?= triton==3.6.0
 DEMO ?=
 FACES ?=
 TESTS ?= tests
+JOBS ?= 2
 BENCH ?=
 STAGES ?=
 GPU_OUT ?=
@@ -36,7 +38,7 @@ labels: $(VENV)/.native $(VENV)/.demo
 
 test: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m flashpair
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 bench: $(VENV)/.native $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH)

@@ -1,23 +1,10 @@
 import dense_backend
-import own_process
 import processes
 import pytest
 import support
 import torch
 
 from flashpair import dispatch
-
-
-def pytest_collection_finish(session):
-    """Files that run again in a process of their own begin now, if that was asked for."""
-    for item in session.items:
-        environment = getattr(getattr(item, "module", None), "OWN_PROCESS", None)
-        if environment and item.name == "test_in_a_process_of_its_own" and not session.config.option.collectonly:
-            own_process.start(item.module.__file__, **environment)
-
-
-def pytest_sessionfinish(session, exitstatus):
-    own_process.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +21,13 @@ def _dense_backend():
     dispatch.TABLE = (*table, support.DENSE)
     yield
     dispatch.TABLE = table
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads_share_small_problems():
+    """Problems of tests are so small that one thread would do each: the others are to be tested too."""
+    if "cpu" in support.FUSED:
+        torch.ops.flashpair_cpu.set_products_per_thread(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,43 +1,17 @@
-"""A test file run once more under other environment variables, beside the tests that come before its own."""
+"""Test files run once more in a process of their own, under other environment variables."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-_started: dict[str, tuple[subprocess.Popen, Path]] = {}
 
-
-def start(file: str, **environment: str) -> None:
-    """Begin; `finish` waits for it."""
-    if file in _started:
-        return
-    out = Path(tempfile.mkstemp(suffix=".log")[1])
-    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "--tb=short", "-p", "no:cacheprovider", file]
-    with out.open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, cwd=Path(file).parent, stdout=log, stderr=subprocess.STDOUT
-        )
-    _started[file] = process, out
-
-
-def finish(file: str) -> None:
-    """Wait, and fail where it failed."""
-    process, out = _started.pop(file)
-    try:
-        status, said = process.wait(), out.read_text()
-    finally:
-        out.unlink()
-    assert status == 0, said[-10000:]
-    assert " passed" in said
-
-
-def stop() -> None:
-    """End what nobody waits for."""
-    for process, out in _started.values():
-        process.kill()
-        out.unlink(missing_ok=True)
-    _started.clear()
+def run(*arguments: str, **environment: str) -> None:
+    """`pytest arguments`, which must pass, with one thread and these variables."""
+    command = [sys.executable, "-m", "pytest", "--no-header", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=variables, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout

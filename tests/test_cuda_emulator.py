@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import emulated
+import own_process
 import pytest
 import support
 import torch
@@ -40,24 +40,15 @@ EMULATED = "FLASHPAIR_CUDA_LIBRARY" in os.environ
 alone = pytest.mark.skipif(not EMULATED, reason="runs in a process of its own, which sets FLASHPAIR_CUDA_LIBRARY")
 starts = pytest.mark.skipif(EMULATED, reason="this is that process")
 possible = pytest.mark.skipif(bool(emulated.OBSTACLE), reason=emulated.OBSTACLE)
-HERE = Path(__file__).parent
 #: Files whose tests take every usable backend.
 SHARED = ("test_recipes.py", "test_miners.py", "test_losses_definition.py")
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def _run(library: Path, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", "--tb=short", *arguments]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "FLASHPAIR_CUDA_LIBRARY": str(library), **environment}
-    done = subprocess.run(command, env=variables, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
-
-
 @starts
 @possible
 def test_in_a_process_of_its_own(tmp_path):
-    _run(emulated.build(tmp_path), __file__, *SHARED, "-k", "cuda")
+    own_process.run(__file__, *SHARED, "-k", "cuda", FLASHPAIR_CUDA_LIBRARY=str(emulated.build(tmp_path)))
 
 
 @starts
@@ -70,9 +61,13 @@ def test_under_sanitizers(tmp_path):
     ]
     if not all(Path(runtime).is_absolute() for runtime in runtimes):
         pytest.skip("the compiler has no sanitizer runtimes")
-    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": " ".join(runtimes)}
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "LD_PRELOAD": " ".join(runtimes),
+        "FLASHPAIR_CUDA_LIBRARY": str(library),
+    }
     # Not captured: a report would be lost with the process.
-    _run(library, __file__, "--capture=no", "-k", "cuda and sanitized", **options)
+    own_process.run(__file__, "--capture=no", "-k", "cuda and sanitized", **options)
 
 
 @pytest.fixture(autouse=True)

@@ -102,4 +102,4 @@ def test_memory_of_a_ring_does_not_grow_with_the_ranks():
             pool.close()
     # The double buffer is full from three ranks on; what allocators keep moves by about a block.
     assert peaks[4, "RING"] <= peaks[2, "RING"] + 2.5 * block, peaks
-    assert peaks[4, "GATHER"] >= peaks[2, "GATHER"] + 5 * block, peaks  # the ruler sees what grows
+    assert peaks[4, "GATHER"] >= peaks[2, "GATHER"] + 3 * block, peaks  # the ruler sees what grows

@@ -256,6 +256,29 @@ def test_threads_do_not_change_the_result(backend):
             support.assert_close(name, value, other[name], 1e-5)
 
 
+@pytest.mark.skipif("cpu" not in support.FUSED, reason="the cpu backend is not usable here")
+def test_a_small_problem_takes_one_thread():
+    """Seen by the rounding, which depends on how a problem is divided."""
+    data = make(256, 250, 128, precision=torch.float32)
+    (program,) = only("clip")
+    threads, products = torch.get_num_threads(), torch.ops.flashpair_cpu.set_products_per_thread(1)
+
+    def of_threads(count: int) -> list[dict]:
+        torch.set_num_threads(count)
+        return evaluate(program.run, data.to(torch.float32), "cpu")
+
+    try:
+        divided = [of_threads(count) for count in (1, 3)]
+        torch.ops.flashpair_cpu.set_products_per_thread(1 << 24)
+        whole = [of_threads(count) for count in (1, 3)]
+    finally:
+        torch.set_num_threads(threads)
+        torch.ops.flashpair_cpu.set_products_per_thread(products)
+    _assert_equal(*whole)
+    with pytest.raises(AssertionError):
+        _assert_equal(*divided)
+
+
 def _with_workspace(program, bytes_: int):
     """The program with every primitive called under a default workspace of so many bytes."""
 

@@ -42,21 +42,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, which sets TRITON_INTERPRET=1")
 
 if INTERPRETED:
+    import interpreting
     import triton.language as tl
     from flashpair.kernels import configs, extremes, launch, masks, reductions, scores, stats, tiles, weights
     from triton.runtime import interpreter
 
     SMALL = configs.TileConfig(16, 32, 16, warps=4, stages=1, parts=2, group=2)
 
-
-#: Minutes on one core: conftest.py starts it when the tests begin.
-OWN_PROCESS = {} if INTERPRETED else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    interpreting.patch_once()
+    interpreting.trust_integers()  # test_triton_work.py does not
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_of_its_own():
-    own_process.start(__file__, **OWN_PROCESS)
-    own_process.finish(__file__)
+    own_process.run(__file__, TRITON_INTERPRET="1")
 
 
 def _poisoned(*shape, **options):

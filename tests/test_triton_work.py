@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy
+import own_process
 import pytest
 import torch
 from programs import LSE, SUM
@@ -39,10 +37,12 @@ FUZZ = int(os.environ.get("FLASHPAIR_FUZZ", "20"))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, which sets TRITON_INTERPRET=1")
 
 if INTERPRETED:
+    import interpreting
     from flashpair.kernels import configs, launch
     from flashpair.kernels.configs import TileConfig
     from triton.runtime.interpreter import InterpreterBuilder
 
+    interpreting.patch_once()
     SQUARE = TileConfig(16, 16, 16, 4, 1, parts=1, group=2)
     CONFIGS = [
         TileConfig(16, 32, 16, 4, 1, parts=2, group=2),
@@ -53,11 +53,7 @@ if INTERPRETED:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_of_its_own():
-    command = [sys.executable, "-m", "pytest", "--no-header", "--tb=short", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    own_process.run(__file__, TRITON_INTERPRET="1")
 
 
 @pytest.fixture
