@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -41,6 +42,17 @@ Parameter<T> parameter(const std::vector<Tensor>& params, int64_t index, double 
   return tensor.dim() == 0 ? Parameter<T>{nullptr, data[0]} : Parameter<T>{data, T(0)};
 }
 
+// Multiply-adds of one matrix product that are worth a thread: below twice as many a second one costs more, in waiting
+// for each other at the end of every round, than it saves.
+std::atomic<int64_t> products_per_thread = 1 << 24;
+
+int64_t set_products_per_thread(int64_t products) { return products_per_thread.exchange(products); }
+
+int threads_for(double products) {
+  const double worth = products / double(products_per_thread), all = double(torch::stable::get_num_threads());
+  return worth < 1 ? 1 : int(worth < all ? worth : all);
+}
+
 template <class T>
 Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels, const MaybeTensor& ref_labels,
                    const MaybeTensor& pair_mask, const MaybeTensor& exclude, const Ints& spec, int64_t workspace) {
@@ -54,7 +66,7 @@ Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& lab
   p.similarity = Similarity(spec[0]);
   p.normalize = spec[1], p.exclude_self = spec[2], p.keep = spec[3];
   p.workspace_bytes = workspace;
-  p.threads = int(torch::stable::get_num_threads());
+  p.threads = threads_for(double(p.rows) * double(p.columns) * double(p.features));
   p.parallel = parallel;
   return p;
 }
@@ -201,6 +213,7 @@ STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
   m.def("vector_bytes() -> int");
   m.def("isa() -> str");
   m.def("release_workspace() -> int");
+  m.def("set_products_per_thread(int products) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
@@ -213,4 +226,5 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CompositeExplicitAutograd, m) {
   m.impl("vector_bytes", TORCH_BOX(&flashpair::vector_bytes));
   m.impl("isa", TORCH_BOX(&flashpair::isa));
   m.impl("release_workspace", TORCH_BOX(&flashpair::release_workspace));
+  m.impl("set_products_per_thread", TORCH_BOX(&flashpair::set_products_per_thread));
 }

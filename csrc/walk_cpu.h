@@ -189,7 +189,6 @@ class Walk {
     Scratch<T>& scratch = scratch_[thread];
     if (!scratch.s) {
       scratch.s.allocate(kTile * kTile), scratch.w.allocate(kTile * kTile);
-      scratch.s.zero(kTile * kTile), scratch.w.zero(kTile * kTile);
       scratch.packed.allocate(kTile * problem_.features);
     }
     for (int64_t j = ct.group_start[column_group]; j < ct.group_start[column_group + 1]; ++j) {

@@ -237,8 +237,7 @@ class Weights {
       sparse &= any.thresholds() || any.term->mask == Mask::same || any.term->score == Score::hinge ||
                 any.term->score == Score::squared_hinge || mask_uses_pairs(any.term->mask);
       const bool masked = needs_base(walk_, tile, coverage);
-      if (!written)
-        for (int r = 0; r < tile.rows; ++r) memset(w + r * kTile, 0, n * sizeof(T));
+      if (!written) clear(tile, w);
       written = true;
       if (lean(item)) {
         if (any.term->reduction == Reduction::sum)
@@ -254,6 +253,12 @@ class Weights {
     nonzero = -1;
     if (sparse) nonzero = count_nonzero(tile, w, n);
     return nonzero != 0;
+  }
+
+  // Also what the matrix products read beside a tile that is no multiple of their register blocks.
+  static void clear(const Tile<T>& tile, T* w) {
+    const int rows = int(round_up(tile.rows, FP_MR)), width = int(round_up(whole<T>(tile.columns), FP_MR));
+    for (int r = 0; r < rows; ++r) memset(w + r * kTile, 0, width * sizeof(T));
   }
 
   static int64_t count_nonzero(const Tile<T>& tile, const T* w, int n) {
@@ -306,26 +311,21 @@ class Weights {
         z = buffers.f, slope = buffers.slope, a = 1, o = 0;
       }
       T* out = w + r * kTile;
-      T* dz = slope || sums ? buffers.dz : nullptr;  // dL/df where it is needed by itself
+      Emitted emitted{scale, out, s, slope};
+      const bool apart = slope || sums;
       if (shared) {
         const T g = row_any ? to_row->cotangent.data[row] : T(0);
         const T factor = g == 0 ? T(0) : g * T(exp(double(shift) - to_row->exact[row]));
         const T* columns = column_any ? thread.column_factor : nullptr;
         if (masked || any.thresholds())
-          shared_row<true>(z, a, o - shift, factor, columns, keep_row, keep_column, scale, n, out, dz);
+          shared_row<true>(z, a, o - shift, factor, columns, keep_row, keep_column, n, apart, emitted);
         else
-          shared_row<false>(z, a, o - shift, factor, columns, nullptr, nullptr, scale, n, out, dz);
+          shared_row<false>(z, a, o - shift, factor, columns, nullptr, nullptr, n, apart, emitted);
       } else {
         exact_row(z, a, o, row_any ? to_row : nullptr, column_any ? to_column : nullptr, row, tile.j0, keep_row,
-                  keep_column, scale, n, out, dz);
+                  keep_column, n, emitted);
       }
-      if (!dz) continue;
-      for (int j = 0; j < n; j += kWidth<T>) {
-        const Vec<T> d = slope ? load(dz + j) * load(slope + j) : load(dz + j);
-        store(dz + j, d);
-        store(out + j, load(out + j) + scale * d);
-      }
-      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, s, n, buffers.dz);
+      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, emitted);
     }
   }
 
@@ -339,20 +339,37 @@ class Weights {
     return true;
   }
 
-  // dL/df = u (row factor + column factor), into `dz` where it is given, else times scale into W.
+  // Where dL/df goes: times the slope of f and the scale into a row of W, and into the sums for scale and offset.
+  struct Emitted {
+    T scale;
+    T* out;
+    const T *s, *slope;  // slope: nullptr for the identity
+    Vec<T> by_s{}, plain{};
+    // Without APART there is neither a slope nor a sum that is wanted.
+    template <bool APART>
+    FP_INLINE void take(int j, Vec<T> d) {
+      if (APART) {
+        if (slope) d *= load(slope + j);
+        by_s += d * load(s + j), plain += d;
+      }
+      store(out + j, load(out + j) + scale * d);
+    }
+  };
+
+  // dL/df = u (row factor + column factor).
   template <bool MASKED>
   FP_INLINE void shared_row(const T* z, T a, T o, T factor, const T* column_factor, const Lane<T>* keep_row,
-                            const Lane<T>* keep_column, T scale, int n, T* out, T* dz) {
+                            const Lane<T>* keep_column, int n, bool apart, Emitted& emitted) {
     if (column_factor)
-      dz ? shared_loop<MASKED, true, true>(z, a, o, factor, column_factor, keep_row, keep_column, scale, n, out, dz)
-         : shared_loop<MASKED, true, false>(z, a, o, factor, column_factor, keep_row, keep_column, scale, n, out, dz);
+      apart ? shared_loop<MASKED, true, true>(z, a, o, factor, column_factor, keep_row, keep_column, n, emitted)
+            : shared_loop<MASKED, true, false>(z, a, o, factor, column_factor, keep_row, keep_column, n, emitted);
     else
-      dz ? shared_loop<MASKED, false, true>(z, a, o, factor, column_factor, keep_row, keep_column, scale, n, out, dz)
-         : shared_loop<MASKED, false, false>(z, a, o, factor, column_factor, keep_row, keep_column, scale, n, out, dz);
+      apart ? shared_loop<MASKED, false, true>(z, a, o, factor, column_factor, keep_row, keep_column, n, emitted)
+            : shared_loop<MASKED, false, false>(z, a, o, factor, column_factor, keep_row, keep_column, n, emitted);
   }
   template <bool MASKED, bool COLUMNS, bool APART>
   FP_INLINE void shared_loop(const T* z, T a, T o, T factor, const T* column_factor, const Lane<T>* keep_row,
-                             const Lane<T>* keep_column, T scale, int n, T* out, T* dz) {
+                             const Lane<T>* keep_column, int n, Emitted& emitted) {
     for (int j = 0; j < n; j += kWidth<T>) {
       const Vec<T> u = exp_lanes<T>(a * load(z + j) + o);
       Vec<T> g = broadcast(factor);
@@ -364,17 +381,14 @@ class Weights {
       }
       Vec<T> d = u * g;
       if (MASKED) d = g == 0 ? Vec<T>{} : d;  // the exponential of a masked pair may be infinite
-      if (APART)
-        store(dz + j, d);
-      else
-        store(out + j, load(out + j) + scale * d);
+      emitted.template take<APART>(j, d);
     }
   }
 
   // The same with an exponential for each direction.
   FP_INLINE void exact_row(const T* z, T a, T o, const TermData<T>* to_row, const TermData<T>* to_column, int64_t row,
-                           int64_t column, const Lane<T>* keep_row, const Lane<T>* keep_column, T scale, int n, T* out,
-                           T* dz) {
+                           int64_t column, const Lane<T>* keep_row, const Lane<T>* keep_column, int n,
+                           Emitted& emitted) {
     for (int j = 0; j < n; j += kWidth<T>) {
       const Vec<T> f = a * load(z + j) + o;
       Vec<T> d{};
@@ -387,19 +401,14 @@ class Weights {
                          load(to_column->cotangent.data.get() + column + j);
         d += keep_column ? keep_lanes<T>(load_mask<T>(keep_column + j), e) : e;
       }
-      if (dz)
-        store(dz + j, d);
-      else
-        store(out + j, load(out + j) + scale * d);
+      emitted.template take<true>(j, d);
     }
   }
 
   // Gradients of a scale and an offset that all pairs share: their sum is what counts, so one owner takes it.
-  void parameter_sums(TermData<T>& data, int64_t owner, const T* s, int n, const T* dz) {
-    Vec<T> by_s{}, plain{};
-    for (int j = 0; j < n; j += kWidth<T>) by_s += load(dz + j) * load(s + j), plain += load(dz + j);
-    if (data.dscale) data.dscale[owner] += double(sum_lanes<T>(by_s));
-    if (data.doffset && !data.late_offset) data.doffset[owner] += double(sum_lanes<T>(plain));
+  void parameter_sums(TermData<T>& data, int64_t owner, const Emitted& emitted) {
+    if (data.dscale) data.dscale[owner] += double(sum_lanes<T>(emitted.by_s));
+    if (data.doffset && !data.late_offset) data.doffset[owner] += double(sum_lanes<T>(emitted.plain));
   }
 
   // --- sums with one z for both directions -----------------------------------------------------------------------------------
@@ -426,7 +435,7 @@ class Weights {
       score_row<T, true>(any, s, n, row, tile.j0, buffers, buffers.f, buffers.slope, static_cast<T*>(nullptr));
       const T g = row_any ? to_row->cotangent.data[row] : T(0);
       const T* cotangent = column_any ? to_column->cotangent.data.get() + tile.j0 : nullptr;
-      T* out = w + r * kTile;
+      Emitted emitted{scale, w + r * kTile, s, nullptr};
       for (int j = 0; j < n; j += kWidth<T>) {
         Vec<T> d = broadcast(g);
         if (keep_row) d = keep_lanes<T>(load_mask<T>(keep_row + j), d);
@@ -436,10 +445,9 @@ class Weights {
         }
         d *= load(buffers.slope + j);
         if (masked) d = keep_lanes<T>(load_mask<T>(base + j), d);  // the slope of a masked pair may be infinite
-        if (sums) store(buffers.dz + j, d);
-        store(out + j, load(out + j) + scale * d);
+        sums ? emitted.template take<true>(j, d) : emitted.template take<false>(j, d);
       }
-      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, s, n, buffers.dz);
+      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, emitted);
       if (gradients_.total) {
         if (row_any) row_totals_[row] += double(kept_sum(buffers.f, static_cast<const T*>(nullptr), keep_row, n));
         if (column_any) row_totals_[row] += double(kept_sum(buffers.f, static_cast<const T*>(nullptr), keep_column, n));
