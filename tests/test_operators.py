@@ -373,6 +373,14 @@ def test_a_direct_call_is_the_dispatched_call(backend):
         assert direct.requires_grad == dispatched.requires_grad and torch.equal(direct, dispatched)
 
 
+def test_a_direct_call_returns_a_list_where_the_schema_does(backend):
+    data = _data(backend, "self", "plain")
+    arguments = (*_arguments(data, [Term(SUM, scale=data.scale)], backend), True, False, [True])
+    for call in (ops.pair_sum, ops.pair_sum.overload):
+        found = call(*arguments)
+        assert type(found) is list and found[0].requires_grad
+
+
 def test_a_profiler_sees_the_operators(backend):
     data = _data(backend, "self", "plain")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -384,3 +384,13 @@ def test_mine_is_not_differentiable(backend):
     data = make(6, None, 3).to(_precise(backend), support.device(backend))
     (found,) = mine(data.x, extremes=[Extreme(above=data.row_offset)])
     assert not found.values.requires_grad and not found.indices.requires_grad
+
+
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_counts_and_moments_are_not_differentiable(side, backend):
+    data = make(9, 7 if side == "rectangle" else None, 4).to(torch.float32, support.device(backend))
+    with support.forced(backend):
+        total, count, moments = pair_reduce(
+            data.x, data.y, [Term(Reduction.SUM), Term(Reduction.COUNT, Score.HINGE), Term(Reduction.MOMENTS)]
+        )
+    assert total.requires_grad and not count.requires_grad and not moments.requires_grad
