@@ -325,7 +325,7 @@ class Weights {
         exact_row(z, a, o, row_any ? to_row : nullptr, column_any ? to_column : nullptr, row, tile.j0, keep_row,
                   keep_column, n, emitted);
       }
-      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, emitted);
+      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, emitted.by_s, emitted.plain);
     }
   }
 
@@ -406,9 +406,10 @@ class Weights {
   }
 
   // Gradients of a scale and an offset that all pairs share: their sum is what counts, so one owner takes it.
-  void parameter_sums(TermData<T>& data, int64_t owner, const Emitted& emitted) {
-    if (data.dscale) data.dscale[owner] += double(sum_lanes<T>(emitted.by_s));
-    if (data.doffset && !data.late_offset) data.doffset[owner] += double(sum_lanes<T>(emitted.plain));
+  // By value: the sums then stay in registers while they grow.
+  void parameter_sums(TermData<T>& data, int64_t owner, Vec<T> by_s, Vec<T> plain) {
+    if (data.dscale) data.dscale[owner] += double(sum_lanes<T>(by_s));
+    if (data.doffset && !data.late_offset) data.doffset[owner] += double(sum_lanes<T>(plain));
   }
 
   // --- sums with one z for both directions -----------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ class Weights {
         if (masked) d = keep_lanes<T>(load_mask<T>(base + j), d);  // the slope of a masked pair may be infinite
         sums ? emitted.template take<true>(j, d) : emitted.template take<false>(j, d);
       }
-      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, emitted);
+      if (sums) parameter_sums(any, any.owner == &walk_.rows() ? row : tile.j0, emitted.by_s, emitted.plain);
       if (gradients_.total) {
         if (row_any) row_totals_[row] += double(kept_sum(buffers.f, static_cast<const T*>(nullptr), keep_row, n));
         if (column_any) row_totals_[row] += double(kept_sum(buffers.f, static_cast<const T*>(nullptr), keep_column, n));
