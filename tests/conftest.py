@@ -24,10 +24,12 @@ def _dense_backend():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads_share_small_problems():
-    """Problems of tests are so small that one thread would do each: the others are to be tested too."""
-    if "cpu" in support.FUSED:
-        torch.ops.flashpair_cpu.set_products_per_thread(1)
+def products_per_thread():
+    """Problems of tests are so small that one thread would do each: the others are to be tested too.
+
+    Gives the number that users have.
+    """
+    return torch.ops.flashpair_cpu.set_products_per_thread(1) if "cpu" in support.FUSED else None
 
 
 @pytest.fixture(scope="session")

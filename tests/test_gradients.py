@@ -257,11 +257,11 @@ def test_threads_do_not_change_the_result(backend):
 
 
 @pytest.mark.skipif("cpu" not in support.FUSED, reason="the cpu backend is not usable here")
-def test_a_small_problem_takes_one_thread():
+def test_a_small_problem_takes_one_thread(products_per_thread):
     """Seen by the rounding, which depends on how a problem is divided."""
     data = make(256, 250, 128, precision=torch.float32)
     (program,) = only("clip")
-    threads, products = torch.get_num_threads(), torch.ops.flashpair_cpu.set_products_per_thread(1)
+    threads = torch.get_num_threads()
 
     def of_threads(count: int) -> list[dict]:
         torch.set_num_threads(count)
@@ -269,11 +269,11 @@ def test_a_small_problem_takes_one_thread():
 
     try:
         divided = [of_threads(count) for count in (1, 3)]
-        torch.ops.flashpair_cpu.set_products_per_thread(1 << 24)
+        torch.ops.flashpair_cpu.set_products_per_thread(products_per_thread)
         whole = [of_threads(count) for count in (1, 3)]
     finally:
         torch.set_num_threads(threads)
-        torch.ops.flashpair_cpu.set_products_per_thread(products)
+        torch.ops.flashpair_cpu.set_products_per_thread(1)
     _assert_equal(*whole)
     with pytest.raises(AssertionError):
         _assert_equal(*divided)

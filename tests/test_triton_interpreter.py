@@ -49,8 +49,7 @@ if INTERPRETED:
 
     SMALL = configs.TileConfig(16, 32, 16, warps=4, stages=1, parts=2, group=2)
 
-    interpreting.patch_once()
-    interpreting.trust_integers()  # test_triton_work.py does not
+    interpreting.hasten()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")

@@ -42,7 +42,7 @@ if INTERPRETED:
     from flashpair.kernels.configs import TileConfig
     from triton.runtime.interpreter import InterpreterBuilder
 
-    interpreting.patch_once()
+    interpreting.hasten()
     SQUARE = TileConfig(16, 16, 16, 4, 1, parts=1, group=2)
     CONFIGS = [
         TileConfig(16, 32, 16, 4, 1, parts=2, group=2),

@@ -1,0 +1,77 @@
+"""The benchmarks beside peers: the losses of a family, and of processes that share a batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from bench_support import command
+
+
+def test_the_family_is_gated_and_timed(tmp_path):
+    """One loss with a peer, one without; a table with both."""
+    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("tqdm")
+    out = tmp_path / "family.json"
+    options = ["NCA", "SemiHard", "--quick", "--rounds", "1", "--out", str(out)]
+    done = command(sys.executable, "bench/family.py", *options, FLASHPAIR_BACKEND="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {r["loss"]: r for r in json.loads(out.read_text())}
+    assert set(rows) == {"NCALoss", "TripletSemiHardLoss"}
+    assert rows["NCALoss"]["ratio"] > 0 and rows["TripletSemiHardLoss"]["why"] == "no such class"
+
+    import family
+    import versus
+
+    lines = versus.table(family.SUITE, [r | {"batch": 4096} for r in rows.values()])
+    assert any("`NCALoss`" in line and "x**" in line for line in lines)
+    assert any("no such class" in line for line in lines)
+
+
+def test_every_loss_of_the_family_is_in_its_benchmark():
+    import family
+    from family_cases import FAMILY
+
+    dense = {"VICRegLoss", "BarlowTwinsLoss", "GeneralPairWeightingLoss"}  # features, or the user's functions
+    names = {c.name.split()[0] for c in FAMILY} - dense
+    assert names <= {n.split()[0] for n in family.LOSSES}
+
+
+def test_dense_code_is_gated_and_timed(tmp_path):
+    """A loss with dense code beside it, one without."""
+    pytest.importorskip("tqdm")
+    out = tmp_path / "contrast.json"
+    options = ["SimCLR", "MSCLoss", "--quick", "--rounds", "1", "--out", str(out)]
+    done = command(sys.executable, "bench/contrast.py", *options, FLASHPAIR_BACKEND="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {r["loss"]: r for r in json.loads(out.read_text())}
+    assert rows["SimCLRLoss"]["ratio"] > 0 and rows["MSCLoss"]["why"] == "not written"
+
+
+def test_a_wrong_loss_is_never_timed(monkeypatch):
+    import contrast
+    import versus
+
+    wrong = {**contrast.DENSE, "SimCLRLoss": lambda x, y: 1.01 * contrast.sim_clr(x, y)}
+    monkeypatch.setattr(contrast, "DENSE", wrong)
+    assert versus.gate(contrast.SUITE, "SimCLRLoss").startswith("value or gradient differ by 9.9e-03")
+    assert versus.gate(contrast.SUITE, "DCLLoss") == ""
+
+
+def test_distributed_losses_are_gated_and_timed(tmp_path):
+    out = tmp_path / "distributed.json"
+    pytest.importorskip("tqdm")
+    done = command(
+        sys.executable, "bench/distributed.py", "Clip", "--quick", "--out", str(out), FLASHPAIR_BACKEND="cpu"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["case"]: row for row in json.loads(out.read_text())}
+    import distributed
+
+    assert set(rows) == {"ClipLoss"}
+    for row in rows.values():
+        assert {"flashpair, gather", "flashpair, ring", "dense gather"} <= set(row["times"])
+        assert all(found["seconds"] > 0 for found in row["times"].values())
+        assert row["times"]["flashpair, gather"]["growth"] >= 0
+    assert len(distributed.table(list(rows.values()))) >= 2 + 2 + 3
