@@ -88,7 +88,10 @@ def peak_bytes(sizes: list[int], features: int, exchange: str) -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures the resident set")
-def test_memory_of_a_ring_does_not_grow_with_the_ranks():
+def test_memory_of_a_ring_does_not_grow_with_the_ranks(monkeypatch):
+    # The ranks give every buffer back when it is freed: what a heap keeps would be blocks more or less by chance.
+    for limit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(limit, str(1 << 18))
     rows, features = 1024, 1024
     block = rows * features * 4
     peaks = {}
@@ -100,6 +103,6 @@ def test_memory_of_a_ring_does_not_grow_with_the_ranks():
                 peaks[size, exchange] = statistics.median(found)
         finally:
             pool.close()
-    # The double buffer is full from three ranks on; what allocators keep moves by about a block.
+    # The double buffer is full from three ranks on.
     assert peaks[4, "RING"] <= peaks[2, "RING"] + 2.5 * block, peaks
-    assert peaks[4, "GATHER"] >= peaks[2, "GATHER"] + 3 * block, peaks  # the ruler sees what grows
+    assert peaks[4, "GATHER"] >= peaks[2, "GATHER"] + 5 * block, peaks  # the ruler sees what grows
