@@ -42,9 +42,9 @@ Parameter<T> parameter(const std::vector<Tensor>& params, int64_t index, double 
   return tensor.dim() == 0 ? Parameter<T>{nullptr, data[0]} : Parameter<T>{data, T(0)};
 }
 
-// Multiply-adds of one matrix product that are worth a thread: below twice as many a second one costs more, in waiting
-// for each other at the end of every round, than it saves.
-std::atomic<int64_t> products_per_thread = 1 << 24;
+// Multiply-adds of one matrix product that are worth a thread: with fewer, a second one waits for the first at the end
+// of every round as long as it helps (bench/threads.py).
+std::atomic<int64_t> products_per_thread = 1 << 21;
 
 int64_t set_products_per_thread(int64_t products) { return products_per_thread.exchange(products); }
 

@@ -8,7 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 from bench_support import command, measured, unmeasured
+
+import flashpair
 
 import goals  # isort: skip
 import machine  # isort: skip
@@ -214,3 +217,14 @@ def test_curves_are_drawn_where_there_are_points(tmp_path):
     assert not curves.draw(rows[:1], [], path) and not path.exists()
     assert curves.series(rows, "batch", curves.medians)["dense"] == [(b, b / 30) for b in (256, 1024, 4096)]
     assert curves.draw(rows, [], path) and path.stat().st_size > 1000
+
+
+@pytest.mark.skipif(flashpair.backends()["cpu"] != "usable", reason="compares threads of the cpu backend")
+def test_threads_are_compared(capsys, products_per_thread):
+    import threads
+
+    threads.main(["--batch", "8", "16", "--rounds", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["8", "16"]
+    assert all(float(time) > 0 for line in lines[1:] for time in line.split()[1:])
+    assert torch.ops.flashpair_cpu.set_products_per_thread(1) == 1  # as before
