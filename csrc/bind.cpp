@@ -21,7 +21,7 @@ using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
-constexpr size_t kHeader = 5, kPerTerm = 12, kPerConsts = 5, kPerExtreme = 5;
+constexpr size_t kHeader = 7, kPerTerm = 13, kPerConsts = 5, kPerExtreme = 5;
 
 void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
@@ -74,18 +74,23 @@ Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& lab
 template <class T>
 void add_terms(Problem<T>& p, const std::vector<Tensor>& params, const Ints& spec, const Floats& consts) {
   int slots[2] = {0, 0};
+  if (spec[5] >= 0) {
+    const Tensor& rows = params[size_t(spec[5])];
+    p.guided = true, p.guide_rows = static_cast<const T*>(rows.data_ptr()), p.guide_features = rows.size(1);
+    if (spec[6] >= 0) p.guide_columns = static_cast<const T*>(params[size_t(spec[6])].data_ptr());
+  }
   for (size_t t = 0; t < (spec.size() - kHeader) / kPerTerm; ++t) {
     const int64_t* f = spec.data() + kHeader + t * kPerTerm;
     const double* c = consts.data() + t * kPerConsts;
     Term<T> term{};
     term.reduction = Reduction(f[0]), term.score = Score(f[1]), term.mask = Mask(f[2]), term.axis = Axis(f[3]);
-    term.combine = Combine(f[4]), term.detach_weights = f[5];
-    term.scale_index = int(f[6]), term.offset_index = int(f[7]), term.other_index = int(f[8]);
-    term.weight_index = int(f[9]);
-    term.scale = parameter<T>(params, f[6], c[0]), term.offset = parameter<T>(params, f[7], c[1]);
-    term.other_offset = parameter<T>(params, f[8], 0).data, term.weight = parameter<T>(params, f[9], 0).data;
-    term.above = parameter<T>(params, f[10], c[2]), term.below = parameter<T>(params, f[11], c[3]);
-    term.has_above = f[10] >= 0 || c[2] != -INFINITY, term.has_below = f[11] >= 0 || c[3] != INFINITY;
+    term.combine = Combine(f[4]), term.detach_weights = f[5], term.guide = Guide(f[6]);
+    term.scale_index = int(f[7]), term.offset_index = int(f[8]), term.other_index = int(f[9]);
+    term.weight_index = int(f[10]);
+    term.scale = parameter<T>(params, f[7], c[0]), term.offset = parameter<T>(params, f[8], c[1]);
+    term.other_offset = parameter<T>(params, f[9], 0).data, term.weight = parameter<T>(params, f[10], 0).data;
+    term.above = parameter<T>(params, f[11], c[2]), term.below = parameter<T>(params, f[12], c[3]);
+    term.has_above = f[11] >= 0 || c[2] != -INFINITY, term.has_below = f[12] >= 0 || c[3] != INFINITY;
     term.constant = T(c[4]);
     term.slot = slots[int(term.axis)];
     constexpr int kSlots[] = {1, 1, 1, 2, 5};  // of the reductions, in their order

@@ -9,5 +9,6 @@ enum class Mask : int { all, same, different, given, not_given };
 enum class Reduction : int { sum, count, logsumexp, softmax_mean, moments };
 enum class Axis : int { rows, columns };
 enum class Combine : int { add, logaddexp };
+enum class Guide : int { none, threshold, weight, logits };
 
 }  // namespace flashpair

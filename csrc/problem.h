@@ -26,6 +26,7 @@ struct Term {
   Axis axis;
   Combine combine;
   bool detach_weights;
+  Guide guide;
   T constant;
   Parameter<T> scale, offset;  // owner side
   const T* other_offset;       // (others,) or nullptr
@@ -57,6 +58,10 @@ struct Problem {
   const int64_t* ref_labels;  // (N,) or nullptr
   const bool* pair_mask;      // (B, N) or nullptr
   const int64_t* exclude;     // (B,) or nullptr
+  bool guided;                // there is a second product
+  const T* guide_rows;        // (B, E)
+  const T* guide_columns;     // (N, E); unused in a self-similarity
+  int64_t guide_features;     // E
   Similarity similarity;
   bool self;  // the columns are the rows
   bool normalize, exclude_self, keep;

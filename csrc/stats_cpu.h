@@ -105,7 +105,7 @@ class Stats {
     const int n = whole<T>(tile.columns);
     const bool identity = any.term->score == Score::identity;
     const T shift = thread.sticky(item, score_bound(any, tile, true, tile.low, tile.high));
-    const bool ragged = masked || any.thresholds();
+    const bool ragged = masked || thresholds(to_row, to_column);
     if (to_column) thread.clear(1, n), memset(thread.kept, 0, n * sizeof(Lane<T>));
     for (int r = 0; r < tile.rows; ++r) {
       if (to_column && r > 0) thread.flush(1, n, r - 1, tile.rows);
@@ -116,10 +116,10 @@ class Stats {
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
       if (to_row)
-        keep_row = keep_lanes_of<T, true>(*to_row, base, s, n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
+        keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
       if (to_column)
-        keep_column =
-            keep_lanes_of<T, false>(*to_column, base, s, n, tile.i0 + r, tile.j0, buffers.keep_column, column_any);
+        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, tile.i0 + r, tile.j0,
+                                              buffers.keep_column, column_any);
       if (!row_any && !column_any) continue;
       const T* z = s;
       T scale = any.term->scale.number, offset = any.offset_number() - shift;
@@ -163,6 +163,7 @@ class Stats {
           store_mask<T>(thread.kept + j, load_mask<T>(thread.kept + j) | keep);
         } else {
           store(column, load(column) + e);
+          if (MASKED) store_mask<T>(thread.kept + j, all_lanes<T>());
         }
       }
     }
@@ -184,11 +185,12 @@ class Stats {
     const int n = whole<T>(tile.columns);
     const T* s = tile.s + r * kTile;
     const bool mean = data.term->reduction == Reduction::softmax_mean;
-    score_row<T, true>(data, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
-                       static_cast<T*>(nullptr));
+    score_row<T, true>(data, data.source(s, tile.guide(r)), n, tile.i0 + r, tile.j0, buffers, buffers.f,
+                       static_cast<T*>(nullptr), static_cast<T*>(nullptr));
     const T top = kept_max(buffers.f, keep, n);
     if (top == T(-INFINITY)) return;
     exp_affine(buffers.f, T(1), -top, n, buffers.e);
+    if (data.weighed()) weigh(buffers.e, tile.guide(r), n);
     const T* weight = data.weight ? data.weight.data.get() + tile.j0 : nullptr;
     double partial[5] = {double(top), double(kept_sum(buffers.e, weight, keep, n)), 0};
     if (mean) {
@@ -227,14 +229,15 @@ class Stats {
       bool bad = false;
       for (int r = 0; r < tile.rows; ++r) {
         const int64_t row = tile.i0 + r;
-        const T s = tile.s[r * kTile + j];
-        if (!keeps_pair(walk_, data, row, column, s, false)) continue;
+        const T s = tile.s[r * kTile + j], t = tile.t ? tile.t[r * kTile + j] : T(1);
+        if (!keeps_pair(walk_, data, row, column, s, t, false)) continue;
         const double f = double(scalar_score(data, s, column, row));
         if (pass == 0) {
           top = f > top ? f : top;
           bad |= f != f;
         } else {
-          partial[1] += exp(f - top) * double(data.weight ? data.weight.data[row] : T(1));
+          partial[1] += exp(f - top) * double(data.weight ? data.weight.data[row] : T(1)) *
+                        double(data.weighed() ? t : T(1));
         }
       }
       if (bad) top = NAN;
@@ -263,11 +266,11 @@ class Stats {
     for (int r = 0; r < tile.rows; ++r) {
       if (!TO_ROW && r > 0) thread.flush(summed, n, r - 1, tile.rows);
       const int64_t row = tile.i0 + r;
-      const T* s = tile.s + r * kTile;
+      const T *s = tile.s + r * kTile, *t = tile.guide(r);
       memset(buffers.built, 0, sizeof buffers.built);
       const Lane<T>* base = masked ? base_lanes(walk_, tile, r, term.mask, buffers) : nullptr;
       bool any = true;
-      const Lane<T>* keep = keep_lanes_of<T, TO_ROW>(data, base, s, n, row, tile.j0,
+      const Lane<T>* keep = keep_lanes_of<T, TO_ROW>(data, base, s, t, n, row, tile.j0,
                                                      TO_ROW ? buffers.keep_row : buffers.keep_column, any);
       if (!any) continue;
       double* state = data.state.get() + row * width;  // to row only
@@ -277,9 +280,10 @@ class Stats {
       }
       const T* f = s;
       if (term.reduction != Reduction::moments) {
-        score_row<T, TO_ROW>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+        score_row<T, TO_ROW>(data, data.source(s, t), n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
                              static_cast<T*>(nullptr));
         f = buffers.f;
+        if (data.weighed() && term.reduction == Reduction::sum) weigh(buffers.f, t, n);
       }
       if (TO_ROW) {
         double partial[5] = {0, 0, 0, INFINITY, -INFINITY};
@@ -287,7 +291,8 @@ class Stats {
                  partial);
         state_merge(term.reduction, state, partial);
       } else {
-        column_sums(term.reduction, f, s, shift, data.weight ? data.weight.data[row] : T(1), keep, n, thread);
+        column_sums(term.reduction, f, s, data.weighed() ? t : nullptr, shift,
+                    data.weight ? data.weight.data[row] : T(1), keep, n, thread);
       }
     }
     if (TO_ROW) return;
@@ -311,13 +316,13 @@ class Stats {
     for (int j = 0; j < n; ++j) thread.sums[2][j] = T(-INFINITY);
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.i0 + r;
-      const T* s = tile.s + r * kTile;
+      const T *s = tile.s + r * kTile, *t = tile.guide(r);
       memset(buffers.built, 0, sizeof buffers.built);
       const Lane<T>* base = masked ? base_lanes(walk_, tile, r, data.term->mask, buffers) : nullptr;
       bool any = true;
-      const Lane<T>* keep = keep_lanes_of<T, false>(data, base, s, n, row, tile.j0, buffers.keep_column, any);
+      const Lane<T>* keep = keep_lanes_of<T, false>(data, base, s, t, n, row, tile.j0, buffers.keep_column, any);
       if (!any) continue;
-      score_row<T, false>(data, s, n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+      score_row<T, false>(data, data.source(s, t), n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
                           static_cast<T*>(nullptr));
       for (int j = 0; j < n; j += kWidth<T>) {
         const Vec<T> f = load(buffers.f + j), top = load(thread.sums[2] + j);
@@ -360,8 +365,9 @@ class Stats {
     (void)columns;
   }
 
-  static void column_sums(Reduction reduction, const T* f, const T* s, T shift, T weight, const Lane<T>* keep, int n,
-                          ThreadState& thread) {
+  // `t`: further weights of the exponentials, or nullptr.
+  static void column_sums(Reduction reduction, const T* f, const T* s, const T* t, T shift, T weight,
+                          const Lane<T>* keep, int n, ThreadState& thread) {
     auto add = [&](int k, int j, Vec<T> v) { store(thread.sums[k] + j, load(thread.sums[k] + j) + v); };
     for (int j = 0; j < n; j += kWidth<T>) {
       const Vec<T> v = load(f + j);
@@ -370,11 +376,12 @@ class Stats {
         case Reduction::sum: add(0, j, keep_lanes<T>(lanes, v * weight)); break;
         case Reduction::count: add(0, j, keep_lanes<T>(lanes & ~MaskVec<T>(v <= 0), broadcast(T(1)))); break;
         case Reduction::logsumexp:
-          add(0, j, keep_lanes<T>(lanes, exp_lanes<T>(v - shift) * weight));
+          add(0, j, keep_lanes<T>(lanes, exp_lanes<T>(v - shift) * weight * (t ? load(t + j) : broadcast(T(1)))));
           store_mask<T>(thread.kept + j, load_mask<T>(thread.kept + j) | lanes);
           break;
         case Reduction::softmax_mean: {
-          const Vec<T> e = keep_lanes<T>(lanes, exp_lanes<T>(v - load(thread.sums[2] + j)) * weight);
+          const Vec<T> share = t ? load(t + j) : broadcast(T(1));
+          const Vec<T> e = keep_lanes<T>(lanes, exp_lanes<T>(v - load(thread.sums[2] + j)) * weight * share);
           add(0, j, e);
           add(1, j, keep_lanes<T>(lanes, e * (load(s + j) - load(thread.sums[3] + j))));
           break;

@@ -39,10 +39,12 @@ struct TermData {
   Buffer<double> dscale, doffset, dother, dweight;
 
   bool thresholds() const { return term->has_above || term->has_below; }
+  bool weighed() const { return term->guide == Guide::weight; }  // by the second product
   bool softmax() const { return term->reduction == Reduction::logsumexp || term->reduction == Reduction::softmax_mean; }
   // z is one affine function of s for all pairs, so both directions share it.
   bool uniform() const {
-    return term->scale.uniform() && !offset && !term->other_offset && !term->weight && term->combine == Combine::add;
+    return term->scale.uniform() && !offset && !term->other_offset && !term->weight && term->combine == Combine::add &&
+           (term->guide == Guide::none || term->guide == Guide::threshold);
   }
   T offset_number() const { return late_offset ? T(0) : term->offset.number; }
   int offset_index() const { return late_offset ? -1 : term->offset_index; }
@@ -60,6 +62,9 @@ struct TermData {
     if (t.other_offset) other_offset.gather(t.other_offset, *other);
     if (t.weight) weight.gather(t.weight, *other);
   }
+  // What z is an affine function of, and what thresholds are compared with, of a row of s and t.
+  const T* source(const T* s, const T* t) const { return term->guide == Guide::logits ? t : s; }
+  const T* compared(const T* s, const T* t) const { return term->guide == Guide::threshold ? t : s; }
   T scale_at(int64_t p) const { return scale ? scale.data[p] : term->scale.number; }
   T offset_at(int64_t p) const { return offset ? offset.data[p] : offset_number(); }
   T above_at(int64_t p) const { return above ? above.data[p] : term->above.number; }
@@ -74,6 +79,12 @@ struct Item {
   TermData<T>* to_column = nullptr;
   const TermData<T>* any() const { return to_row ? to_row : to_column; }
 };
+
+// Does either direction of an item, where it is taken, have thresholds?
+template <class T>
+bool thresholds(const TermData<T>* to_row, const TermData<T>* to_column) {
+  return (to_row && to_row->thresholds()) || (to_column && to_column->thresholds());
+}
 
 // Buffers for one row of a tile.
 template <class T>
@@ -139,25 +150,28 @@ const Lane<T>* base_lanes(const Walk<T>& walk, const Tile<T>& tile, int r, Mask 
 // Thresholds of one direction on top of `base` (nullptr: all lanes). Returns nullptr where all lanes stay; `any` says
 // whether one does.
 template <class T, bool TO_ROW>
-FP_INLINE const Lane<T>* keep_lanes_of(const TermData<T>& data, const Lane<T>* base, const T* s, int n, int64_t row,
-                                       int64_t column, Lane<T>* out, bool& any) {
+FP_INLINE const Lane<T>* keep_lanes_of(const TermData<T>& data, const Lane<T>* base, const T* s, const T* t, int n,
+                                       int64_t row, int64_t column, Lane<T>* out, bool& any) {
   any = true;
   // A pair of weight 0 is no part of a softmax, however large its score.
+  const bool weighed = data.softmax() && data.weighed();
   const bool weighted = data.softmax() && data.weight;
   if (weighted && !TO_ROW && data.weight.data[row] == 0) return any = false, base;
   const T* weight = weighted && TO_ROW ? data.weight.data.get() + column : nullptr;
-  if (!data.thresholds() && !weight) return base;
+  if (!data.thresholds() && !weight && !weighed) return base;
+  const T* compared = data.compared(s, t);
   const T* above = !TO_ROW && data.above ? data.above.data.get() + column : nullptr;
   const T* below = !TO_ROW && data.below ? data.below.data.get() + column : nullptr;
   const T above_all = data.term->has_above ? data.above_at(above ? 0 : TO_ROW ? row : column) : T(-INFINITY);
   const T below_all = data.term->has_below ? data.below_at(below ? 0 : TO_ROW ? row : column) : T(INFINITY);
   MaskVec<T> some{};
   for (int j = 0; j < n; j += kWidth<T>) {
-    const Vec<T> v = load(s + j);
+    const Vec<T> v = load(compared + j);
     MaskVec<T> keep = base ? load_mask<T>(base + j) : all_lanes<T>();
     if (data.term->has_above) keep &= ~MaskVec<T>(v <= (above ? load(above + j) : broadcast(above_all)));
     if (data.term->has_below) keep &= ~MaskVec<T>(v >= (below ? load(below + j) : broadcast(below_all)));
     if (weight) keep &= MaskVec<T>(load(weight + j) != 0);
+    if (weighed) keep &= ~MaskVec<T>(load(t + j) <= 0);
     store_mask<T>(out + j, keep);
     some |= keep;
   }
@@ -253,6 +267,12 @@ void score_row(const TermData<T>& data, const T* s, int n, int64_t row, int64_t 
 }
 
 // --- sums over a row ----------------------------------------------------------------------------------------------------
+
+// v_j *= t_j.
+template <class T>
+FP_INLINE void weigh(T* v, const T* t, int n) {
+  for (int j = 0; j < n; j += kWidth<T>) store(v + j, load(v + j) * load(t + j));
+}
 
 // Sum of the kept v_j w_j; w nullptr: 1.
 template <class T>
@@ -377,18 +397,20 @@ bool wanted_tile(const Walk<T>& walk, const Item<T>* items, int count, const Til
 // Do thresholds alone drop every pair of a tile in one direction? Of a tile with NaN, whose bounds are infinite, never.
 template <class T>
 bool outside(const TermData<T>& data, const Tile<T>& tile, bool to_row) {
-  if (tile.low == T(-INFINITY) || tile.high == T(INFINITY)) return false;
+  const bool guided = data.term->guide == Guide::threshold;
+  const T tile_low = guided ? tile.t_low : tile.low, tile_high = guided ? tile.t_high : tile.high;
+  if (tile_low == T(-INFINITY) || tile_high == T(INFINITY)) return false;
   const int64_t first = to_row ? tile.i0 : tile.j0;
   const int count = to_row ? tile.rows : tile.columns;
-  if (data.term->has_above && tile.high <= along_bounds(data.above, data.term->above.number, first, count).low)
+  if (data.term->has_above && tile_high <= along_bounds(data.above, data.term->above.number, first, count).low)
     return true;
-  return data.term->has_below && tile.low >= along_bounds(data.below, data.term->below.number, first, count).high;
+  return data.term->has_below && tile_low >= along_bounds(data.below, data.term->below.number, first, count).high;
 }
 
 // --- single pairs, for the rare exact paths ---------------------------------------------------------------------------------
 
 template <class T>
-bool keeps_pair(const Walk<T>& walk, const TermData<T>& data, int64_t row, int64_t column, T s, bool to_row) {
+bool keeps_pair(const Walk<T>& walk, const TermData<T>& data, int64_t row, int64_t column, T s, T t, bool to_row) {
   const Mask mask = data.term->mask;
   const bool same = mask_uses_labels(mask) && walk.rows().label[row] == walk.columns().label[column];
   const bool given =
@@ -396,7 +418,9 @@ bool keeps_pair(const Walk<T>& walk, const TermData<T>& data, int64_t row, int64
       walk.problem().pair_mask[walk.rows().index[row] * walk.problem().columns + walk.columns().index[column]];
   if (!mask_keeps(mask, same, given) || walk.excluded(row, column)) return false;
   if (data.softmax() && data.weight && data.weight.data[to_row ? column : row] == 0) return false;
+  if (data.softmax() && data.weighed() && t <= 0) return false;
   const int64_t owner = to_row ? row : column;
+  if (data.term->guide == Guide::threshold) s = t;
   return !(data.term->has_above && s <= data.above_at(owner)) && !(data.term->has_below && s >= data.below_at(owner));
 }
 

@@ -11,13 +11,30 @@ struct Tile {
   bool diagonal;  // of a self-similarity: holds (i, j) and (j, i)
   T* s;           // (rows, kTile) similarities; dot products unless `distances` was called
   T low, high;    // over the dot products
+  T* t;           // (rows, kTile) second product, or nullptr
+  T t_low, t_high;
+
+  const T* guide(int r) const { return t ? t + r * kTile : nullptr; }
+};
+
+// The two sides of a product, by position.
+template <class T>
+struct Product {
+  Side<T> rows, columns;
+};
+
+// The column tile of a product as its tiles read it, in the scratch memory of one thread.
+template <class T>
+struct ColumnTile {
+  Buffer<T> packed, staged;
+  int64_t packed_tile = -1, staged_tile = -1;
 };
 
 // Scratch memory of one thread.
 template <class T>
 struct Scratch {
-  Buffer<T> s, w, packed, staged;
-  int64_t packed_tile = -1, staged_tile = -1;
+  Buffer<T> s, w, t;
+  ColumnTile<T> columns, guide_columns;
 };
 
 // What a pass does when the walk of a rectangular problem enters and leaves a column tile. Each is visited once per round,
@@ -37,11 +54,18 @@ class Walk {
     make_orders(labelled ? problem.labels : nullptr, problem.rows, problem.ref_labels, problem.columns, symmetric(),
                 row_order_, column_order_);
     const int threads = problem.threads;
-    rows_side_.prepare(problem.x, problem.rows, problem.features, row_order_, true, problem.normalize, squares, threads,
-                       problem.parallel);
+    sides_.rows.prepare(problem.x, problem.rows, problem.features, row_order_, true, problem.normalize, squares,
+                        threads, problem.parallel);
     if (!symmetric())
-      columns_side_.prepare(problem.y, problem.columns, problem.features, column_order_, false, problem.normalize,
-                            squares, threads, problem.parallel);
+      sides_.columns.prepare(problem.y, problem.columns, problem.features, column_order_, false, problem.normalize,
+                             squares, threads, problem.parallel);
+    if (guided()) {
+      guide_.rows.prepare(problem.guide_rows, problem.rows, problem.guide_features, row_order_, true, false, false,
+                          threads, problem.parallel);
+      if (!symmetric())
+        guide_.columns.prepare(problem.guide_columns, problem.columns, problem.guide_features, column_order_, false,
+                               false, false, threads, problem.parallel);
+    }
     cut(threads);
     if (problem.exclude) {
       Buffer<int64_t> position(problem.columns);
@@ -62,8 +86,9 @@ class Walk {
 
   const Problem<T>& problem() const { return problem_; }
   bool symmetric() const { return problem_.symmetric(); }
-  const Side<T>& rows() const { return rows_side_; }
-  const Side<T>& columns() const { return symmetric() ? rows_side_ : columns_side_; }
+  bool guided() const { return problem_.guided; }
+  const Side<T>& rows() const { return sides_.rows; }
+  const Side<T>& columns() const { return columns_of(sides_); }
   int threads() const { return threads_; }
   Scratch<T>& scratch(int thread) const { return scratch_[thread]; }
 
@@ -104,13 +129,7 @@ class Walk {
   // The columns of a tile as rows (tile.columns, columns().ld).
   const T* column_rows(const Tile<T>& tile, int thread) const { return column_rows(tile.j0, tile.columns, thread); }
   const T* column_rows(int64_t first, int count, int thread) const {
-    const Side<T>& c = columns();
-    if (c.data) return c.data.get() + first * c.ld;
-    Scratch<T>& scratch = scratch_[thread];
-    if (!scratch.staged) scratch.staged.allocate(kTile * c.ld);
-    if (scratch.staged_tile != first) c.stage(first, count, scratch.staged.get());
-    scratch.staged_tile = first;
-    return scratch.staged.get();
+    return column_rows(columns(), scratch_[thread].columns, first, count);
   }
 
   // body(tile, thread) for every tile for which wanted(tile) holds; s is filled in before the body runs.
@@ -164,7 +183,7 @@ class Walk {
       }
     }
     tile.s = out;
-    range(tile);
+    range(tile, tile.s, tile.low, tile.high);
   }
 
  private:
@@ -189,7 +208,7 @@ class Walk {
     Scratch<T>& scratch = scratch_[thread];
     if (!scratch.s) {
       scratch.s.allocate(kTile * kTile), scratch.w.allocate(kTile * kTile);
-      scratch.packed.allocate(kTile * problem_.features);
+      if (guided()) scratch.t.allocate(kTile * kTile);
     }
     for (int64_t j = ct.group_start[column_group]; j < ct.group_start[column_group + 1]; ++j) {
       const int width = int(ct.start[j + 1] - ct.start[j]);
@@ -202,6 +221,12 @@ class Walk {
         tile.diagonal = symmetric() && i == j;
         if (!wanted(tile)) continue;
         similarities(tile, i, j, thread);
+        tile.t = nullptr;
+        if (guided()) {
+          tile.t = scratch.t.get();
+          multiply(guide_, scratch.guide_columns, tile, j, tile.t);
+          range(tile, tile.t, tile.t_low, tile.t_high);
+        }
         body(tile, thread);
       }
       if (!symmetric()) visits.leave(ct.start[j], width, last, thread);
@@ -219,25 +244,43 @@ class Walk {
       tile.low = T(info->low), tile.high = T(info->high);
       if (info->present) return;
     }
-    if (scratch.packed_tile != j) {
-      pack_columns(column_rows(tile, thread), columns().ld, tile.columns, problem_.features, scratch.packed.get());
-      scratch.packed_tile = j;
-    }
-    gemm_similarity(rows().data.get() + tile.i0 * rows().ld, rows().ld, tile.rows, scratch.packed.get(), tile.columns,
-                    problem_.features, tile.s, int64_t(kTile));
-    range(tile);
+    multiply(sides_, scratch.columns, tile, j, tile.s);
+    range(tile, tile.s, tile.low, tile.high);
     if (info) *info = {true, double(tile.low), double(tile.high)};
   }
 
-  // low and high of the tile; infinite where it holds a NaN, so that no bound speaks for it.
-  static void range(Tile<T>& tile) {
+  const Side<T>& columns_of(const Product<T>& product) const { return symmetric() ? product.rows : product.columns; }
+
+  static const T* column_rows(const Side<T>& c, ColumnTile<T>& scratch, int64_t first, int count) {
+    if (c.data) return c.data.get() + first * c.ld;
+    if (!scratch.staged) scratch.staged.allocate(kTile * c.ld);
+    if (scratch.staged_tile != first) c.stage(first, count, scratch.staged.get());
+    scratch.staged_tile = first;
+    return scratch.staged.get();
+  }
+
+  // The dot products of a tile → out (rows, kTile); j: which column tile it is.
+  void multiply(const Product<T>& product, ColumnTile<T>& scratch, const Tile<T>& tile, int64_t j, T* out) const {
+    const Side<T>&r = product.rows, &c = columns_of(product);
+    if (!scratch.packed) scratch.packed.allocate(kTile * c.features);
+    if (scratch.packed_tile != j) {
+      pack_columns(column_rows(c, scratch, tile.j0, tile.columns), c.ld, tile.columns, c.features,
+                   scratch.packed.get());
+      scratch.packed_tile = j;
+    }
+    gemm_similarity(r.data.get() + tile.i0 * r.ld, r.ld, tile.rows, scratch.packed.get(), tile.columns, c.features, out,
+                    int64_t(kTile));
+  }
+
+  // Smallest and largest of a tile's products; infinite where it holds a NaN, so that no bound speaks for it.
+  static void range(const Tile<T>& tile, const T* products, T& least, T& most) {
     Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
     MaskVec<T> bad{};
     bool bad_rest = false;
     const int whole = tile.columns / kWidth<T> * kWidth<T>;
     T low_rest = T(INFINITY), high_rest = T(-INFINITY);
     for (int r = 0; r < tile.rows; ++r) {
-      const T* s = tile.s + r * kTile;
+      const T* s = products + r * kTile;
       for (int k = 0; k < whole; k += kWidth<T>) {
         const Vec<T> v = load(s + k);
         low = v < low ? v : low;
@@ -254,13 +297,13 @@ class Walk {
       if (low[l] < low_rest) low_rest = low[l];
       if (high[l] > high_rest) high_rest = high[l];
     }
-    tile.low = low_rest, tile.high = high_rest;
-    if (bad_rest || any_lane<T>(bad)) tile.low = T(-INFINITY), tile.high = T(INFINITY);
+    least = low_rest, most = high_rest;
+    if (bad_rest || any_lane<T>(bad)) least = T(-INFINITY), most = T(INFINITY);
   }
 
   const Problem<T>& problem_;
   Order row_order_, column_order_;
-  Side<T> rows_side_, columns_side_;
+  Product<T> sides_, guide_;
   Tiling row_tiling_, column_tiling_;
   Buffer<int64_t> excluded_;
   Scratch<T>* scratch_ = nullptr;

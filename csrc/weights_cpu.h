@@ -235,7 +235,7 @@ class Weights {
       if (to_column && outside(*to_column, tile, false)) to_column = nullptr;
       if (!to_row && !to_column) continue;
       sparse &= any.thresholds() || any.term->mask == Mask::same || any.term->score == Score::hinge ||
-                any.term->score == Score::squared_hinge || mask_uses_pairs(any.term->mask);
+                any.term->score == Score::squared_hinge || mask_uses_pairs(any.term->mask) || any.weighed();
       const bool masked = needs_base(walk_, tile, coverage);
       if (!written) clear(tile, w);
       written = true;
@@ -299,9 +299,9 @@ class Weights {
       bool row_any = to_row != nullptr, column_any = to_column != nullptr;
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
-      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, n, row, tile.j0, buffers.keep_row, row_any);
+      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_row, row_any);
       if (to_column)
-        keep_column = keep_lanes_of<T, false>(*to_column, base, s, n, row, tile.j0, buffers.keep_column, column_any);
+        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_column, column_any);
       if (!row_any && !column_any) continue;
       const T* z = s;
       T a = scale, o = any.offset_number();
@@ -317,7 +317,7 @@ class Weights {
         const T g = row_any ? to_row->cotangent.data[row] : T(0);
         const T factor = g == 0 ? T(0) : g * T(exp(double(shift) - to_row->exact[row]));
         const T* columns = column_any ? thread.column_factor : nullptr;
-        if (masked || any.thresholds())
+        if (masked || thresholds(to_row, to_column))
           shared_row<true>(z, a, o - shift, factor, columns, keep_row, keep_column, n, apart, emitted);
         else
           shared_row<false>(z, a, o - shift, factor, columns, nullptr, nullptr, n, apart, emitted);
@@ -429,9 +429,9 @@ class Weights {
       bool row_any = to_row != nullptr, column_any = to_column != nullptr;
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
-      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, n, row, tile.j0, buffers.keep_row, row_any);
+      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_row, row_any);
       if (to_column)
-        keep_column = keep_lanes_of<T, false>(*to_column, base, s, n, row, tile.j0, buffers.keep_column, column_any);
+        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_column, column_any);
       if (!row_any && !column_any) continue;
       score_row<T, true>(any, s, n, row, tile.j0, buffers, buffers.f, buffers.slope, static_cast<T*>(nullptr));
       const T g = row_any ? to_row->cotangent.data[row] : T(0);
@@ -471,23 +471,25 @@ class Weights {
     };
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.i0 + r;
-      const T* s = tile.s + r * kTile;
+      const T *s = tile.s + r * kTile, *t = tile.guide(r);
       memset(buffers.built, 0, sizeof buffers.built);
       const Lane<T>* base = masked ? base_lanes(walk_, tile, r, term.mask, buffers) : nullptr;
       bool any = true;
-      const Lane<T>* keep = keep_lanes_of<T, TO_ROW>(data, base, s, n, row, tile.j0, buffers.keep_row, any);
+      const Lane<T>* keep = keep_lanes_of<T, TO_ROW>(data, base, s, t, n, row, tile.j0, buffers.keep_row, any);
       if (!any) continue;
-      score_row<T, TO_ROW>(data, s, n, row, tile.j0, buffers, buffers.f, buffers.slope, combined ? buffers.e : nullptr);
+      score_row<T, TO_ROW>(data, data.source(s, t), n, row, tile.j0, buffers, buffers.f, buffers.slope,
+                           combined ? buffers.e : nullptr);
       T* out = w + r * kTile;
       for (int j = 0; j < n; j += kWidth<T>) {
         const MaskVec<T> lanes = keep ? load_mask<T>(keep + j) : all_lanes<T>();
         const Vec<T> g = along(data.cotangent, T(0), row, j, true);
         const Vec<T> weight = along(data.weight, T(1), row, j, false);
         const Vec<T> f = load(buffers.f + j), v = load(s + j);
-        Vec<T> by_score = g * weight, direct{}, by_weight = g * f;  // dL/df; dL/ds beside z; dL/dw
+        const Vec<T> share = data.weighed() ? load(t + j) : broadcast(T(1));
+        Vec<T> by_score = g * weight * share, direct{}, by_weight = g * f;  // dL/df; dL/ds beside z; dL/dw
         if (data.softmax()) {
           const Vec<T> exponent = f + along(data.log_weight, T(0), row, j, false);
-          by_score = g * exp_lanes<T>(exponent - along(data.statistic, T(0), row, j, true));
+          by_score = g * share * exp_lanes<T>(exponent - along(data.statistic, T(0), row, j, true));
           if (mean) {
             direct = keep_lanes<T>(lanes, by_score);
             by_score = term.detach_weights ? Vec<T>{} : by_score * (v - along(data.mean, T(0), row, j, true));
@@ -499,7 +501,10 @@ class Weights {
         store(buffers.dz + j, d);
         if (data.dweight) store(buffers.dv + j, keep_lanes<T>(lanes, by_weight));
       }
-      if (gradients_.total) row_totals_[row] += double(weighted_total<TO_ROW>(data, buffers.f, keep, row, tile.j0, n));
+      if (gradients_.total) {
+        if (data.weighed()) weigh(buffers.f, t, n);
+        row_totals_[row] += double(weighted_total<TO_ROW>(data, buffers.f, keep, row, tile.j0, n));
+      }
       rich_sums<TO_ROW>(data, tile, row, s, n, buffers, combined ? buffers.e : nullptr);
     }
   }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from flashpair import Axis, Combine, Reduction, Score, Similarity, reference
+from flashpair import Axis, Combine, Guide, Reduction, Score, Similarity, reference
 from flashpair.ops import Needs
 
 calls: list[str] = []  # what ran, in order; tests clear and read it
@@ -68,6 +68,8 @@ def slope(kind: Score, z, constant: float):
 def weights(request, rows, columns, grad_rows, grad_columns, needs: Needs):
     calls.append("weights" + "x" * needs.x + "y" * needs.y)
     s = reference.similarity_matrix(request.x, request.columns, request.similarity, request.normalize)
+    t = reference.guide_matrix(request)
+    t = torch.ones_like(s) if t is None else t
     gradients = [torch.zeros(p.numel(), dtype=s.dtype) for p in request.params]
     g_s = torch.zeros_like(s)  # (B, N), dL/ds
     for term in request.terms:
@@ -77,6 +79,7 @@ def weights(request, rows, columns, grad_rows, grad_columns, needs: Needs):
         part = _term(
             term,
             s if is_rows else s.T,
+            t if is_rows else t.T,
             keep if is_rows else keep.T,
             statistics[term.slot : term.slot + term.reduction.slots],
             cotangents[term.slot],
@@ -88,12 +91,12 @@ def weights(request, rows, columns, grad_rows, grad_columns, needs: Needs):
     return dx if needs.x else None, dy if needs.y else None, dparams
 
 
-def _term(term, s, keep, out, g, gradients):
+def _term(term, s, t, keep, out, g, gradients):
     """The part of one term in dL/ds (owners, others); adds to the gradients of the parameters."""
     zero = torch.zeros_like(s)
     if term.reduction in (Reduction.COUNT, Reduction.MOMENTS):
         return zero
-    keep = keep & reference._within(s, term.above, term.below)
+    keep = keep & reference._within(t if term.guide == Guide.THRESHOLD else s, term.above, term.below)
     column = lambda v: v.to(s.dtype).reshape(-1, 1) if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=s.dtype)  # noqa: E731
     a, p, g = column(term.scale), column(term.offset), g[:, None]
     to_owner = to_other = torch.ones_like(s)
@@ -105,9 +108,12 @@ def _term(term, s, keep, out, g, gradients):
             to_owner, to_other = torch.exp(p - offset) + zero, torch.exp(q - offset) + zero
         else:
             offset = p + q
-    z = a * s + offset
+    z = a * (t if term.guide == Guide.LOGITS else s) + offset
     f, df = reference.score(term.score, z, term.constant), slope(term.score, z, term.constant)
     w = torch.ones_like(s) if term.weight is None else term.weight.to(s.dtype)[None, :] + zero
+    if term.guide == Guide.WEIGHT:
+        w = w * t
+        keep = keep if term.reduction == Reduction.SUM else keep & ~(t <= 0)
     direct = zero
     if term.reduction == Reduction.SUM:
         per_weight = torch.where(keep, g * f, 0.0)

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch
 from support import Data
+from torch import Tensor
 
 from flashpair import (
     Axis,
     Combine,
     Extreme,
+    Guide,
     Mask,
     Reduction,
     Score,
@@ -120,6 +123,22 @@ def _both_axes(reduction: Reduction, **options) -> Callable[[Data], tuple]:
 def _every_reduction(**options) -> Callable[[Data], tuple]:
     """`_both_axes` of every reduction that has a gradient."""
     return lambda d: tuple(v for r in (SUM, LSE, MEAN) for v in _both_axes(r, **options)(d))
+
+
+def _features(d: Data) -> Tensor | tuple[Tensor, Tensor]:
+    """A guide whose products are exact wherever those of the embeddings are."""
+    return d.x[:, :3] if d.y is None else (d.x[:, :3], d.y[:, :3])
+
+
+def _overlaps(d: Data) -> Tensor | tuple[Tensor, Tensor]:
+    """A guide whose products are positive where the labels are both odd or both even, and 0 elsewhere."""
+
+    def side(weight: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
+        odd = (labels % 2).to(weight.dtype)
+        return torch.stack([weight * odd, scale * odd, weight * (1 - odd)], 1)
+
+    rows = side(d.row_weight, d.row_scale, d.labels)
+    return rows if d.y is None else (rows, side(d.column_weight, d.column_scale, d.ref_labels))
 
 
 PROGRAMS = [
@@ -284,6 +303,55 @@ PROGRAMS = [
         ),
         grid=True,
     ),
+    Program(
+        "guide_threshold",
+        _reduce(
+            lambda d: Term(LSE, below=0.013, scale=d.scale, guide=Guide.THRESHOLD),
+            lambda d: Term(LSE, axis=COLUMNS, scale=d.scale),
+            lambda d: Term(SUM, Score.SQUARE, SAME, COLUMNS, above=d.column_offset + 0.013, guide=Guide.THRESHOLD),
+            lambda d: Term(MEAN, above=-0.007, below=d.row_scale + 0.013, scale=d.scale, guide=Guide.THRESHOLD),
+            lambda d: Term(COUNT, Score.SQUARE, DIFFERENT, offset=9.1, above=d.row_offset + 0.013, guide=Guide.THRESHOLD),
+            lambda d: Term(LSE, above=-0.263),
+            guide=_features,
+        ),
+        grid=True,
+    ),
+    Program(
+        "guide_weight",
+        _reduce(
+            lambda d: Term(SUM, Score.SOFTPLUS, scale=d.row_scale, offset=d.row_offset, guide=Guide.WEIGHT),
+            lambda d: Term(LSE, scale=d.scale, weight=d.column_weight.detach(), guide=Guide.WEIGHT),
+            lambda d: Term(LSE, axis=COLUMNS, scale=d.scale, offset=d.column_offset, guide=Guide.WEIGHT),
+            lambda d: Term(MEAN, mask=DIFFERENT, scale=d.scale, other_offset=d.column_offset, guide=Guide.WEIGHT),
+            lambda d: Term(MEAN, axis=COLUMNS, scale=d.scale, guide=Guide.WEIGHT),
+            guide=_overlaps,
+            normalize=True,
+        ),
+    ),
+    Program(
+        "guide_logits",
+        _reduce(
+            lambda d: Term(MEAN, scale=d.scale, detach_weights=True, guide=Guide.LOGITS),
+            lambda d: Term(MEAN, mask=DIFFERENT, axis=COLUMNS, weight=d.row_weight.detach(), detach_weights=True,
+                           guide=Guide.LOGITS),
+            lambda d: Term(LSE, scale=d.scale),
+            guide=_overlaps,
+        ),
+    ),  # fmt: skip
+    Program(
+        "guide_scalar",
+        lambda d: (
+            pair_sum(
+                **d.pairs,
+                guide=_overlaps(d),
+                terms=[
+                    Term(SUM, Score.SOFTPLUS, scale=d.scale, offset=d.bias, guide=Guide.WEIGHT),
+                    Term(SUM, Score.SQUARE, SAME, COLUMNS, scale=d.column_scale, weight=d.row_weight.detach(),
+                         guide=Guide.WEIGHT),
+                ],
+            ),
+        ),
+    ),  # fmt: skip
     Program("no_gradient", _reduce(Term(COUNT, Score.SQUARE, SAME), Term(MOMENTS))),
 ]
 

@@ -4,7 +4,7 @@ from . import distributed, heads, losses, miners
 from .dispatch import BackendError, backends, use_backend
 from .primitives import Mined, mine, pair_reduce, pair_similarity, pair_sum
 from .rows import RowPanel, row_reduce
-from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
+from .terms import Axis, Combine, Extreme, Guide, Mask, Precision, Reduction, Score, Similarity, Term
 from .workspace import release_workspace, set_max_workspace_bytes
 
 
@@ -27,6 +27,7 @@ __all__ = [
     "Combine",
     "Extreme",
     "GradientCache",
+    "Guide",
     "Mask",
     "Mined",
     "Precision",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .request import Request, count_slots, parameter_places, statistics_dtype
+from .request import HEADER, Request, count_slots, parameter_places, statistics_dtype
 from .terms import Axis
 
 MAX_FEATURES = 1 << 16
@@ -146,7 +146,7 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     dtype = statistics_dtype(request.x)
     found: list[Tensor] = []
     bounds: list[Tensor] = []
-    spec = request.spec[:5]
+    spec = request.spec[:HEADER]
     consts: list[float] = []
     for extreme in request.extremes:
         spec += [int(extreme.mask), int(extreme.largest), extreme.k]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .terms import Axis, Combine, Extreme, Mask, Reduction, Score, Similarity, Term
+from .terms import Axis, Combine, Extreme, Guide, Mask, Reduction, Score, Similarity, Term
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_K = 64
@@ -118,11 +118,19 @@ def _mask(name: str, mask: Mask, has_labels: bool, has_pair_mask: bool) -> None:
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Term)}
 _OWNER_FIELDS = tuple((name, _DEFAULTS[name]) for name in ("scale", "offset", "above", "below"))
-_CLOSED_FIELDS = (("reduction", Reduction), ("score", Score), ("mask", Mask), ("axis", Axis), ("combine", Combine))
+_CLOSED_FIELDS = (
+    ("reduction", Reduction), ("score", Score), ("mask", Mask), ("axis", Axis), ("combine", Combine), ("guide", Guide),
+)  # fmt: skip
 
 
 def terms(
-    values: Sequence[Term], rows: int, columns: int, device: torch.device, has_labels: bool, has_pair_mask: bool
+    values: Sequence[Term],
+    rows: int,
+    columns: int,
+    device: torch.device,
+    has_labels: bool,
+    has_pair_mask: bool,
+    has_guide: bool = False,
 ) -> None:
     """Every term complete and of the right shapes."""
     if not values:
@@ -133,6 +141,8 @@ def terms(
         for field, kind in _CLOSED_FIELDS:
             if not isinstance(getattr(term, field), kind):
                 raise TypeError(f"terms[{t}].{field} must be a flashpair.{kind.__name__}; got {getattr(term, field)!r}")
+        if term.guide != Guide.NONE:
+            _guided(f"terms[{t}]", term, has_guide)
         if term.mask != Mask.ALL:
             _mask(f"terms[{t}].mask", term.mask, has_labels, has_pair_mask)
         owners, others = (rows, columns) if term.axis == Axis.ROWS else (columns, rows)
@@ -153,6 +163,57 @@ def terms(
             raise ValueError(
                 f"terms[{t}].constant must be positive and finite (in float32) for SOFTCAP; got {term.constant}"
             )
+
+
+def _guided(name: str, term: Term, has_guide: bool) -> None:
+    guide = f"{name}.guide is {term.guide.name}"
+    if not has_guide:
+        raise ValueError(f"{guide}, which needs the guide of a pass")
+    if term.guide == Guide.THRESHOLD and term.above is None and term.below is None:
+        raise ValueError(f"{guide}, which needs {name}.above or {name}.below; got neither")
+    if term.guide == Guide.LOGITS and not (term.reduction == Reduction.SOFTMAX_MEAN and term.detach_weights):
+        raise ValueError(
+            f"{guide}, which needs reduction=SOFTMAX_MEAN and detach_weights=True; got {term.reduction.name} "
+            f"and {term.detach_weights}"
+        )
+    if term.guide == Guide.WEIGHT and term.reduction in (Reduction.COUNT, Reduction.MOMENTS):
+        raise ValueError(f"{guide}, which {term.reduction.name} does not have")
+    if term.guide == Guide.WEIGHT and isinstance(term.weight, Tensor) and term.weight.requires_grad:
+        raise ValueError(f"{guide}; {name}.weight must take no gradient beside it")
+
+
+def guide(
+    value: Tensor | tuple[Tensor, Tensor] | None, x: Tensor, columns: int, own: bool, terms: Sequence[Term]
+) -> tuple[Tensor, Tensor | None] | None:
+    """(u, v) of the second product: u (rows of x, E) and v (columns, E), or u alone where the columns are the rows."""
+    if value is None:
+        return None
+    wanted = "a tensor (B, E), as y is None" if own else "a tuple of tensors (B, E) and (N, E), as y is given"
+    if own != isinstance(value, Tensor) or not (own or isinstance(value, (tuple, list)) and len(value) == 2):
+        got = type(value).__name__ + (f" of length {len(value)}" if isinstance(value, (tuple, list)) else "")
+        raise TypeError(f"guide must be {wanted}; got {got}")
+    sides = [value] if own else list(value)
+    allowed = {x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32}
+    for k, side in enumerate(sides):
+        name, rows = ("guide" if own else f"guide[{k}]"), columns if k else x.shape[0]
+        if not isinstance(side, Tensor) or side.dim() != 2 or side.shape[0] != rows:
+            got = f"shape {tuple(side.shape)}" if isinstance(side, Tensor) else type(side).__name__
+            raise ValueError(f"{name} must be a tensor with {rows} rows; got {got}")
+        if side.dtype not in allowed:
+            raise TypeError(
+                f"{name} must be {' or '.join(sorted(map(str, allowed)))} beside embeddings of {x.dtype}; "
+                f"got {side.dtype}"
+            )
+        if side.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {side.device}")
+    if not own and (sides[0].shape[1] != sides[1].shape[1] or sides[0].dtype != sides[1].dtype):
+        raise ValueError(
+            f"guide must be two tensors of one width and dtype; got {tuple(sides[0].shape)} {sides[0].dtype} and "
+            f"{tuple(sides[1].shape)} {sides[1].dtype}"
+        )
+    if not any(term.guide != Guide.NONE for term in terms):
+        raise ValueError("guide was given, but no term has a guide; set Term(guide=)")
+    return sides[0], None if own else sides[1]
 
 
 def extremes(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import dispatch
 from .operator import operator
-from .request import Request, count_slots, decode, statistics_dtype
+from .request import HEADER, PER_EXTREME, Request, count_slots, decode, statistics_dtype
 from .terms import Axis, Extreme, Mask, Reduction
 
 
@@ -252,14 +252,15 @@ def pair_mine(
     pair_mask: Tensor | None,
     exclude: Tensor | None,
     bounds: list[Tensor],  # thresholds given as tensors, (1,) or (B,)
-    spec: list[int],  # similarity, normalize, exclude_self, keep, precision, then (mask, largest, k, above, below) each
+    spec: list[int],  # the header of a request, then (mask, largest, k, above, below) each
     consts: list[float],  # (above, below) of each extreme where they are numbers
     backend: str,
     max_workspace_bytes: int,
 ) -> list[Tensor]:  # values (B, k), indices (B, k) of each extreme
-    request = decode(x, y, labels, ref_labels, pair_mask, exclude, [], spec[:5], [], max_workspace_bytes)
-    for e in range((len(spec) - 5) // 5):
-        mask, largest, k, above, below = spec[5 + 5 * e : 10 + 5 * e]
+    request = decode(x, y, labels, ref_labels, pair_mask, exclude, [], spec[:HEADER], [], max_workspace_bytes)
+    for e in range((len(spec) - HEADER) // PER_EXTREME):
+        at = HEADER + PER_EXTREME * e
+        mask, largest, k, above, below = spec[at : at + PER_EXTREME]
         low, high = consts[2 * e : 2 * e + 2]
         numbers = (None if low == -torch.inf else low, None if high == torch.inf else high)
         above, below = (bounds[i].reshape(-1) if i >= 0 else v for i, v in zip((above, below), numbers, strict=True))
@@ -272,8 +273,8 @@ def pair_mine(
 @pair_mine.fake
 def _(x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backend, max_workspace_bytes):
     found = []
-    for e in range((len(spec) - 5) // 5):
-        shape = (x.shape[0], spec[7 + 5 * e])
+    for at in range(HEADER, len(spec), PER_EXTREME):
+        shape = (x.shape[0], spec[at + 2])
         found += [x.new_empty(shape, dtype=statistics_dtype(x)), x.new_empty(shape, dtype=torch.int64)]
     return found
 

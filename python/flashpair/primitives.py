@@ -73,6 +73,13 @@ def needs_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
+def _own(guide: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None] | None:
+    """A guide whose rows other ranks hold too, as ordinary tensors."""
+    if guide is None:
+        return None
+    return tuple(side.data_of_all() if isinstance(side, Sharded) else side for side in guide)
+
+
 @_outside_autocast
 def pair_reduce(
     x: Tensor,
@@ -85,6 +92,7 @@ def pair_reduce(
     pairs: tuple[Tensor, Tensor] | None = None,
     exclude_self: bool | None = None,
     exclude: Tensor | None = None,
+    guide: Tensor | tuple[Tensor, Tensor] | None = None,
     similarity: Similarity = Similarity.DOT,
     normalize: bool = False,
     precision: Precision = Precision.IEEE,
@@ -103,9 +111,11 @@ def pair_reduce(
         ref_labels: (N,) int64, the labels of y.
         pair_mask: (B, N) bool for the masks GIVEN and NOT_GIVEN.
         pairs: (rows (P,), columns (P,)) int64; only these pairs exist, each as often as it is listed. Costs O(P D)
-            time and O(P) memory; excludes `pair_mask`, `exclude` and `exclude_self=True`.
+            time and O(P) memory; excludes `pair_mask`, `exclude`, `guide` and `exclude_self=True`.
         exclude_self: drop the pairs (i, i). Default: True when y is None and `pairs` is not given, else False.
         exclude: (B,) int64, one column that row i never meets (-1: none).
+        guide: (u (B, E), v (N, E)), or u alone where y is None: the terms' second product t_ij = <u_i, v_j>, which is
+            not stored either and takes no gradient; see `flashpair.Guide`. Of the dtype of x, or float32.
         similarity: dot product, squared or plain Euclidean distance. Default: dot product.
         normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
         precision: arithmetic of float32 products on a GPU. Default: full float32.
@@ -131,21 +141,22 @@ def pair_reduce(
         True
     """
     if pairs is not None:
-        if pair_mask is not None or exclude is not None or exclude_self:
+        if pair_mask is not None or exclude is not None or exclude_self or guide is not None:
             raise ValueError(
-                "pairs excludes pair_mask, exclude and exclude_self=True: the list already says which pairs exist"
+                "pairs excludes pair_mask, exclude, guide and exclude_self=True: the list already says which pairs exist"
             )
         exclude_self = False
     exclude_self = (y is None) if exclude_self is None else exclude_self
     _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
     rows, columns = x.shape[0], (x if y is None else y).shape[0]
-    checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None)
+    checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None, guide is not None)
+    guide = checks.guide(guide, x, columns, y is None, terms)
     if pairs is not None:
         checks.pair_list(pairs, x.device)
         return reduce_pairs(x, y, list(terms), pairs, labels, ref_labels, similarity, normalize)
     workspace = workspace_bytes(max_workspace_bytes)
     backend = dispatch.choose(x, rows * columns)
-    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision)
+    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision, _own(guide))
     spec[KEEP] = int(needs_grad(x, y, *params))
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
@@ -176,6 +187,7 @@ def pair_sum(
     pair_mask: Tensor | None = None,
     exclude_self: bool | None = None,
     exclude: Tensor | None = None,
+    guide: Tensor | tuple[Tensor, Tensor] | None = None,
     similarity: Similarity = Similarity.DOT,
     normalize: bool = False,
     precision: Precision = Precision.IEEE,
@@ -199,26 +211,27 @@ def pair_sum(
         >>> float(pair_sum(x, terms=[Term(Reduction.SUM, Score.HINGE, offset=0.5)]))  # six pairs with s = 0
         3.0
     """
-    how = exclude_self, exclude, similarity, normalize, precision, max_workspace_bytes
+    how = exclude_self, exclude, guide, similarity, normalize, precision, max_workspace_bytes
     return sum_and_own(x, y, terms, labels, ref_labels, pair_mask, *how)[0]
 
 
 @_outside_autocast
 def sum_and_own(
-    x, y, terms, labels=None, ref_labels=None, pair_mask=None, exclude_self=None, exclude=None,
+    x, y, terms, labels=None, ref_labels=None, pair_mask=None, exclude_self=None, exclude=None, guide=None,
     similarity=Similarity.DOT, normalize=False, precision=Precision.IEEE, max_workspace_bytes=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`pair_sum`, and what of it the rows of this process contribute, without gradient: all outside of a group."""
     exclude_self = (y is None) if exclude_self is None else exclude_self
     _check(x, y, labels, ref_labels, pair_mask, exclude, exclude_self, similarity, precision)
     rows, columns = x.shape[0], (x if y is None else y).shape[0]
-    checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None)
+    checks.terms(terms, rows, columns, x.device, labels is not None, pair_mask is not None, guide is not None)
+    guide = checks.guide(guide, x, columns, y is None, terms)
     for t, term in enumerate(terms):
         if term.reduction != Reduction.SUM:
             raise ValueError(f"terms[{t}].reduction must be SUM in pair_sum; got {term.reduction.name}")
     workspace = workspace_bytes(max_workspace_bytes)
     backend = dispatch.choose(x, rows * columns)
-    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision)
+    params, spec, consts = encode(list(terms), similarity, normalize, exclude_self, False, precision, _own(guide))
     if backend == "reference":
         request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace)
         results = reference.pair_reduce(request)

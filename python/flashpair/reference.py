@@ -2,7 +2,7 @@
 
     s_ij = <x_i, y_j> | ||x_i - y_j||^2 | ||x_i - y_j||          (x, y normalised first when `normalize`)
     z_ij = a_i s_ij + combine(p_i, q_j)
-    out_i = reduce_j w_j phi(z_ij)
+    out_i = reduce_j w_j phi(z_ij)                               t_ij = <u_i, v_j>: see `flashpair.Guide`
 
 Pair weight of a term with cotangent g_i, i.e. its part of dL/ds_ij (what the fused backends compute; autograd gets
 it here by itself):
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .request import FlatTerm, Request, statistics_dtype
-from .terms import Axis, Combine, Extreme, Mask, Reduction, Score, Similarity
+from .terms import Axis, Combine, Extreme, Guide, Mask, Reduction, Score, Similarity
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -138,6 +138,15 @@ def pair_keep(request: Request, mask: Mask) -> Tensor:
     return keep
 
 
+def guide_matrix(request: Request) -> Tensor | None:
+    """t (B, N), the second product of a pass, if there is one."""
+    if request.guide is None:
+        return None
+    u, v = (None if side is None else side.detach().to(statistics_dtype(request.x)) for side in request.guide)
+    with torch.autocast(u.device.type, enabled=False):
+        return u @ (u if v is None else v).T
+
+
 def _within(s: Tensor, above: float | Tensor | None, below: float | Tensor | None) -> Tensor | bool:
     """(owners, others) bool from thresholds; NaN keeps the pair."""
     keep = torch.ones_like(s, dtype=torch.bool)
@@ -148,9 +157,9 @@ def _within(s: Tensor, above: float | Tensor | None, below: float | Tensor | Non
     return keep
 
 
-def _reduce(term: FlatTerm, s: Tensor, keep: Tensor) -> Tensor:
-    """(slots, owners) statistics of one term; s and keep are (owners, others)."""
-    keep = keep & _within(s, term.above, term.below)
+def _reduce(term: FlatTerm, s: Tensor, t: Tensor | None, keep: Tensor) -> Tensor:
+    """(slots, owners) statistics of one term; s, t and keep are (owners, others)."""
+    keep = keep & _within(t if term.guide == Guide.THRESHOLD else s, term.above, term.below)
     if term.reduction == Reduction.MOMENTS:
         return _moments(s.detach(), keep)
     column = lambda v: v.to(s.dtype).reshape(-1, 1) if isinstance(v, Tensor) else v  # noqa: E731
@@ -161,11 +170,14 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor) -> Tensor:
             offset = torch.logaddexp(torch.as_tensor(offset, dtype=s.dtype, device=s.device), other)
         else:
             offset = offset + other
-    z = column(term.scale) * s + offset
+    z = column(term.scale) * (t if term.guide == Guide.LOGITS else s) + offset
     f = score(term.score, z, term.constant)
     if term.reduction == Reduction.COUNT:
         return (keep & ~(f.detach() <= 0)).sum(-1, dtype=s.dtype)[None]
     w = None if term.weight is None else term.weight.to(s.dtype)[None, :]
+    if term.guide == Guide.WEIGHT:
+        w = t if w is None else w * t
+        keep = keep if term.reduction == Reduction.SUM else keep & ~(t <= 0)
     if term.reduction == Reduction.SUM:
         return torch.where(keep, f if w is None else w * f, 0.0).sum(-1)[None]
     keep = keep if w is None else keep & (w != 0)
@@ -195,11 +207,12 @@ def _moments(s: Tensor, keep: Tensor) -> Tensor:
 def pair_reduce(request: Request) -> list[Tensor]:
     """The statistics of each term: (slots, owners), differentiable by autograd."""
     s = similarity_matrix(request.x, request.y, request.similarity, request.normalize)
+    t = guide_matrix(request)
     results = []
     for term in request.terms:
         keep = pair_keep(request, term.mask)
-        rows = term.axis == Axis.ROWS
-        results.append(_reduce(term, s if rows else s.T, keep if rows else keep.T))
+        turned = (lambda m: m) if term.axis == Axis.ROWS else (lambda m: None if m is None else m.T)
+        results.append(_reduce(term, turned(s), turned(t), turned(keep)))
     return results
 
 

@@ -12,16 +12,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .terms import Axis, Combine, Extreme, Mask, Precision, Reduction, Score, Similarity, Term
+from .terms import Axis, Combine, Extreme, Guide, Mask, Precision, Reduction, Score, Similarity, Term
 
 #: Tensor parameters of a term, in the order of their indices in the flat form.
 PARAMETERS = ("scale", "offset", "other_offset", "weight", "above", "below")
 #: And the numbers that stand for them where they are not given; None where they cannot be numbers.
 _ABSENT = tuple(zip(PARAMETERS, (1.0, 0.0, None, None, -torch.inf, torch.inf), strict=True))
-HEADER = 5  # similarity, normalize, exclude_self, keep, precision
-KEEP = 3
-PER_TERM = 6 + len(PARAMETERS)
-_PER_EXTREME = 5
+#: similarity, normalize, exclude_self, keep, precision, positions of the guide's two sides among the parameters (-1:
+#: none; the second also -1 where the columns are the rows)
+HEADER = 7
+KEEP, GUIDE_ROWS, GUIDE_COLUMNS = 3, 5, 6
+#: reduction, score, mask, axis, combine, detach_weights, guide, then the parameters
+FIRST_PARAMETER = 7
+PER_TERM = FIRST_PARAMETER + len(PARAMETERS)
+PER_EXTREME = 5  # mask, largest, k, above, below
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -39,6 +43,7 @@ class FlatTerm:
     axis: Axis
     combine: Combine
     detach_weights: bool
+    guide: Guide
     constant: float
     index: dict[str, int]  # position in Request.params, -1 where the parameter is a number or absent
     scale: float | Tensor
@@ -95,6 +100,12 @@ class Request:
     def shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.columns.shape[0]
 
+    @property
+    def guide(self) -> tuple[Tensor, Tensor | None] | None:
+        """(u (B, E), v (N, E), None where the columns are the rows) of the second product, if there is one."""
+        rows, columns = self.spec[GUIDE_ROWS], self.spec[GUIDE_COLUMNS]
+        return None if rows < 0 else (self.params[rows], None if columns < 0 else self.params[columns])
+
 
 def _slots(terms: list[FlatTerm]) -> None:
     """Give every term its first row in the statistics of its axis."""
@@ -112,16 +123,17 @@ def encode(
     exclude_self: bool,
     keep: bool,
     precision: Precision,
+    guide: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[list[Tensor], list[int], list[float]]:
     """Terms → (params, spec, consts)."""
     params: list[Tensor] = []
     given: list[tuple[Tensor, bool]] = []
-    spec = [int(similarity), int(normalize), int(exclude_self), int(keep), int(precision)]
+    spec = [int(similarity), int(normalize), int(exclude_self), int(keep), int(precision), -1, -1]
     consts: list[float] = []
 
     def place(value: Tensor, threshold: bool) -> int:
         # The same tensor given to several terms is one parameter: its gradient is computed once.
-        # Thresholds are not differentiable, so they are apart and detached.
+        # Thresholds and guides are not differentiable, so they are apart and detached.
         for i, (known, kind) in enumerate(given):
             if known is value and kind == threshold:
                 return i
@@ -131,7 +143,7 @@ def encode(
 
     for term in terms:
         spec += [int(term.reduction), int(term.score), int(term.mask), int(term.axis), int(term.combine)]
-        spec.append(int(term.detach_weights))
+        spec += [int(term.detach_weights), int(term.guide)]
         for name, absent in _ABSENT:
             value = getattr(term, name)
             tensor = isinstance(value, Tensor)
@@ -139,6 +151,9 @@ def encode(
             if absent is not None:
                 consts.append(absent if tensor or value is None else float(value))
         consts.append(float(term.constant))
+    if guide is not None:
+        spec[GUIDE_ROWS] = place(guide[0], True)
+        spec[GUIDE_COLUMNS] = -1 if guide[1] is None else place(guide[1], True)
     return params, spec, consts
 
 
@@ -148,7 +163,7 @@ def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> 
     for t in range((len(spec) - HEADER) // PER_TERM):
         fields = spec[HEADER + t * PER_TERM : HEADER + (t + 1) * PER_TERM]
         scale, offset, above, below, constant = consts[5 * t : 5 * t + 5]
-        index = dict(zip(PARAMETERS, fields[6:], strict=True))
+        index = dict(zip(PARAMETERS, fields[FIRST_PARAMETER:], strict=True))
         numbers = {
             "scale": scale,
             "offset": offset,
@@ -166,6 +181,7 @@ def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> 
                 Axis(fields[3]),
                 Combine(fields[4]),
                 bool(fields[5]),
+                Guide(fields[6]),
                 constant,
                 index,
                 **values,
@@ -177,7 +193,7 @@ def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> 
 def parameter_places(spec: list[int]) -> Iterator[tuple[int, list[int]]]:
     """(axis, position in the params of each of `PARAMETERS`, -1 for a number) of every term, from the ints alone."""
     for at in range(HEADER, len(spec), PER_TERM):
-        yield spec[at + 3], spec[at + 6 : at + PER_TERM]
+        yield spec[at + 3], spec[at + FIRST_PARAMETER : at + PER_TERM]
 
 
 def count_slots(spec: list[int]) -> tuple[int, int]:

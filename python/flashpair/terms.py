@@ -4,6 +4,9 @@
     z_ij = scale_i * s_ij + combine(offset_i, other_offset_j)
     term_i = reduce_j  weight_j * score(z_ij)      over the j kept by mask(i, j), above_i < s_ij < below_i
 
+A pass may have a second product t_ij = <u_i, v_j>, a guide's similarities, say, or a teacher's, or label overlaps; a
+term's `Guide` says what t_ij does to it.
+
 `i` runs over the term's *owners*: the rows of the similarity matrix for `Axis.ROWS`, its columns for
 `Axis.COLUMNS` (then read `s_ji` above). The orders of the enums below are repeated in `csrc/scores.h`,
 `csrc/masks.h`, `csrc/reductions.h` and in `flashpair.kernels`; a test compares them.
@@ -77,6 +80,15 @@ class Combine(IntEnum):
     LOGADDEXP = 1
 
 
+class Guide(IntEnum):
+    """What the second product t of a pass does to a term. No gradient reaches t."""
+
+    NONE = 0
+    THRESHOLD = 1  # above_i < t_ij < below_i instead of s_ij: a guide says which pairs count
+    WEIGHT = 2  # the weight of a pair is w_j t_ij; of a softmax only pairs with t_ij > 0 are part
+    LOGITS = 3  # z_ij = scale_i t_ij + ...: a SOFTMAX_MEAN of s with a teacher's softmax, weights detached
+
+
 class Precision(IntEnum):
     """Arithmetic of float32 matrix products on a GPU; other inputs and backends ignore it."""
 
@@ -104,8 +116,9 @@ class Term:
         constant: the `c` of `Score.CIRCLE`, and of `Score.SOFTCAP`, which needs it positive and finite in float32.
             Default 0.
         detach_weights: for `SOFTMAX_MEAN`, treat the softmax weights as constants in the backward pass.
+        guide: what the second product of the pass (`pair_reduce(guide=)`) does here. Default: nothing.
 
-    A NaN in s or in a threshold keeps the pair, so that it shows in the result.
+    A NaN in s, in t or in a threshold keeps the pair, so that it shows in the result.
 
     Example:
         >>> from flashpair import Reduction, Term
@@ -126,6 +139,7 @@ class Term:
     below: float | Tensor | None = None
     constant: float = 0.0
     detach_weights: bool = False
+    guide: Guide = Guide.NONE
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from .. import pairs as pairs_of
 from ..algebra import merge, merge_extremes
-from ..request import HEADER, PARAMETERS, PER_TERM, statistics_dtype
+from ..request import FIRST_PARAMETER, GUIDE_COLUMNS, GUIDE_ROWS, HEADER, PARAMETERS, PER_TERM, statistics_dtype
 from ..terms import Axis, Extreme, Reduction, Score, Term
 from .ranks import Ranks
 from .sharded import Sharded, alone, current
@@ -53,7 +53,7 @@ class _Call:
         self.spec[2] = 0  # exclude_self has become `exclude`
         slots = [0, 0]
         for t, term in enumerate(self.terms):
-            at = HEADER + t * PER_TERM + 6
+            at = HEADER + t * PER_TERM + FIRST_PARAMETER
             for k, name in enumerate(PARAMETERS):
                 p = self.spec[at + k]
                 if p < 0:
@@ -67,6 +67,14 @@ class _Call:
                 if shift:
                     self.shifts.append((p, along, slots[along]))
             slots[term.axis] += term.reduction.slots
+        rows, columns = self.spec[GUIDE_ROWS], self.spec[GUIDE_COLUMNS]
+        if rows >= 0:
+            self.spec[GUIDE_ROWS] = self._use(rows, _ROWS)
+            self.spec[GUIDE_COLUMNS] = self._use(rows if columns < 0 else columns, _COLUMNS)
+
+    def _use(self, parameter: int, cut: int) -> int:
+        self.uses.append((parameter, cut, False))
+        return len(self.uses) - 1
 
     def cut(self, params: Sequence[Tensor], low: int, high: int) -> list[Tensor]:
         """Local parameters of a block of columns."""
