@@ -63,7 +63,7 @@ def _kind(request: Request) -> str:
 
 def _config(kernel: str, request: Request) -> configs.TileConfig:
     evaluations = max(len(request.terms), len(request.extremes)) * (1 + int(request.symmetric))
-    crowded = request.pair_mask is not None or evaluations > configs.MANY_EVALUATIONS
+    crowded = request.pair_mask is not None or request.guide is not None or evaluations > configs.MANY_EVALUATIONS
     crowded |= any(term.reduction == Reduction.SOFTMAX_MEAN for term in request.terms)
     config = configs.choose(kernel, _kind(request), configs.architecture(request.x.device), request.x.shape[1], crowded)
     return config if config.plain is None or _is_lean(kernel, request) else replace(config, plain=configs.ONE_AT_ONCE)
@@ -103,6 +103,20 @@ def _inputs(op: Operands, packed: tuple, block_d: int) -> tuple[tuple, tuple[int
     return tensors, (N, D, x.stride(0), y.stride(0), padded_length(B), padded_length(N))
 
 
+def _guide(op: Operands, block_d: int) -> tuple:
+    """What the kernels of statistics and weights read of a second product; without one something that is not read."""
+    if op.guide is None:
+        return op.x, op.x, 0, 0, 0
+    u = _in_blocks(op.guide[0], block_d)
+    v = u if op.guide[1] is op.guide[0] else _in_blocks(op.guide[1], block_d)
+    return u, v, u.shape[1], u.stride(0), v.stride(0)
+
+
+def _guide_precision(request: Request) -> dict:
+    exact = request.guide is not None and request.guide[0].dtype == torch.float32
+    return {"GUIDE_PRECISION": "ieee" if exact and request.precision == Precision.IEEE else "tf32"}
+
+
 def _arithmetic(request: Request) -> dict:
     # The interpreter multiplies the bit patterns of bfloat16.
     upcast = request.x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
@@ -135,6 +149,7 @@ def _stats_panels(request: Request, plan: Forward) -> None:
     parameters = Parameters(request.x.device, request.symmetric)
     codes = statistics_codes(request, plan, parameters)
     inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
+    guide = _guide(op, config.block_d)
 
     def cost(rows: int, columns: int) -> int:
         across, down = cdiv(columns, config.block_n) * config.parts, cdiv(rows, config.block_b)
@@ -157,8 +172,9 @@ def _stats_panels(request: Request, plan: Forward) -> None:
             for kind in kinds_of_tiles(request, op):
                 launch(
                     _stats_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs,
-                    row_partials, column_partials, *dimensions, first_b, first_n, end_b, end_n,
+                    row_partials, column_partials, *dimensions, *guide, first_b, first_n, end_b, end_n,
                     PROGRAM=program(request, op, codes, triangle=request.symmetric, tiles=kind), **_arithmetic(request),
+                    **_guide_precision(request),
                 )  # fmt: skip
             _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0])
             _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1])
@@ -188,6 +204,7 @@ def _weights_panels(request: Request, plan: Backward) -> None:
     codes, diagonal = weights_codes(request, plan, parameters)
     packed = parameters.packed()
     inputs, dimensions = _inputs(op, packed, config.block_d)
+    guide = _guide(op, config.block_d)
     store = plan.dx is not None or plan.dy is not None
     size = op.x.element_size() if store else 0
 
@@ -221,12 +238,13 @@ def _weights_panels(request: Request, plan: Backward) -> None:
                 launch(
                     _weights_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs,
                     row_partials, column_partials, panel, packed[1] if plan.scale is None else plan.scale,
-                    *dimensions, stride_w, first_b, first_n, end_b, end_n,
+                    *dimensions, *guide, stride_w, first_b, first_n, end_b, end_n,
                     PROGRAM=program(
                         request, op, visible, store=store, scaled=plan.scale is not None,
                         row_sum=plan.row_sum, column_sum=column_sum, tiles=kind,
                     ),
                     **_arithmetic(request),
+                    **_guide_precision(request),
                 )  # fmt: skip
             for side, partials, tiles, length, first, weight_sum in (
                 (0, row_partials, tiles_n * config.parts, length_b, first_b, plan.row_sum),

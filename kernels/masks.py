@@ -3,7 +3,21 @@
 import triton
 import triton.language as tl
 
-from .program import ABOVE, ABSENT, BELOW, EXCLUDE_SELF, HAS_EXCLUDE, MASK, MIRRORED, PLAIN, SIDE, TILES, TRIANGLE
+from .program import (
+    ABOVE,
+    ABSENT,
+    BELOW,
+    EXCLUDE_SELF,
+    GUIDE,
+    HAS_EXCLUDE,
+    MASK,
+    MIRRORED,
+    PLAIN,
+    SIDE,
+    THRESHOLD,
+    TILES,
+    TRIANGLE,
+)
 from .tiles import along_columns, along_rows, columns_of, inside_tile, parameter, rows_of
 
 ALL = tl.constexpr(0)
@@ -25,12 +39,15 @@ def keep_tile(
         keep = tl.full(s.shape, 1, tl.int1)
     else:
         keep = keep_by_place(s, view, PROGRAM, AT)
+    compared = s
+    if PROGRAM[AT + GUIDE] == THRESHOLD:
+        compared = view[5]
     if PROGRAM[AT + ABOVE] != ABSENT:
         above = parameter(view, PROGRAM[AT + ABOVE], PROGRAM[AT + ABOVE + 1], PROGRAM[AT + SIDE], 0.0)
-        keep = keep & ((s <= above) == 0)
+        keep = keep & ((compared <= above) == 0)
     if PROGRAM[AT + BELOW] != ABSENT:
         below = parameter(view, PROGRAM[AT + BELOW], PROGRAM[AT + BELOW + 1], PROGRAM[AT + SIDE], 0.0)
-        keep = keep & ((s >= below) == 0)
+        keep = keep & ((compared >= below) == 0)
     return keep
 
 

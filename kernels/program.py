@@ -38,7 +38,8 @@ COLUMN_SUM_SLOT = tl.constexpr(9)
 SYMMETRIC = tl.constexpr(10)  # self-similarity: a row is at distance 0 of itself, also after rounding
 TILES = tl.constexpr(11)  # which tiles a launch serves
 LABELLED = tl.constexpr(12)  # an evaluation asks for labels
-HEADER = tl.constexpr(13)
+GUIDED = tl.constexpr(13)  # there is a second product
+HEADER = tl.constexpr(14)
 
 #: Plain tiles lie inside the panel, off the diagonal, and hold no pair of equal labels: no pair needs a mask of its
 #: own. They have programs of their own, with fewer instructions and registers.
@@ -71,7 +72,12 @@ OFFSET_SLOT = tl.constexpr(30)
 OTHER_SLOT = tl.constexpr(31)
 WEIGHT_SLOT = tl.constexpr(32)
 VALUE_SLOT = tl.constexpr(33)
-WIDTH = tl.constexpr(34)
+GUIDE = tl.constexpr(34)  # what the second product does
+WIDTH = tl.constexpr(35)
+
+THRESHOLD = tl.constexpr(1)  # numbered as in `flashpair.Guide`
+WEIGHED = tl.constexpr(2)
+LOGITS = tl.constexpr(3)
 
 _SLOTS = {
     "scale": SCALE_SLOT,
@@ -145,6 +151,7 @@ def _common(term: FlatTerm, mirrored: bool, parameters: Parameters) -> list[int]
     code[MIRRORED.value] = int(mirrored)
     code[COMBINE.value] = int(term.combine)
     code[DETACH.value] = int(term.detach_weights)
+    code[GUIDE.value] = int(term.guide)
     for name, at in _FIELDS.items():
         along = 1 - side if name in ALONG_OTHERS else side
         code[at.value : at.value + 2] = parameters.add(
@@ -166,7 +173,7 @@ def _same_exponent(a: list[int], b: list[int], symmetric_mask: bool) -> bool:
     for at in (SCALE, OFFSET):
         if a[at.value] not in scalar or a[at.value : at.value + 2] != b[at.value : at.value + 2]:
             return False
-    plain = all(c[at.value] == ABSENT.value for c in (a, b) for at in (OTHER, WEIGHT, ABOVE, BELOW))
+    plain = all(c[at.value] == ABSENT.value for c in (a, b) for at in (OTHER, WEIGHT, ABOVE, BELOW, GUIDE))
     return plain and a[CONSTANT.value : CONSTANT.value + 2] == b[CONSTANT.value : CONSTANT.value + 2]
 
 
@@ -194,7 +201,8 @@ def program(
     """A complete program from its evaluations."""
     flags = (op.scaled, request.exclude_self, request.exclude is not None, op.same_only, triangle, store, scaled)
     labelled = any(mask in (Mask.SAME, Mask.DIFFERENT) for mask in codes[MASK.value :: WIDTH.value])
-    sums = (row_sum, column_sum, int(request.symmetric), tiles, int(labelled))
+    guided = any(codes[GUIDE.value :: WIDTH.value])
+    sums = (row_sum, column_sum, int(request.symmetric), tiles, int(labelled), int(guided))
     return (int(request.similarity), *map(int, flags), *sums, *codes)
 
 

@@ -6,7 +6,7 @@ Log-sum-exps are kept as (m, mass) with sum = mass * exp(m). Empty: m = -inf, ma
 import triton
 import triton.language as tl
 
-from .program import ABSENT, COMBINE, CONSTANT, OFFSET, OTHER, SCALE, SCORE, SIDE, WEIGHT
+from .program import ABSENT, COMBINE, CONSTANT, GUIDE, LOGITS, OFFSET, OTHER, SCALE, SCORE, SIDE, WEIGHED, WEIGHT
 from .scores import log1p, score_value
 from .tiles import parameter
 
@@ -46,8 +46,10 @@ def combined_offset(view, PROGRAM: tl.constexpr, AT: tl.constexpr):
 
 @triton.jit
 def affine(s, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
-    """z = scale * s + combine(offset, other_offset), leaving out what is absent."""
+    """z = scale * s + combine(offset, other_offset), leaving out what is absent; of logits with t in the place of s."""
     z = s
+    if PROGRAM[AT + GUIDE] == LOGITS:
+        z = view[5]
     if PROGRAM[AT + SCALE] != ABSENT:
         z = z * parameter(view, PROGRAM[AT + SCALE], PROGRAM[AT + SCALE + 1], PROGRAM[AT + SIDE], 1.0)
     if (PROGRAM[AT + OFFSET] != ABSENT) or (PROGRAM[AT + OTHER] != ABSENT):
@@ -63,12 +65,15 @@ def constant_of(view, PROGRAM: tl.constexpr, AT: tl.constexpr):
 
 @triton.jit
 def exponent(s, keep, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
-    """(log(w * exp(phi(z))), keep): pairs of weight zero are not kept."""
+    """(log(w * exp(phi(z))), keep): pairs of weight zero, or of a second product that is not positive, are not kept."""
     e = score_value(affine(s, view, PROGRAM, AT), constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE])
     if PROGRAM[AT + WEIGHT] != ABSENT:
         w = parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - PROGRAM[AT + SIDE], 1.0)
         keep = keep & (w != 0.0)
         e = e + tl.log(tl.where(w == 0.0, 1.0, w))
+    if PROGRAM[AT + GUIDE] == WEIGHED:
+        keep = keep & ((view[5] <= 0.0) == 0)
+        e = e + tl.log(tl.where(view[5] <= 0.0, 1.0, view[5]))
     return e, keep
 
 

@@ -7,6 +7,7 @@ from .masks import SAME, keep_tile
 from .program import (
     ABSENT,
     EVERY,
+    GUIDE,
     HEADER,
     MASK,
     PARTNER,
@@ -18,6 +19,7 @@ from .program import (
     SLOT,
     TILES,
     TRIANGLE,
+    WEIGHED,
     WEIGHT,
     WIDTH,
 )
@@ -36,6 +38,7 @@ from .reductions import (
 from .scores import score_value
 from .tiles import (
     dot_tile,
+    guide_tile,
     halves,
     parameter,
     partials_of,
@@ -44,6 +47,7 @@ from .tiles import (
     tile_of,
     view_of,
     visited,
+    with_guide,
 )
 
 
@@ -74,6 +78,8 @@ def store_statistic(s, keep, view, partials, PROGRAM: tl.constexpr, AT: tl.const
             value = tl.where(value <= 0.0, 0.0, 1.0)
         elif PROGRAM[AT + WEIGHT] != ABSENT:
             value = value * parameter(view, PROGRAM[AT + WEIGHT], PROGRAM[AT + WEIGHT + 1], 1 - side, 1.0)
+        if PROGRAM[AT + GUIDE] == WEIGHED:
+            value = value * view[5]
         store_owner(partials, tl.sum(tl.where(keep, value, 0.0), 1 - side), slot, side)
 
 
@@ -131,6 +137,7 @@ def store_kept_statistics(s, view, partials, PROGRAM: tl.constexpr, at: tl.const
 @triton.jit
 def stats_epilogue(
     dots,  # (BLOCK_B, BLOCK_N / PARTS)
+    t,  # (BLOCK_B, BLOCK_N / PARTS)
     inputs,
     panel,
     outputs,
@@ -143,7 +150,7 @@ def stats_epilogue(
     BLOCK_N: tl.constexpr,
 ):
     """Statistics of one part of a tile."""
-    view = view_of(inputs, panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
+    view = with_guide(view_of(inputs, panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N), t)
     partials = partials_of(outputs[0], outputs[1], panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
     s, _ = similarity_tile(dots, view, PROGRAM)
     for n in tl.static_range((len(PROGRAM) - HEADER) // WIDTH):
@@ -174,6 +181,11 @@ def _stats_kernel(
     stride_yn,
     padded_b,  # length of vectors along the rows, a multiple of every tile
     padded_n,
+    u_ptr,  # (B, E) of the second product, E whole blocks; not read without one
+    v_ptr,  # (N, E)
+    E,
+    stride_ub,
+    stride_vn,
     first_b,  # the panel's rows: first_b to end_b
     first_n,
     end_b,
@@ -185,6 +197,7 @@ def _stats_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    GUIDE_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
@@ -202,18 +215,25 @@ def _stats_kernel(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
         BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
+    t = guide_tile(
+        (u_ptr, v_ptr, E, stride_ub, stride_vn), dots, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, PROGRAM,
+        BLOCK_B, BLOCK_N, BLOCK_D, GUIDE_PRECISION, UPCAST,
+    )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr)
     if PARTS == 1:
-        stats_epilogue(dots, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+        stats_epilogue(dots, t, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
     else:
         left, right = halves(dots, BLOCK_B, BLOCK_N)
+        t_left, t_right = halves(t, BLOCK_B, BLOCK_N)
         if PARTS == 2:
-            stats_epilogue(left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
-            stats_epilogue(right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(left, t_left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(right, t_right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
         else:
             first, second = halves(left, BLOCK_B, BLOCK_N // 2)
+            t_first, t_second = halves(t_left, BLOCK_B, BLOCK_N // 2)
             third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
-            stats_epilogue(first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            stats_epilogue(second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            stats_epilogue(third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            stats_epilogue(fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            t_third, t_fourth = halves(t_right, BLOCK_B, BLOCK_N // 2)
+            stats_epilogue(first, t_first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(second, t_second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(third, t_third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            stats_epilogue(fourth, t_fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)

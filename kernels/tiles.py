@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .program import (
     EVERY,
+    GUIDED,
     LABELLED,
     NORMALIZE,
     NUMBER,
@@ -66,6 +67,33 @@ def dot_tile(
         x_ptrs += BLOCK_D
         y_ptrs += BLOCK_D
     return dots
+
+
+@triton.jit
+def guide_tile(
+    guide,  # (u_ptr (B, E), v_ptr (N, E), E, stride_ub, stride_vn)
+    dots,  # stands for it where there is no second product
+    start_b,
+    start_n,
+    end_b,
+    end_n,
+    PROGRAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """(BLOCK_B, BLOCK_N) float32 second products."""
+    if PROGRAM[GUIDED]:
+        u_ptr, v_ptr, E, stride_ub, stride_vn = guide
+        t = dot_tile(
+            u_ptr, v_ptr, start_b, start_n, end_b, end_n, E, stride_ub, stride_vn,
+            BLOCK_B, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        t = dots
+    return t
 
 
 @triton.jit
@@ -131,6 +159,12 @@ def view_of(
     start_n = tl.multiple_of(first_n + tile_n * BLOCK_N + PART * (BLOCK_N // PARTS), 16)
     place = (start_b, start_n, tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N // PARTS))
     return (inputs[0], inputs[1], place, inputs[2], (end_b, end_n))
+
+
+@triton.jit
+def with_guide(view, t):
+    """The view with the second product (BLOCK_B, span)."""
+    return (view[0], view[1], view[2], view[3], view[4], t)
 
 
 @triton.jit

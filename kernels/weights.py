@@ -11,6 +11,7 @@ from .program import (
     COTANGENT,
     DETACH,
     EVERY,
+    GUIDE,
     HEADER,
     LSE,
     MASK,
@@ -33,6 +34,7 @@ from .program import (
     TILES,
     TRIANGLE,
     VALUE_SLOT,
+    WEIGHED,
     WEIGHT,
     WEIGHT_SLOT,
     WIDTH,
@@ -41,6 +43,7 @@ from .reductions import LOGADDEXP, SHARED_RANGE, SOFTMAX_MEAN, SUM, affine, cons
 from .scores import IDENTITY, score_slope, score_value
 from .tiles import (
     dot_tile,
+    guide_tile,
     halves,
     inside_tile,
     parameter,
@@ -50,6 +53,7 @@ from .tiles import (
     tile_of,
     view_of,
     visited,
+    with_guide,
 )
 
 
@@ -99,6 +103,8 @@ def term_weights(s, keep, probability, view, partials, PROGRAM: tl.constexpr, AT
     z = affine(s, view, PROGRAM, AT)
     if reduction == SUM:
         per_weight = g * score_value(z, constant, PROGRAM[AT + SCORE])  # dL/dw
+        if PROGRAM[AT + GUIDE] == WEIGHED:
+            w = w * view[5]
         u = g * w * score_slope(z, constant, PROGRAM[AT + SCORE])  # dL/dz
         direct = 0.0
         lever = s  # dz / dscale
@@ -215,6 +221,7 @@ def kept_weights(s, view, partials, PROGRAM: tl.constexpr, at: tl.constexpr):
 @triton.jit
 def weights_epilogue(
     dots,  # (BLOCK_B, BLOCK_N / PARTS)
+    t,  # (BLOCK_B, BLOCK_N / PARTS)
     inputs,
     panel,
     outputs,
@@ -227,7 +234,7 @@ def weights_epilogue(
     BLOCK_N: tl.constexpr,
 ):
     """Pair weights and sums of one part of a tile."""
-    view = view_of(inputs, panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
+    view = with_guide(view_of(inputs, panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N), t)
     partials = partials_of(outputs[0], outputs[1], panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
     s, slope = similarity_tile(dots, view, PROGRAM)
     ds = tl.zeros(dots.shape, tl.float32)
@@ -279,6 +286,11 @@ def _weights_kernel(
     stride_yn,
     padded_b,  # length of vectors along the rows, a multiple of every tile
     padded_n,
+    u_ptr,  # (B, E) of the second product, E whole blocks; not read without one
+    v_ptr,  # (N, E)
+    E,
+    stride_ub,
+    stride_vn,
     stride_w,  # length_n rounded up to a multiple of 16, so that stores are wide
     first_b,  # the panel's rows: first_b to end_b
     first_n,
@@ -291,6 +303,7 @@ def _weights_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    GUIDE_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
@@ -308,18 +321,25 @@ def _weights_kernel(
         x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
         BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
+    t = guide_tile(
+        (u_ptr, v_ptr, E, stride_ub, stride_vn), dots, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, PROGRAM,
+        BLOCK_B, BLOCK_N, BLOCK_D, GUIDE_PRECISION, UPCAST,
+    )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr, weights_ptr, weight_scale_ptr, stride_w)
     if PARTS == 1:
-        weights_epilogue(dots, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+        weights_epilogue(dots, t, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
     else:
         left, right = halves(dots, BLOCK_B, BLOCK_N)
+        t_left, t_right = halves(t, BLOCK_B, BLOCK_N)
         if PARTS == 2:
-            weights_epilogue(left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(left, t_left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(right, t_right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
         else:
             first, second = halves(left, BLOCK_B, BLOCK_N // 2)
+            t_first, t_second = halves(t_left, BLOCK_B, BLOCK_N // 2)
             third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
-            weights_epilogue(first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            t_third, t_fourth = halves(t_right, BLOCK_B, BLOCK_N // 2)
+            weights_epilogue(first, t_first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(second, t_second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(third, t_third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(fourth, t_fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)

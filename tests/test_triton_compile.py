@@ -77,11 +77,13 @@ def _given_sum(d: support.Data):
 PROGRAMS = {
     **{
         name: (BY_NAME[name].run, "rectangle")
-        for name in ("clip", "siglip", "cacr", "sum_parameters", "softcap_clip", "log_cosh_parameters")
+        for name in ("clip", "siglip", "cacr", "sum_parameters", "softcap_clip", "log_cosh_parameters",
+                     "guide_weight")
     },
     **{
         name: (BY_NAME[name].run, "self")
-        for name in ("supcon", "nt_xent", "multi_similarity", "circle", "contrastive", "lifted", "moments", "given")
+        for name in ("supcon", "nt_xent", "multi_similarity", "circle", "contrastive", "lifted", "moments", "given",
+                     "guide_threshold")
     },
     "given_sum": (_given_sum, "rectangle"),
     "batch_hard": (_mining(Extreme(Mask.SAME, False), Extreme(Mask.DIFFERENT, True)), "self"),
@@ -133,7 +135,7 @@ PRECISIONS = {"half": Precision.IEEE, "tf32": Precision.TF32, "ieee": Precision.
 #: Programs that together start every kernel; the full product has all of them.
 SOME = {
     80: ("multi_similarity", "given_sum", "top_5"),
-    90: ("supcon", "softcap_clip", "given_sum", "batch_hard", "top_5"),
+    90: ("supcon", "softcap_clip", "given_sum", "guide_weight", "batch_hard", "top_5"),
     100: ("clip", "given_sum", "batch_hard", "top_5"),
 }
 #: (architecture, kind, program, D) that need nearly all registers.

@@ -106,7 +106,7 @@ def test_scores_keep_their_digits():
 
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "exclude",
-    "scalar_of_everything", "softmax_mean_parameters", "moments",
+    "scalar_of_everything", "softmax_mean_parameters", "moments", "guide_threshold", "guide_weight",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .operands import ALONG_OTHERS, EPSILON, Operands, inverse_norms, operands, unit_rows
 from .panels import float32_products
 from .request import FlatTerm, Request, statistics_dtype
-from .terms import Reduction, Similarity
+from .terms import Guide, Reduction, Similarity
 
 #: float16 pair weights are scaled by a power of two so that the largest cotangent becomes about this.
 _HALF_RANGE = 16.0
@@ -133,7 +134,7 @@ def _gradients(request: Request, cotangents, statistics, needs, with_value: bool
     states = (rows_state, columns_state)
     dx = torch.zeros(op.x.shape, dtype=dtype, device=device) if need_x else None
     dy = torch.zeros(op.y.shape, dtype=dtype, device=device) if need_y else None
-    scale = _half_scale(terms, cotangents, device) if op.x.dtype == torch.float16 and B and N else None
+    scale = _half_scale(terms, cotangents, op.guide, device) if op.x.dtype == torch.float16 and B and N else None
     x = unit_rows(op.x) if op.scaled else op.x
     y = x if symmetric else unit_rows(op.y) if op.scaled else op.y
     if B and N and (with_value or any(c is not None for c in cotangents)):
@@ -182,9 +183,12 @@ def add_panel(
         accumulate(plan.dy[columns], w.T, plan.x[rows])
 
 
-def _half_scale(terms: list[FlatTerm], cotangents: list[Tensor | None], device) -> Tensor:
+def _half_scale(
+    terms: list[FlatTerm], cotangents: list[Tensor | None], guide: tuple[Tensor, Tensor] | None, device
+) -> Tensor:
     """(1,) power of two that brings the largest cotangent times scale near `_HALF_RANGE`; 1 if that is not finite."""
     largest = torch.zeros((), dtype=torch.float32, device=device)
+    products = 1.0 if guide is None else math.prod(v.float().square().sum(1).amax().sqrt() for v in guide)
     for term, cotangent in zip(terms, cotangents, strict=True):
         if cotangent is None:
             bound = torch.ones((), dtype=torch.float32, device=device)
@@ -195,6 +199,8 @@ def _half_scale(terms: list[FlatTerm], cotangents: list[Tensor | None], device) 
                 bound = bound * value.detach().float().abs().amax()
             elif value is not None:
                 bound = bound * abs(value)
+        if term.guide == Guide.WEIGHT and term.reduction == Reduction.SUM:
+            bound = bound * products
         largest = torch.maximum(largest, bound)
     scale = torch.exp2(torch.floor(torch.log2(_HALF_RANGE / largest)).clamp(-100.0, 100.0))
     return torch.where(scale.isfinite(), scale, 1.0).reshape(1)

@@ -121,6 +121,7 @@ class Operands:
     y_labels: Tensor  # (padded N,) int32
     exclude: Tensor  # (padded B,) int32
     pair_mask: Tensor  # (B, N) uint8
+    guide: tuple[Tensor, Tensor] | None  # (B, E), (N, E) sides of the second product
     scaled: bool  # the kernels multiply dot products by the inverse norms
     same_only: bool  # only pairs of equal labels count, so that tiles can be skipped
     orders: tuple[Tensor | None, Tensor | None]  # rows and columns as sorted by label
@@ -157,6 +158,17 @@ class Operands:
         return replace(extreme, **{n: self.arrange(b, 0) for n, b in bounds.items() if isinstance(b, Tensor)})
 
 
+def _arranged_guide(request: Request, orders: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor] | None:
+    if request.guide is None:
+        return None
+    sides = [
+        (v if order is None else v[order]).contiguous()
+        for v, order in zip(request.guide, orders, strict=True)
+        if v is not None
+    ]
+    return sides[0], sides[-1]
+
+
 def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Operands:
     """Operands of a pass with these masks; sorted by label where only pairs of equal labels count.
 
@@ -176,6 +188,7 @@ def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Ope
         orders = (row_order, column_order)
         x, x_labels = x[row_order], x_labels[row_order]
         y, y_labels = (x, x_labels) if request.symmetric else (y[column_order], y_labels[column_order])
+    guide = _arranged_guide(request, orders)
     x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
     y = x if request.symmetric else (y if y.stride(1) == 1 or y.shape[1] <= 1 else y.contiguous())
     raw_x, raw_y = x, y
@@ -200,6 +213,7 @@ def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Ope
         padded_labels(y_labels),
         exclude,
         x_labels if request.pair_mask is None else request.pair_mask.contiguous().view(torch.uint8),
+        guide,
         scaled,
         same_only,
         orders,
