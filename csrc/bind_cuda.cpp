@@ -49,6 +49,7 @@ enum TermField {
   kMask,
   kLogaddexp,
   kDetach,
+  kGuide,
   kHasAbove,
   kHasBelow,
   kLargest,
@@ -70,7 +71,7 @@ enum TermField {
   kValueSlot,
   kTerm
 };
-enum Operand { kX, kY, kXNorms, kYNorms, kXLabels, kYLabels, kExclude, kPairMask, kOperands };
+enum Operand { kX, kY, kXNorms, kYNorms, kXLabels, kYLabels, kExclude, kPairMask, kGuidePanel, kOperands };
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -96,6 +97,8 @@ Pass<T> decode(const Tensors& operands, const Tensors& vectors, const Ints& code
   pass.x_norms = data<T>(operands[kXNorms]), pass.y_norms = data<T>(operands[kYNorms]);
   pass.x_labels = data<int32_t>(operands[kXLabels]), pass.y_labels = data<int32_t>(operands[kYLabels]);
   pass.exclude = data<int32_t>(operands[kExclude]), pass.pair_mask = data<uint8_t>(operands[kPairMask]);
+  if (operands[kGuidePanel].numel())
+    pass.guide = data<T>(operands[kGuidePanel]), pass.guide_stride = int32_t(operands[kGuidePanel].stride(0));
   pass.padded_b = codes[kPaddedB], pass.padded_n = codes[kPaddedN], pass.columns = codes[kColumns];
   pass.first_b = int32_t(codes[kFirstB]), pass.end_b = int32_t(codes[kEndB]);
   pass.first_n = int32_t(codes[kFirstN]), pass.end_n = int32_t(codes[kEndN]);
@@ -111,6 +114,7 @@ Pass<T> decode(const Tensors& operands, const Tensors& vectors, const Ints& code
     const double* number = numbers.data() + 5 * t;
     TermCode<T>& term = pass.terms[t];
     term.reduction = Reduction(field[kReduction]), term.score = Score(field[kScore]), term.mask = Mask(field[kMask]);
+    term.guide = Guide(field[kGuide]);
     term.logaddexp = field[kLogaddexp], term.detach = field[kDetach], term.largest = field[kLargest];
     term.owns_columns = field[kOwnsColumns];
     term.has_above = field[kHasAbove], term.has_below = field[kHasBelow];

@@ -29,6 +29,7 @@ struct TermCode {
   Reduction reduction;
   Score score;
   Mask mask;
+  Guide guide;
   bool logaddexp, detach, has_above, has_below, largest;
   bool owns_columns;  // the columns of S; in a self-similarity this says how a mask that is not symmetric is read
   int16_t slot;       // first partial of the statistic
@@ -62,6 +63,8 @@ struct Pass {
   const int32_t* y_labels;   // (columns padded,)
   const int32_t* exclude;    // (rows padded,) or nullptr
   const uint8_t* pair_mask;  // (B, N) or nullptr
+  const T* guide;            // (end_b - first_b, guide_stride) second products of the panel, or nullptr
+  int32_t guide_stride;      // a multiple of 4
   int64_t padded_b, padded_n, columns;
   int32_t first_b, end_b, first_n, end_n;  // the panel
   int32_t tiles_b, tiles_n;                // of the panel

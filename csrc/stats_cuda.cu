@@ -182,12 +182,15 @@ FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, co
 
 // The scores of a term, for a softmax the exponents with an offset for the kept pairs.
 template <class T, int R, bool ROWS>
-FP_DEVICE Shift<T> prepare_side(const TermCode<T>& term, const Strip<T, R>& strip, unsigned bits,
+FP_DEVICE Shift<T> prepare_side(const Pass<T>& pass, const TermCode<T>& term, const Strip<T, R>& strip, unsigned bits,
                                 T (&score)[R][kVector], T (&p)[R][kVector]) {
   if (term.reduction == Reduction::moments) return {};
-  evaluate<T, R, ROWS, false>(term, strip, score, p);
-  if (!is_softmax(term.reduction)) return {};
-  add_log_weight<T, R, ROWS>(term, strip, score);
+  evaluate<T, R, ROWS, false>(pass, term, strip, score, p);
+  if (!is_softmax(term.reduction)) {
+    weigh(pass, term, strip, score);
+    return {};
+  }
+  add_log_weight<T, R, ROWS>(pass, term, strip, score);
   return common_shift(score, bits, p);
 }
 
@@ -201,12 +204,12 @@ FP_DEVICE void collect_item(const Pass<T>& pass, Item item, const Strip<T, R>& s
   if (item.row >= 0) {
     const TermCode<T>& term = pass.terms[item.row];
     const unsigned bits = keep_bits<T, R, true>(pass, term, strip);
-    shift = prepare_side<T, R, true>(term, strip, item.shared ? bits | column_bits : bits, score, p);
+    shift = prepare_side<T, R, true>(pass, term, strip, item.shared ? bits | column_bits : bits, score, p);
     collect_side<T, R, true>(to, strip, term, score, bits, shift, p);
   }
   if (item.column >= 0) {
     const TermCode<T>& term = pass.terms[item.column];
-    if (!item.shared) shift = prepare_side<T, R, false>(term, strip, column_bits, score, p);
+    if (!item.shared) shift = prepare_side<T, R, false>(pass, term, strip, column_bits, score, p);
     collect_side<T, R, false>(to, strip, term, score, column_bits, shift, p);
   }
 }

@@ -62,6 +62,30 @@ FP_DEVICE T logaddexp_share(T p, T q) {
   return p == q ? T(0.5) : T(1) / (T(1) + exp_of(q - p));
 }
 
+// Second products of a strip; rows and columns beyond the panel get any of its numbers.
+template <class T, int R>
+FP_DEVICE void guide_of(const Pass<T>& pass, const Strip<T, R>& strip, T (&out)[R][kVector]) {
+  const int from = strip.column - pass.first_n;
+  FP_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const int i = strip.row + r < pass.end_b ? strip.row + r : pass.end_b - 1;
+    if (from < pass.guide_stride)
+      load4(out[r], pass.guide + int64_t(i - pass.first_b) * pass.guide_stride + from);
+    else
+      FP_UNROLL
+    for (int v = 0; v < kVector; ++v) out[r][v] = 0;
+  }
+}
+
+// Times the second product, where that is a weight.
+template <class T, int R>
+FP_DEVICE void weigh(const Pass<T>& pass, const TermCode<T>& term, const Strip<T, R>& strip, T (&value)[R][kVector]) {
+  if (term.guide != Guide::weight) return;
+  T t[R][kVector];
+  guide_of(pass, strip, t);
+  FP_EACH_PAIR(R) value[r][v] *= t[r][v];
+}
+
 template <Score S, class T, int R, bool SLOPE>
 FP_DEVICE void score_pairs(T constant, T (&value)[R][kVector], T (&slope)[R][kVector]) {
   FP_EACH_PAIR(R) {
@@ -73,24 +97,28 @@ FP_DEVICE void score_pairs(T constant, T (&value)[R][kVector], T (&slope)[R][kVe
 
 // score(z), and its slope, of every pair.
 template <class T, int R, bool ROWS, bool SLOPE>
-FP_DEVICE void evaluate(const TermCode<T>& term, const Strip<T, R>& strip, T (&value)[R][kVector],
+FP_DEVICE void evaluate(const Pass<T>& pass, const TermCode<T>& term, const Strip<T, R>& strip, T (&value)[R][kVector],
                         T (&slope)[R][kVector]) {
   using Own = Side<R, ROWS>;
   using Other = Side<R, !ROWS>;
   T scale[Own::kCount], offset[Own::kCount];
   along<T, R, ROWS>(term.scale, strip, scale);
   along<T, R, ROWS>(term.offset, strip, offset);
+  if (term.guide == Guide::logits)
+    guide_of(pass, strip, value);
+  else
+    FP_EACH_PAIR(R) value[r][v] = strip.s[r][v];
   if (!term.other_offset) {
-    FP_EACH_PAIR(R) value[r][v] = scale[Own::of(r, v)] * strip.s[r][v] + offset[Own::of(r, v)];
+    FP_EACH_PAIR(R) value[r][v] = scale[Own::of(r, v)] * value[r][v] + offset[Own::of(r, v)];
   } else {
     T other[Other::kCount];
     along<T, R, !ROWS>(term.other_offset, strip, other);
     if (term.logaddexp) {
       FP_EACH_PAIR(R)
-      value[r][v] = scale[Own::of(r, v)] * strip.s[r][v] + logaddexp(offset[Own::of(r, v)], other[Other::of(r, v)]);
+      value[r][v] = scale[Own::of(r, v)] * value[r][v] + logaddexp(offset[Own::of(r, v)], other[Other::of(r, v)]);
     } else {
       FP_EACH_PAIR(R)
-      value[r][v] = scale[Own::of(r, v)] * strip.s[r][v] + (offset[Own::of(r, v)] + other[Other::of(r, v)]);
+      value[r][v] = scale[Own::of(r, v)] * value[r][v] + (offset[Own::of(r, v)] + other[Other::of(r, v)]);
     }
   }
 #define FP_CASE(NAME) \
@@ -118,15 +146,23 @@ FP_DEVICE unsigned keep_bits(const Pass<T>& pass, const TermCode<T>& term, const
   using Own = Side<R, ROWS>;
   using Other = Side<R, !ROWS>;
   unsigned bits = mask_bits(pass, strip, term.mask, pass.symmetric && ROWS == term.owns_columns);
+  const bool weighed = term.guide == Guide::weight && is_softmax(term.reduction);
+  T compared[R][kVector];
+  FP_EACH_PAIR(R) compared[r][v] = strip.s[r][v];
+  if (term.guide == Guide::threshold || weighed) guide_of(pass, strip, compared);
+  if (weighed) {
+    FP_EACH_PAIR(R) if (compared[r][v] <= 0) bits &= ~(1u << (r * kVector + v));
+    FP_EACH_PAIR(R) compared[r][v] = strip.s[r][v];
+  }
   if (term.has_above) {
     T bound[Own::kCount];
     along<T, R, ROWS>(term.above, strip, bound);
-    FP_EACH_PAIR(R) if (strip.s[r][v] <= bound[Own::of(r, v)]) bits &= ~(1u << (r * kVector + v));
+    FP_EACH_PAIR(R) if (compared[r][v] <= bound[Own::of(r, v)]) bits &= ~(1u << (r * kVector + v));
   }
   if (term.has_below) {
     T bound[Own::kCount];
     along<T, R, ROWS>(term.below, strip, bound);
-    FP_EACH_PAIR(R) if (strip.s[r][v] >= bound[Own::of(r, v)]) bits &= ~(1u << (r * kVector + v));
+    FP_EACH_PAIR(R) if (compared[r][v] >= bound[Own::of(r, v)]) bits &= ~(1u << (r * kVector + v));
   }
   if (term.weight && is_softmax(term.reduction)) {
     T weight[Other::kCount];
@@ -138,7 +174,13 @@ FP_DEVICE unsigned keep_bits(const Pass<T>& pass, const TermCode<T>& term, const
 
 // Exponents of a softmax: log(weight) is added.
 template <class T, int R, bool ROWS>
-FP_DEVICE void add_log_weight(const TermCode<T>& term, const Strip<T, R>& strip, T (&value)[R][kVector]) {
+FP_DEVICE void add_log_weight(const Pass<T>& pass, const TermCode<T>& term, const Strip<T, R>& strip,
+                              T (&value)[R][kVector]) {
+  if (term.guide == Guide::weight) {
+    T t[R][kVector];
+    guide_of(pass, strip, t);
+    FP_EACH_PAIR(R) value[r][v] += log_of(t[r][v]);
+  }
   if (!term.weight) return;
   using Other = Side<R, !ROWS>;
   T weight[Other::kCount];

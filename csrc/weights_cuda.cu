@@ -102,16 +102,18 @@ FP_DEVICE void directed(const Pass<T>& pass, const TermCode<T>& term, const Stri
   using Other = Side<R, !ROWS>;
   const unsigned bits = keep_bits<T, R, ROWS>(pass, term, strip);
   T score[R][kVector], u[R][kVector];
-  evaluate<T, R, ROWS, true>(term, strip, score, u);  // u: the slope, for now
+  evaluate<T, R, ROWS, true>(pass, term, strip, score, u);  // u: the slope, for now
   const bool mean = term.reduction == Reduction::softmax_mean;
   if (sums && term.value_slot >= 0) {
     T value[R][kVector], weight[Other::kCount];
     weights_of<T, R, !ROWS>(term, strip, weight);
-    FP_EACH_PAIR(R) value[r][v] = has_bit(bits, r, v) ? weight[Other::of(r, v)] * score[r][v] : T(0);
+    FP_EACH_PAIR(R) value[r][v] = weight[Other::of(r, v)] * score[r][v];
+    weigh(pass, term, strip, value);
+    FP_EACH_PAIR(R) value[r][v] = has_bit(bits, r, v) ? value[r][v] : T(0);
     collect_sum<T, R, ROWS>(to, strip, term.value_slot, value, 0);
   }
   if (is_softmax(term.reduction)) {
-    add_log_weight<T, R, ROWS>(term, strip, score);
+    add_log_weight<T, R, ROWS>(pass, term, strip, score);
     {
       T g[Own::kCount], lse[Own::kCount];
       cotangents<T, R, ROWS>(term, strip, g);
@@ -137,6 +139,7 @@ FP_DEVICE void directed(const Pass<T>& pass, const TermCode<T>& term, const Stri
     T g[Own::kCount], weight[Other::kCount];
     cotangents<T, R, ROWS>(term, strip, g);
     weights_of<T, R, !ROWS>(term, strip, weight);
+    weigh(pass, term, strip, u);
     FP_EACH_PAIR(R) {
       const T own = g[Own::of(r, v)];
       u[r][v] = has_bit(bits, r, v) ? own * weight[Other::of(r, v)] * u[r][v] : T(0);
@@ -184,7 +187,7 @@ FP_DEVICE void both_directions(const Pass<T>& pass, const TermCode<T>& row, cons
   const unsigned column_bits = keep_bits<T, R, false>(pass, column, strip);
   const bool count_columns = !pass.symmetric || pass.mirror_sums;
   T score[R][kVector], part[R][kVector];  // part: the slope, then what counts for the sums
-  evaluate<T, R, true, true>(row, strip, score, part);
+  evaluate<T, R, true, true>(pass, row, strip, score, part);
   const T scale = row.scale.data ? row.scale.data[0] : row.scale.number;
   auto add = [&](int r, int v, T by_row, T by_column) {
     // The slope of a pair that is not kept may be infinite.

@@ -104,7 +104,7 @@ def test_scores_keep_their_digits(dtype):
 
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "scalar_of_everything",
-    "softmax_mean_parameters", "moments", "thresholds",
+    "softmax_mean_parameters", "moments", "thresholds", "guide_weight",
 )  # fmt: skip
 
 

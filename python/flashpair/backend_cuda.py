@@ -188,26 +188,41 @@ class _Source:
             op.x, op.y = x, x if op.y is op.x else _aligned(op.y)
         self.op = op
         self.tile_rows = FUSED_ROWS if fused else _WARPS * STRIPS * STRIP_ROWS[kernel][self.dtype.itemsize]
-        self.bytes = 0 if fused else self.dtype.itemsize  # a pair in the workspace
+        # A pair in the workspace; second products are always there.
+        self.bytes = (int(not fused) + int(op.guide is not None)) * self.dtype.itemsize
         self._space = op.x.new_empty(0, dtype=self.dtype)
+        self._guide_space = self._space
 
     def panel(self, first_b: int, end_b: int, first_n: int, end_n: int) -> Tensor:
         """(rows, columns) dot products with a row stride that keeps rows 16-byte aligned; empty in the fused form."""
         if self.fused:
             return self._space
-        x, y = self.op.x[first_b:end_b], self.op.y[first_n:end_n]
-        stride = round_up(end_n - first_n, 8)
-        size = (end_b - first_b) * stride
-        if self._space.numel() < size:
-            self._space = torch.empty(size, dtype=self.dtype, device=x.device)
-        out = self._space[:size].view(end_b - first_b, stride)[:, : end_n - first_n]
-        if x.dtype == self.dtype:
-            torch.mm(x, y.T, out=out)
-        elif x.is_cuda:
-            torch.mm(x, y.T, out_dtype=self.dtype, out=out)
-        else:
-            torch.mm(x.to(self.dtype), y.T.to(self.dtype), out=out)
+        self._space, out = _product(self.op.x[first_b:end_b], self.op.y[first_n:end_n], self._space)
         return out
+
+    def guide(self, first_b: int, end_b: int, first_n: int, end_n: int) -> Tensor:
+        """The second products of a panel, laid out like `panel`; empty without them."""
+        if self.op.guide is None:
+            return self.op.x.new_empty(0, dtype=self.dtype)
+        u, v = self.op.guide
+        self._guide_space, out = _product(u[first_b:end_b], v[first_n:end_n], self._guide_space)
+        return out
+
+
+def _product(x: Tensor, y: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
+    """x y^T in the dtype of the space, and the space, larger where it has to be."""
+    stride = round_up(y.shape[0], 8)
+    size = x.shape[0] * stride
+    if space.numel() < size:
+        space = torch.empty(size, dtype=space.dtype, device=x.device)
+    out = space[:size].view(x.shape[0], stride)[:, : y.shape[0]]
+    if x.dtype == space.dtype:
+        torch.mm(x, y.T, out=out)
+    elif x.is_cuda:
+        torch.mm(x, y.T, out_dtype=space.dtype, out=out)
+    else:
+        torch.mm(x.to(space.dtype), y.T.to(space.dtype), out=out)
+    return space, out
 
 
 def _stream(x: Tensor) -> int:
@@ -271,13 +286,13 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
     with float32_products(op.x, request.precision):
         for panel in _panel_pairs(request, shape):
             first_b, end_b, first_n, end_n = panel
-            s = source.panel(*panel)
+            s, t = source.panel(*panel), source.guide(*panel)
             tiles_b, tiles_n = cdiv(end_b - first_b, source.tile_rows), cdiv(end_n - first_n, TILE_COLUMNS)
             for program, used, entries in programs:
                 rows = empty_partials(used[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
                 columns = empty_partials(used[1], tiles_b, end_n - first_n, op.x.device, source.dtype)
                 torch.ops.flashpair_cuda.stats(
-                    program.operands, s, program.vectors, program.codes(panel, source.tile_rows), program.numbers,
+                    program.beside(t), s, program.vectors, program.codes(panel, source.tile_rows), program.numbers,
                     stream, rows, columns,
                 )  # fmt: skip
                 _fold(rows, plan.states[0], tiles_n, end_b - first_b, first_b, entries[0], stream)
@@ -381,7 +396,7 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
         columns = empty_partials(count, tiles_b, end_n - first_n, op.x.device, source.dtype)
         row_sum, column_sum = (plan.row_sum, -1 if on_diagonal else plan.column_sum) if store else (-1, -1)
         torch.ops.flashpair_cuda.weights(
-            program.operands, s, program.vectors,
+            program.beside(source.guide(*panel)), s, program.vectors,
             program.codes(panel, source.tile_rows, mirror_sums=int(not on_diagonal)), program.numbers, stream,
             rows, columns, w, nothing.float() if plan.scale is None else plan.scale,
             [count, count, *(slots.index(slot) if slot >= 0 else -1 for slot in (row_sum, column_sum))],

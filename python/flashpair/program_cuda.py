@@ -11,13 +11,13 @@ from torch import Tensor
 from .operands import Operands, padded, padded_length
 from .panels import cdiv
 from .request import FlatTerm, Request
-from .terms import Combine, Extreme, Reduction
+from .terms import Combine, Extreme, Guide, Reduction
 
 #: As in csrc/program_cuda.h and csrc/strip_cuda.h.
 MAX_TERMS = 16
 TILE_COLUMNS = 128
 #: Fields of a header, an item and a term; operands; terms.
-LAYOUT = [18, 3, 24, 8, MAX_TERMS]
+LAYOUT = [18, 3, 25, 9, MAX_TERMS]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def _single(value) -> bool:
 
 def _uniform(term: FlatTerm) -> bool:
     """z is one affine function of s for all pairs."""
-    return _single(term.scale) and _single(term.offset) and term.other_offset is None and term.weight is None
+    plain = _single(term.scale) and _single(term.offset) and term.other_offset is None and term.weight is None
+    return plain and term.guide in (Guide.NONE, Guide.THRESHOLD)
 
 
 def _same_z(a: FlatTerm, b: FlatTerm) -> bool:
@@ -104,9 +105,9 @@ class Program:
         absent = {"scale": 1.0, "offset": 0.0, "above": -torch.inf, "below": torch.inf}
         places, numbers = zip(*(self.parameter(getattr(term, n, None), v) for n, v in absent.items()), strict=True)
         self.numbers += [*numbers, 0.0 if extreme else term.constant]
-        kind = (0, 0, int(term.mask), 0, 0) if extreme else (
+        kind = (0, 0, int(term.mask), 0, 0, 0) if extreme else (
             int(term.reduction), int(term.score), int(term.mask), int(term.combine == Combine.LOGADDEXP),
-            int(term.detach_weights),
+            int(term.detach_weights), int(term.guide),
         )  # fmt: skip
         self.terms.append(
             [
@@ -117,6 +118,10 @@ class Program:
                 *(slots.get(n, -1) for n in ("statistic", "scale", "offset", "other_offset", "weight", "value")),
             ]
         )  # fmt: skip
+
+    def beside(self, guide: Tensor) -> list[Tensor]:
+        """The operands, with the second products of a panel."""
+        return [*self.operands[:-1], guide]
 
     def codes(self, panel: tuple[int, int, int, int], tile_rows: int, **flags: int) -> list[int]:
         """The flat pass for one panel: (first row, end, first column, end)."""
@@ -136,6 +141,7 @@ def program(request: Request, op: Operands, items: list[Item], **flags: int) -> 
     listed = [
         op.x, op.y, op.x_norms, op.y_norms, op.x_labels, op.y_labels,
         nothing if request.exclude is None else op.exclude, nothing if request.pair_mask is None else op.pair_mask,
+        nothing,
     ]  # fmt: skip
     header = {
         "padded_b": padded_length(op.x.shape[0]),
