@@ -81,7 +81,8 @@ class Extremes {
       memset(buffers.built, 0, sizeof buffers.built);
       const Lane<T>* base = masked ? base_lanes(walk_, tile, r, found.term.mask, buffers) : nullptr;
       bool any = true;
-      const Lane<T>* keep = keep_lanes_of<T, true>(found.data, base, s, nullptr, n, row, tile.j0, buffers.keep_row, any);
+      const Lane<T>* keep =
+          keep_lanes_of<T, true>(found.data, base, s, nullptr, n, row, tile.j0, buffers.keep_row, any);
       if (any) candidates<true>(tile, found, s, keep, row, n);
       if (!mirrored) continue;
       keep = keep_lanes_of<T, false>(found.data, base, s, nullptr, n, row, tile.j0, buffers.keep_column, any);

@@ -116,7 +116,8 @@ class Stats {
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
       if (to_row)
-        keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
+        keep_row =
+            keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, tile.i0 + r, tile.j0, buffers.keep_row, row_any);
       if (to_column)
         keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, tile.i0 + r, tile.j0,
                                               buffers.keep_column, column_any);
@@ -236,8 +237,8 @@ class Stats {
           top = f > top ? f : top;
           bad |= f != f;
         } else {
-          partial[1] += exp(f - top) * double(data.weight ? data.weight.data[row] : T(1)) *
-                        double(data.weighed() ? t : T(1));
+          partial[1] +=
+              exp(f - top) * double(data.weight ? data.weight.data[row] : T(1)) * double(data.weighed() ? t : T(1));
         }
       }
       if (bad) top = NAN;

@@ -299,9 +299,11 @@ class Weights {
       bool row_any = to_row != nullptr, column_any = to_column != nullptr;
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
-      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_row, row_any);
+      if (to_row)
+        keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_row, row_any);
       if (to_column)
-        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_column, column_any);
+        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_column,
+                                              column_any);
       if (!row_any && !column_any) continue;
       const T* z = s;
       T a = scale, o = any.offset_number();
@@ -429,9 +431,11 @@ class Weights {
       bool row_any = to_row != nullptr, column_any = to_column != nullptr;
       const Lane<T>* keep_row = base;
       const Lane<T>* keep_column = base;
-      if (to_row) keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_row, row_any);
+      if (to_row)
+        keep_row = keep_lanes_of<T, true>(*to_row, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_row, row_any);
       if (to_column)
-        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_column, column_any);
+        keep_column = keep_lanes_of<T, false>(*to_column, base, s, tile.guide(r), n, row, tile.j0, buffers.keep_column,
+                                              column_any);
       if (!row_any && !column_any) continue;
       score_row<T, true>(any, s, n, row, tile.j0, buffers, buffers.f, buffers.slope, static_cast<T*>(nullptr));
       const T g = row_any ? to_row->cotangent.data[row] : T(0);

@@ -28,6 +28,7 @@ from flashpair import (
     pair_reduce,
     pair_sum,
 )
+from flashpair.distributed.sharded import by_row
 
 ROWS, COLUMNS = Axis.ROWS, Axis.COLUMNS
 SUM, LSE, COUNT = Reduction.SUM, Reduction.LOGSUMEXP, Reduction.COUNT
@@ -127,7 +128,8 @@ def _every_reduction(**options) -> Callable[[Data], tuple]:
 
 def _features(d: Data) -> Tensor | tuple[Tensor, Tensor]:
     """A guide whose products are exact wherever those of the embeddings are."""
-    return d.x[:, :3] if d.y is None else (d.x[:, :3], d.y[:, :3])
+    rows, *columns = (by_row(lambda v: v[:, :3], side) for side in (d.x, d.y) if side is not None)
+    return (rows, *columns) if columns else rows
 
 
 def _overlaps(d: Data) -> Tensor | tuple[Tensor, Tensor]:
@@ -310,7 +312,9 @@ PROGRAMS = [
             lambda d: Term(LSE, axis=COLUMNS, scale=d.scale),
             lambda d: Term(SUM, Score.SQUARE, SAME, COLUMNS, above=d.column_offset + 0.013, guide=Guide.THRESHOLD),
             lambda d: Term(MEAN, above=-0.007, below=d.row_scale + 0.013, scale=d.scale, guide=Guide.THRESHOLD),
-            lambda d: Term(COUNT, Score.SQUARE, DIFFERENT, offset=9.1, above=d.row_offset + 0.013, guide=Guide.THRESHOLD),
+            lambda d: Term(
+                COUNT, Score.SQUARE, DIFFERENT, offset=9.1, above=d.row_offset + 0.013, guide=Guide.THRESHOLD
+            ),
             lambda d: Term(LSE, above=-0.263),
             guide=_features,
         ),
@@ -332,12 +336,18 @@ PROGRAMS = [
         "guide_logits",
         _reduce(
             lambda d: Term(MEAN, scale=d.scale, detach_weights=True, guide=Guide.LOGITS),
-            lambda d: Term(MEAN, mask=DIFFERENT, axis=COLUMNS, weight=d.row_weight.detach(), detach_weights=True,
-                           guide=Guide.LOGITS),
+            lambda d: Term(
+                MEAN,
+                mask=DIFFERENT,
+                axis=COLUMNS,
+                weight=d.row_weight.detach(),
+                detach_weights=True,
+                guide=Guide.LOGITS,
+            ),
             lambda d: Term(LSE, scale=d.scale),
             guide=_overlaps,
         ),
-    ),  # fmt: skip
+    ),
     Program(
         "guide_scalar",
         lambda d: (
@@ -346,12 +356,19 @@ PROGRAMS = [
                 guide=_overlaps(d),
                 terms=[
                     Term(SUM, Score.SOFTPLUS, scale=d.scale, offset=d.bias, guide=Guide.WEIGHT),
-                    Term(SUM, Score.SQUARE, SAME, COLUMNS, scale=d.column_scale, weight=d.row_weight.detach(),
-                         guide=Guide.WEIGHT),
+                    Term(
+                        SUM,
+                        Score.SQUARE,
+                        SAME,
+                        COLUMNS,
+                        scale=d.column_scale,
+                        weight=d.row_weight.detach(),
+                        guide=Guide.WEIGHT,
+                    ),
                 ],
             ),
         ),
-    ),  # fmt: skip
+    ),
     Program("no_gradient", _reduce(Term(COUNT, Score.SQUARE, SAME), Term(MOMENTS))),
 ]
 

@@ -394,3 +394,15 @@ def test_counts_and_moments_are_not_differentiable(side, backend):
             data.x, data.y, [Term(Reduction.SUM), Term(Reduction.COUNT, Score.HINGE), Term(Reduction.MOMENTS)]
         )
     assert total.requires_grad and not count.requires_grad and not moments.requires_grad
+
+
+def test_thresholds_of_one_direction(backend):
+    """Rows and columns that share z, where only one of them has thresholds."""
+    data = make(37, 41, 6).to(_precise(backend), support.device(backend))
+    for bounded in (Axis.ROWS, Axis.COLUMNS):
+
+        def run(d: support.Data, bounded=bounded) -> tuple:
+            bound = {bounded: 0.1, Axis(1 - bounded): None}
+            return pair_reduce(d.x, d.y, [Term(LSE, axis=axis, scale=d.scale, below=bound[axis]) for axis in Axis])
+
+        compare(run, data, backend, _precise(backend))

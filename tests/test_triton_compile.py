@@ -77,13 +77,21 @@ def _given_sum(d: support.Data):
 PROGRAMS = {
     **{
         name: (BY_NAME[name].run, "rectangle")
-        for name in ("clip", "siglip", "cacr", "sum_parameters", "softcap_clip", "log_cosh_parameters",
-                     "guide_weight")
+        for name in ("clip", "siglip", "cacr", "sum_parameters", "softcap_clip", "log_cosh_parameters", "guide_weight")
     },
     **{
         name: (BY_NAME[name].run, "self")
-        for name in ("supcon", "nt_xent", "multi_similarity", "circle", "contrastive", "lifted", "moments", "given",
-                     "guide_threshold")
+        for name in (
+            "supcon",
+            "nt_xent",
+            "multi_similarity",
+            "circle",
+            "contrastive",
+            "lifted",
+            "moments",
+            "given",
+            "guide_threshold",
+        )
     },
     "given_sum": (_given_sum, "rectangle"),
     "batch_hard": (_mining(Extreme(Mask.SAME, False), Extreme(Mask.DIFFERENT, True)), "self"),

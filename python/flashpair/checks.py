@@ -189,7 +189,7 @@ def guide(
     if value is None:
         return None
     wanted = "a tensor (B, E), as y is None" if own else "a tuple of tensors (B, E) and (N, E), as y is given"
-    if own != isinstance(value, Tensor) or not (own or isinstance(value, (tuple, list)) and len(value) == 2):
+    if own != isinstance(value, Tensor) or not (own or (isinstance(value, (tuple, list)) and len(value) == 2)):
         got = type(value).__name__ + (f" of length {len(value)}" if isinstance(value, (tuple, list)) else "")
         raise TypeError(f"guide must be {wanted}; got {got}")
     sides = [value] if own else list(value)

@@ -143,7 +143,7 @@ def pair_reduce(
     if pairs is not None:
         if pair_mask is not None or exclude is not None or exclude_self or guide is not None:
             raise ValueError(
-                "pairs excludes pair_mask, exclude, guide and exclude_self=True: the list already says which pairs exist"
+                "pairs excludes pair_mask, exclude, guide and exclude_self=True: the list says which pairs exist"
             )
         exclude_self = False
     exclude_self = (y is None) if exclude_self is None else exclude_self
