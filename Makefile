@@ -1,5 +1,5 @@
-# make demo | faces | towers | labels | test | bench | lint | format | clean. Each makes .venv first and installs what it
-# needs, once.
+# make demo | faces | towers | labels | docstrings | test | bench | lint | format | clean. Each makes .venv first and
+# installs what it needs, once.
 # make test runs the files of tests in JOBS processes; their threads wait without spinning, so as to share the cores.
 # make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize.
 
@@ -21,7 +21,7 @@ PACKAGING := constraints.txt pyproject.toml
 SOURCES := setup.py $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: demo faces towers labels test bench gpu lint format clean
+.PHONY: demo faces towers labels docstrings test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native $(VENV)/.demo
@@ -35,6 +35,9 @@ towers: $(VENV)/.native $(VENV)/.demo
 
 labels: $(VENV)/.native $(VENV)/.demo
 	$(BIN)/python examples/labels.py $(LABELS)
+
+docstrings: $(VENV)/.native $(VENV)/.demo
+	$(BIN)/python examples/docstrings.py $(DOCSTRINGS)
 
 test: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m flashpair

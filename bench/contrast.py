@@ -265,6 +265,34 @@ def mul_sup_con(x: Tensor, y: Tensor) -> Tensor:
     return -torch.where(weights > 0, weights * log_p, 0.0).sum() / (h * (others > 0)).sum() + 0 * y.sum()
 
 
+def prototypes(x: Tensor) -> Tensor:
+    torch.manual_seed(0)  # as `ours`
+    return unit(torch.randn(80, x.shape[1])).to(x)
+
+
+def msc(x: Tensor, y: Tensor) -> Tensor:
+    h = multi_hot(len(x)).to(x)
+    size, shared, z, p = h.sum(1), h @ h.T, unit(x), prototypes(x)
+    union = torch.where(shared > 0, 1 / (size[:, None] + size[None] - shared).clamp_min(1), 0.0).fill_diagonal_(0)
+    n = h / (1 + union @ h)
+    logits = torch.cat([z @ p.T, off_diagonal(z @ z.T)], 1) / 0.1
+    total = torch.cat([logits[:, :80], logits[:, 80:] + torch.log(torch.tensor(0.1))], 1).logsumexp(1)
+    w = torch.cat([n, union * (n @ h.T)], 1)
+    rows = torch.where(w > 0, w * (total[:, None] - logits), 0.0).sum(1) / size.clamp_min(1)
+    return torch.where(size > 0, rows, 0.0).mean() + 0 * y.sum()
+
+
+def mscrg(x: Tensor, y: Tensor) -> Tensor:
+    h, z = torch.cat([multi_hot(len(x)).to(x), torch.eye(80).to(x)]), torch.cat([unit(x), prototypes(x)])
+    others = h.sum(0) - 1
+    w = ((h * (others > 0) / others.clamp_min(1)) @ h.T).fill_diagonal_(0) / h.sum(1).clamp_min(1)[:, None]
+    s = z @ z.T / 0.1
+    log_p = off_diagonal(s).log_softmax(1)
+    push = torch.where(w > 0, (log_p.exp() - w).clamp_min(0).detach() * s, 0.0)
+    losses = -torch.where(w > 0, w * log_p, 0.0) - push
+    return losses.sum() / (w.sum(1) > 0).sum() + 0 * y.sum()
+
+
 def rank_net(x: Tensor, y: Tensor) -> Tensor:
     a, t = x.sum(1), targets(len(x))
     return F.softplus(-(a[:, None] - a[None])[t[:, None] > t[None]]).mean() + 0 * y.sum()
@@ -295,7 +323,8 @@ DENSE = {
     "CWCLLoss": cwcl, "DistillClipLoss": distill_clip, "MannWhitneyLoss": mann_whitney, "CACRLoss": cacr,
     "MEOWLoss": meow, "RnCLoss": rnc, "AMCLLoss": amcl, "SimLAPLoss": sim_lap,
     "MultipleNegativesRankingLoss": multiple_negatives, "GISTEmbedLoss": gist, "CoSENTLoss": co_sent,
-    "MultiLabelContrastiveLoss": multi_label, "MulSupConLoss": mul_sup_con, "RankNetLoss": rank_net,
+    "MultiLabelContrastiveLoss": multi_label, "MulSupConLoss": mul_sup_con, "MSCLoss": msc,
+    "MSCRGLoss": mscrg, "RankNetLoss": rank_net,
     "ComparisonLoss": comparison, "LambdaLoss": lambda_loss,
 }  # fmt: skip
 
@@ -307,8 +336,8 @@ def ours(name: str, leaves: list[Tensor]) -> Tensor:
 
 SUITE = versus.Suite(
     "contrast.py", machine.ROOT / "docs" / "contrastive.md", "dense code takes",
-    sorted({*DENSE, "MSCLoss", "MSCRGLoss"}), inputs, ours, lambda name, leaves: DENSE[name](*leaves),
-    lambda name: "" if name in DENSE else "not written", lambda name: 1e-7,
+    sorted(DENSE), inputs, ours, lambda name, leaves: DENSE[name](*leaves),
+    lambda name: "", lambda name: 1e-7,
 )  # fmt: skip
 
 if __name__ == "__main__":

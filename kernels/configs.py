@@ -66,8 +66,8 @@ _TOP_K = {
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3, registers=255)),
     "ieee": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, registers=255)),
 }
-#: Passes with an explicit mask, a second product, softmax means or more than `MANY_EVALUATIONS` take a smaller part of S
-#: at a time.
+#: Passes with an explicit mask, a second product, softmax means or more than `MANY_EVALUATIONS` take a smaller part of
+#: S at a time.
 _CROWDED = {
     "half": dict.fromkeys((80, 89), TileConfig(128, 64, 32, 8, 3, parts=4, registers=255))
     | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=4)),

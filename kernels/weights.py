@@ -322,8 +322,8 @@ def _weights_kernel(
         BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     t = guide_tile(
-        (u_ptr, v_ptr, E, stride_ub, stride_vn), dots, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n,
-        PROGRAM, BLOCK_B, BLOCK_N, BLOCK_D, GUIDE_PRECISION, UPCAST,
+        (u_ptr, v_ptr, E, stride_ub, stride_vn), dots, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N,
+        end_b, end_n, PROGRAM, BLOCK_B, BLOCK_N, BLOCK_D, GUIDE_PRECISION, UPCAST,
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr, weights_ptr, weight_scale_ptr, stride_w)
     if PARTS == 1:

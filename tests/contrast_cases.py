@@ -18,6 +18,7 @@ from views import Case, Views, lse, mean, unit
 
 from flashpair import losses
 from flashpair.losses.contrast.feature_transformation import beta_like
+from flashpair.losses.contrast.sup_re_mix import beta_two
 from flashpair.random import draw_seed
 
 
@@ -98,11 +99,13 @@ def define_cy_clip(d: Views) -> Tensor:
     return define_clip(p, q, 7.0) + 0.25 * cross / b + 0.5 * within / b
 
 
-def define_cwcl(d: Views) -> Tensor:
+def define_cwcl(d: Views, bandwidth: float | None = None) -> Tensor:
     p, q, m, b, t = unit(d.x), unit(d.y), d.frozen, len(d.x), 7.0
     rows, columns = [], []
     for i in range(b):
         w = [0.5 * m[i] @ m[j] + 0.5 for j in range(b)]
+        if bandwidth is not None:
+            w = [torch.exp((m[i] @ m[j] - 1) / bandwidth) for j in range(b)]
         logits = [t * p[i] @ q[j] for j in range(b)]
         total = lse(logits)
         rows.append(sum(w[j] * (total - logits[j]) for j in range(b)) / sum(w))
@@ -139,6 +142,32 @@ def define_cacr(d: Views, through: bool = True, tau_plus: float = 0.0) -> Tensor
     return mean(pull) + mean(push)
 
 
+def define_cacr_queue(d: Views, through: bool = False, in_batch: bool = True) -> Tensor:
+    """As the authors' code computes it: one softmax over the queue's and the batch's distances."""
+    queries, b = [unit(v) for v in (d.x, d.y, d.z)], len(d.x)
+    keys = [unit(v).detach() for v in momentum_keys(d)]
+    queue, cost = unit(d.queue), lambda a, c: (a - c).square().sum()
+    terms = []
+    for k, view in enumerate(queries):
+        for i in range(b):
+            c = torch.stack([cost(view[i], other[i]) for j, other in enumerate(keys) if j != k])
+            far = [cost(view[i], n) for n in queue]
+            logits = [v.detach() for v in far]
+            own = [cost(view[i], view[j]) for j in range(b) if j != i and in_batch]
+            far, logits = far + own, logits + [v if through else v.detach() for v in own]
+            weights = torch.softmax(-1.3 * torch.stack(logits), 0)
+            terms.append((torch.softmax(c.detach(), 0) * c).sum() - (weights * torch.stack(far)).sum())
+    return mean(terms)
+
+
+def momentum_keys(d: Views) -> list[Tensor]:
+    return [(d.x * 0.9 + 0.1).detach(), (d.y * 1.1 - 0.1).detach(), d.z.detach().flip(1)]
+
+
+def cacr_queue(loss, d: Views) -> Tensor:
+    return loss([d.x, d.y, d.z], momentum_keys(d), d.queue)
+
+
 def define_meow(d: Views) -> Tensor:
     terms, b = [], len(d.x)
     for i in range(b):
@@ -147,6 +176,94 @@ def define_meow(d: Views) -> Tensor:
         if any(weights):
             terms.append(torch.log(total) - cosine(d.x[i], d.y[i]) / 0.4)
     return sum(terms, 0 * d.x.sum()) / b
+
+
+def network(seed: int = 3) -> list[Tensor]:
+    """W (4, 5), c (4,), v (1, 4), d (1,)."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=g).double() for shape in ((4, 5), (4,), (1, 4), (1,))]
+
+
+def with_network(loss):
+    for parameter, value in zip(loss.parameters(), network(), strict=True):
+        parameter.data = value
+    return loss
+
+
+def define_ada_meow(d: Views, parameters: list[Tensor] | None = None) -> Tensor:
+    w, c, v, bias = (p.to(d.x) for p in (network() if parameters is None else parameters))
+    a, b, terms = unit(d.x), unit(d.y), []
+    for i in range(len(a)):
+        weight = [torch.sigmoid(v[0] @ torch.tanh(w @ (a[i] + b[j]) + c) + bias[0]) for j in range(len(b))]
+        total = sum(weight[j] * torch.exp(a[i] @ b[j] / 0.4) for j in range(len(b)))
+        terms.append(-torch.log(torch.exp(a[i] @ b[i] / 0.4) / total))
+    return mean(terms)
+
+
+def centroids(like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Of three clusterings, and φ."""
+    g = torch.Generator().manual_seed(6)
+    sizes = (2, 4, 3)
+    return tuple(
+        [make(n).double().to(like.device) for n in sizes]
+        for make in (lambda n: torch.randn(n, 5, generator=g), lambda n: 0.1 + torch.rand(n, generator=g))
+    )
+
+
+def define_proto_nce(d: Views) -> Tensor:
+    z, terms = unit(d.x), []
+    for of, centers, phi in zip(d.clusters, *centroids(d.x), strict=True):
+        for i, k in enumerate(of.tolist()):
+            s = [z[i] @ unit(u).to(z) / p.to(z) for u, p in zip(centers, phi, strict=True)]
+            terms.append(lse(s) - s[k])
+    return mean(terms)
+
+
+def ages(d: Views) -> Tensor:
+    """(B,) integer targets that follow from the row."""
+    return (2 * d.x[:, 0].detach()).round().long()
+
+
+def define_sup_re_mix(d: Views, gap: int, mix_negatives: bool = True) -> Tensor:
+    """Every mixture made, as the authors' code does."""
+    z, y, b, t = unit(d.x), ages(d).tolist(), len(d.x), 0.5
+    seed = draw_seed() if mix_negatives else 0
+    terms = []
+    for i in range(b):
+        positives = [z[j] for j in range(b) if j != i and y[j] == y[i]]
+        others = [(z[k], abs(y[i] - y[k])) for k in range(b) if y[k] != y[i]]
+        for j, k in itertools.product(range(b), repeat=2):
+            if 0 < y[i] - y[j] < gap and 0 < y[k] - y[i] < gap:
+                alpha = (y[k] - y[i]) / (y[k] - y[j])
+                positives.append((alpha * z[j] + (1 - alpha) * z[k]).detach())
+        for k in range(b):
+            if mix_negatives and y[k] != y[i]:
+                share = beta_two(seed, torch.tensor(i), torch.tensor(k), 6.0, torch.float64).item()
+                others.append(((share * z[i] + (1 - share) * z[k]).detach(), (1 - share) * abs(y[i] - y[k])))
+        candidates = [(v, 0) for v in positives] + others
+        if positives:
+            total = torch.log(sum((apart + 1) * torch.exp(z[i] @ v / t) for v, apart in candidates))
+            terms.append(total - mean([z[i] @ v / t for v in positives]))
+    return sum(terms, 0 * z.sum()) / b
+
+
+def likelihoods(d: Views) -> tuple[Tensor, Tensor]:
+    """log p of data and log p / q of noise."""
+    return 0.02 * (d.x * d.y).sum(1), 0.02 * (d.z * d.y).sum(1)
+
+
+def after_a_batch(loss):
+    loss.log_average.fill_(0.5)
+    return loss
+
+
+def define_meco(d: Views) -> Tensor:
+    """The gradient is that of the surrogate, the value that of the objective."""
+    data, noise = likelihoods(d)
+    g = mean([torch.exp(v) for v in noise])
+    u = (0.7 * math.exp(0.5) + 0.3 * g).detach()
+    surrogate = -mean(list(data)) + g / u
+    return surrogate + (torch.log(u) - g / u).detach()
 
 
 def define_rnc(d: Views) -> Tensor:
@@ -231,12 +348,12 @@ def gates(d: Views) -> Tensor:
     return torch.sigmoid(d.y)
 
 
-def define_sim_lap(d: Views) -> Tensor:
-    z, g, b, y = d.x, gates(d), len(d.x), d.labels
-    partner = (y + 1) % 3
+def define_sim_lap(d: Views, labels: Tensor | None = None, partner: Tensor | None = None, scale: float = 10) -> Tensor:
+    z, g, b, y = d.x, gates(d), len(d.x), d.labels if labels is None else labels
+    partner = (y + 1) % 3 if partner is None else partner
     terms = [0 * z.sum()]
     for i in range(b):
-        s = [10 * cosine(g[i] * z[i], g[i] * z[j]) for j in range(b)]
+        s = [scale * cosine(g[i] * z[i], g[i] * z[j]) for j in range(b)]
         rivals = [s[j] for j in range(b) if y[j] not in (y[i], partner[i])]
         for j in range(b):
             if y[j] == partner[i]:
@@ -344,6 +461,10 @@ CASES = [
         "CWCLLoss", lambda g: losses.CWCLLoss(group=g),
         lambda loss, d: loss(unit(d.x), unit(d.y), 7.0, d.frozen), define_cwcl, True,
     ),
+    Case(
+        "CWCLLoss exponential", lambda g: losses.CWCLLoss(losses.CWCLWeight.EXPONENTIAL, 0.4, group=g),
+        lambda loss, d: loss(unit(d.x), unit(d.y), 7.0, d.frozen), lambda d: define_cwcl(d, 0.4), True,
+    ),
     Case("MannWhitneyLoss", lambda g: losses.MannWhitneyLoss(0.3, group=g), two, define_mann_whitney, True),
     Case(
         "MannWhitneyLoss negatives", lambda g: losses.MannWhitneyLoss(0.3, True, group=g),
@@ -354,7 +475,36 @@ CASES = [
         "CACRLoss detached", lambda g: losses.CACRLoss(detach_weights=True, tau_plus=0.1, group=g),
         lambda loss, d: loss(d.x, d.y, d.z), lambda d: define_cacr(d, False, 0.1),
     ),
+    Case("CACRQueueLoss", lambda g: losses.CACRQueueLoss(1.0, 1.3, group=g), cacr_queue, define_cacr_queue),
+    Case(
+        "CACRQueueLoss through", lambda g: losses.CACRQueueLoss(1.0, 1.3, detach_in_batch=False, group=g), cacr_queue,
+        lambda d: define_cacr_queue(d, True),
+    ),
+    Case(
+        "CACRQueueLoss queue", lambda g: losses.CACRQueueLoss(1.0, 1.3, False, group=g), cacr_queue,
+        lambda d: define_cacr_queue(d, in_batch=False),
+    ),
     Case("MEOWLoss", lambda g: losses.MEOWLoss(group=g), lambda loss, d: loss(d.x, d.y, d.clusters), define_meow),
+    Case(
+        "AdaMEOWLoss", lambda g: with_network(losses.AdaMEOWLoss(5, hidden_size=4, group=g)),
+        lambda loss, d: loss.to(d.x.device)(d.x, d.y), define_ada_meow, True,
+    ),
+    Case(
+        "ProtoNCELoss", lambda g: losses.ProtoNCELoss(group=g),
+        lambda loss, d: loss(d.x, d.clusters, *centroids(d.x)), define_proto_nce,
+    ),
+    Case(
+        "SupReMixLoss", lambda g: losses.SupReMixLoss(0.5, 4, 6.0, group=g), lambda loss, d: loss(d.x, ages(d)),
+        lambda d: define_sup_re_mix(d, 4), True,
+    ),
+    Case(
+        "SupReMixLoss unmixed", lambda g: losses.SupReMixLoss(0.5, 1, mix_negatives=False, group=g),
+        lambda loss, d: loss(d.x, ages(d)), lambda d: define_sup_re_mix(d, 1, False), True,
+    ),
+    Case(
+        "MECOLoss", lambda g: after_a_batch(losses.MECOLoss(0.3, group=g)),
+        lambda loss, d: loss.to(d.x.device)(*likelihoods(d)), define_meco,
+    ),
     Case("RnCLoss", lambda g: losses.RnCLoss(group=g), lambda loss, d: loss(d.x, d.targets), define_rnc, True),
     Case("MoCoV3Loss", lambda g: losses.MoCoV3Loss(0.2, group=g), lambda loss, d: loss(*keys(d)), define_moco_v3),
     Case(

@@ -117,6 +117,84 @@ def define_mscrg(d: Views, prototypes: Tensor = PROTOTYPES, alpha: float = 0.0, 
     return sum(terms) / max(anchors_, 1)
 
 
+OF_QUEUE = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 0]])
+
+
+def references(d: Views) -> tuple[list[Tensor], list[set[int]]]:
+    """Keys and a queue without gradient, and their labels."""
+    of_queue = [set(row.nonzero().flatten().tolist()) for row in OF_QUEUE]
+    return [*d.y.detach(), *d.queue], [*label_sets(d), *of_queue]
+
+
+def define_mul_sup_con_queue(d: Views, per_sample: bool = False, queue: bool = True, keys: bool = True) -> Tensor:
+    refs, of_refs = references(d)
+    first, end = 0 if keys else len(d.x), None if queue else len(d.x)
+    refs, of_refs, rows = refs[first:end], of_refs[first:end], []
+    for x, y in zip(d.x, label_sets(d), strict=True):
+        s = [cosine(x, r) / 0.1 for r in refs]
+        found = [[v for v, z in zip(s, of_refs, strict=True) if c in z] for c in y]
+        rows.append([lse(s) - mean(near) for near in found if near])
+    if per_sample:
+        return sum((mean(r) for r in rows if r), 0 * d.x.sum()) / len(d.x)
+    return sum((v for r in rows for v in r), 0 * d.x.sum()) / max(sum(len(r) for r in rows), 1)
+
+
+RELATED = torch.rand(4, 4, generator=torch.Generator().manual_seed(4)).double()
+RELATED[2, 3] = 1.0
+
+
+def define_nws(
+    d: Views, prototypes: Tensor = PROTOTYPES, alone: bool = False, alpha: float = 0.7, beta: float = 0.2
+) -> Tensor:
+    refs, of_refs = ([*d.x.detach()], label_sets(d)) if alone else references(d)
+    terms = [0 * d.x.sum()]
+    for x, y in zip(d.x, label_sets(d), strict=True):
+        s = [cosine(x, r) / 0.1 for r in refs]
+        of_label = [cosine(x, p) / 0.1 for p in prototypes]
+        negatives = [of_label[c] for c in range(4) if c not in y]
+        for v, z in zip(s, of_refs, strict=True):
+            related = sum(float(RELATED[c, e]) for c in y for e in z) / max(len(y) * len(z), 1)
+            if not y & z and related < 1:
+                negatives.append(v + math.log(beta * (1 - related)))
+        if not y or not negatives:
+            continue
+        total = lse(negatives)
+        n = {c: 1 - alpha / len(y) + alpha * sum(1 / len(y | z) for z in of_refs if c in z) for c in y}
+        loss = sum((total - of_label[c]) / n[c] for c in y)
+        for v, z in zip(s, of_refs, strict=True):
+            loss = loss + sum(alpha / len(y | z) / n[c] for c in y & z) * (total - v)
+        terms.append(loss / len(y))
+    return sum(terms) / len(d.x)
+
+
+def define_correlation(logits: Tensor, y: list[set[int]]) -> Tensor:
+    terms, p = [0 * logits.sum()], torch.sigmoid(logits)
+    for i, present in enumerate(y):
+        absent = set(range(logits.shape[1])) - present
+        pairs = [torch.exp(p[i, a] - p[i, c]) for a in absent for c in present]
+        if pairs:
+            terms.append(mean(pairs))
+    return sum(terms) / len(y)
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
+
+
+def define_hybrid(d: Views) -> Tensor:
+    z, y = d.y[:, :4], label_sets(d)
+    bce = 0 * z.sum()
+    for i in range(len(z)):
+        for c in range(4):
+            p = torch.sigmoid(z[i, c] if c in y[i] else -z[i, c])
+            bce = bce - CLASS_WEIGHTS[c] * torch.log(p) / z.numel()
+    contrastive = define_multi_label(d, losses.LabelWeight.ANY)
+    return 0.5 * bce + 2 * define_correlation(z, y) + 0.3 * contrastive
+
+
+def queued(loss, d: Views) -> Tensor:
+    return loss(d.x, d.multi_hot, d.y, d.queue, OF_QUEUE.to(d.x.device))
+
+
 def labelled(loss, d: Views) -> Tensor:
     return loss(d.x, d.multi_hot)
 
@@ -141,6 +219,15 @@ CASES = [
     Case(
         "MulSupConLoss samples", lambda g: losses.MulSupConLoss(0.1, losses.MulSupConReduction.PER_SAMPLE, group=g),
         labelled, lambda d: define_mul_sup_con(d, True), True,
+    ),
+    Case("MulSupConLoss queue", lambda g: losses.MulSupConLoss(group=g), queued, define_mul_sup_con_queue, True),
+    Case(
+        "NWSLoss", lambda g: with_prototypes(losses.NWSLoss(4, 5, RELATED, 0.1, 0.7, 0.2, group=g)), queued, define_nws,
+        True,
+    ),
+    Case(
+        "HybridMultiLabelLoss", lambda g: losses.HybridMultiLabelLoss(CLASS_WEIGHTS, 0.5, 2.0, 0.3, group=g),
+        lambda loss, d: loss.to(d.x.device)(d.y[:, :4], d.x, d.multi_hot), define_hybrid, True,
     ),
     Case(
         "MultiLabelProtoLoss", lambda g: with_prototypes(losses.MultiLabelProtoLoss(4, 5, group=g)), labelled,

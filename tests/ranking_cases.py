@@ -68,7 +68,38 @@ def define_list_net(d: Views) -> Tensor:
     return sum(-(y[of].softmax(0) * a[of].log_softmax(0)).sum() for of in of_all) / len(of_all)
 
 
+def define_adr_mse(d: Views) -> Tensor:
+    a, y, terms = d.x.sum(1), d.targets, []
+    for of in lists(d):
+        for i in of:
+            better, alike = (sum(1.0 for j in of if v(y[j], y[i])) for v in (torch.gt, torch.eq))
+            rank = better + (alike + 1) / 2
+            found = 1 + sum((1 / (1 + torch.exp(-0.7 * (a[j] - a[i]))) for j in of if j != i), 0 * a[i])
+            terms.append((rank - found) ** 2 / math.log2(1 + rank))
+    return sum(terms) / len(terms)
+
+
+def uncertain(d: Views) -> tuple[Tensor, ...]:
+    """Scores, their deviations, targets, their deviations."""
+    widths = d.y[:, 2].detach().abs().mul(2).round() / 2 + 0.5
+    return d.x.sum(1), torch.nn.functional.softplus(d.y.sum(1)), d.targets, widths
+
+
+def define_unique(d: Views) -> Tensor:
+    (a, s, y, w), terms = uncertain(d), [0 * (d.x.sum() + d.y.sum())]
+    for of in lists(d):
+        for i, j in itertools.combinations(of, 2):
+            p, g = (
+                torch.special.ndtr((v[i] - v[j]) / (u[i] ** 2 + u[j] ** 2 + 1e-8).sqrt())
+                for v, u in ((a, s.detach()), (y, w))
+            )
+            fidelity = 1 - (p * g + 1e-8).sqrt() - ((1 - p) * (1 - g) + 1e-8).sqrt()
+            terms.append(fidelity + (0.2 - torch.sign(w[i] - w[j]) * (s[i] - s[j])).clamp_min(0))
+    return sum(terms) / max(len(terms) - 1, 1)
+
+
 CASES = [
+    Case("ADRMSELoss", lambda g: losses.ADRMSELoss(0.7, group=g), scored, define_adr_mse),
     Case("RankNetLoss", lambda g: losses.RankNetLoss(0.7, group=g), scored, define_rank_net),
     *(
         Case(
@@ -84,6 +115,10 @@ CASES = [
             lambda d, w=weight, k=k: define_lambda(d, w, k),
         )
         for weight, k in [*((w, None) for w in losses.LambdaWeight), (losses.LambdaWeight.NDCG2_PLUS, 2)]
+    ),
+    Case(
+        "UNIQUELoss", lambda g: losses.UNIQUELoss(0.2, group=g), lambda loss, d: loss(*uncertain(d), d.labels),
+        define_unique,
     ),
     Case("ListNetLoss", lambda g: losses.ListNetLoss(group=g), scored, define_list_net),
 ]  # fmt: skip

@@ -44,11 +44,15 @@ def define_multiple_negatives(
     return mean(terms)
 
 
-def define_gist(d: Views, count: int, relative: bool = False, margin: float = 0.0, both: bool = True) -> Tensor:
-    e, g, b, terms = columns(d)[:count], guides(d, count), len(d.x), []
+def define_gist(
+    d: Views, count: int, relative: bool = False, margin: float = 0.0, both: bool = True, highest: float = 2.0,
+    alone: bool = False,
+) -> Tensor:  # fmt: skip
+    e, b, terms = columns(d)[:count], len(d.x), []
+    g = e if alone else guides(d, count)
     for i in range(b):
         own = cosine(g[0][i], g[1][i]).item()
-        limit = own - margin * (abs(own) if relative else 1)
+        limit = min(own - margin * (abs(own) if relative else 1), highest)
         kept = [cosine(e[0][i], e[1][i]) / 0.5]
         blocks = [
             (0, 1, True),
@@ -60,6 +64,21 @@ def define_gist(d: Views, count: int, relative: bool = False, margin: float = 0.
                 if not (skip and i == j) and cosine(g[a][i], g[c][j]).item() <= limit:
                     kept.append(cosine(e[a][i], e[c][j]) / 0.5)
         terms.append(lse(kept) - kept[0])
+    return mean(terms)
+
+
+def taught(d: Views) -> Tensor:
+    return torch.stack([d.targets, -0.5 * d.targets, d.targets * 0 + 0.3], 1)
+
+
+def define_distillation(d: Views, m3: bool = False, alone: bool = False) -> Tensor:
+    (q, *documents), terms = columns(d), []
+    for i in range(len(q)):
+        own, t = [cosine(q[i], c[i]) / 0.5 for c in documents], taught(d)[i].softmax(0)
+        far = [cosine(q[i], c[j]) / 0.5 for c in documents for j in range(len(q)) if j != i and not alone]
+        losses_of = [lse([*far, *own[k:]]) - own[k] for k in range(3)]
+        divergence = sum(t[k] * (lse(own) - own[k]) for k in range(3)) + 0.7 * losses_of[0]
+        terms.append(sum(t[k] * losses_of[k] for k in range(3)) if m3 else divergence)
     return mean(terms)
 
 
@@ -113,6 +132,21 @@ CASES = [
     Case(
         "GISTEmbedLoss anchors", lambda g: losses.GISTEmbedLoss(0.5, "absolute", -0.2, False, False, group=g),
         lambda loss, d: loss(columns(d)[:3], guides(d, 3)), lambda d: define_gist(d, 3, False, -0.2, False), True,
+    ),
+    Case(
+        "GISTEmbedLoss alone", lambda g: losses.GISTEmbedLoss(0.5, "relative", 0.2, max_score=0.6, group=g),
+        lambda loss, d: loss(columns(d)[:3]), lambda d: define_gist(d, 3, True, 0.2, True, 0.6, True), True,
+    ),
+    *(
+        Case(
+            f"EmbeddingDistillationLoss {kind.value}{' alone' * alone}",
+            lambda g, k=kind, alone=alone: losses.EmbeddingDistillationLoss(
+                None, k, 0.5, in_batch_negatives=not alone, contrastive_weight=0.7, group=g
+            ),
+            lambda loss, d: loss(columns(d), taught(d)),
+            lambda d, m3=kind == losses.DistillationKind.M3_KD, alone=alone: define_distillation(d, m3, alone), True,
+        )
+        for kind, alone in itertools.product(losses.DistillationKind, (False, True))
     ),
     Case(
         "CoSENTLoss", lambda g: losses.CoSENTLoss(scale=5.0, group=g), lambda loss, d: loss([d.x, d.y], d.targets),

@@ -152,6 +152,31 @@ def test_hard_contrastive_keeps_ties(engine):
     torch.testing.assert_close(loss, want)
 
 
+def test_hard_contrastive_counts_long_rows():
+    """As many as asked for, and the largest; the own column never."""
+    from flashpair.losses.contrast.hard_contrastive import _hardest
+
+    s = torch.rand(3, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = torch.tensor([[5], [0], [2999]])
+    s.scatter_(1, own, 2.0)
+    for kept in (1, 246, 2998, 2999):
+        among = _hardest(s, own, kept)[1].bool()
+        assert among.sum(1).tolist() == [kept] * 3 and not among.gather(1, own).any()
+        rest = torch.where(among, -1.0, s).scatter(1, own, -1.0)
+        assert (torch.where(among, s, 3.0).amin(1) > rest.amax(1)).all()
+
+
+@pytest.mark.parametrize("classes", [[0, 0, 1, 2, 2, 2, 5, 5, 0], [0, 1, 0, 1, 1, 0, 0, 0, 0]])
+def test_sim_lap_of_uneven_classes(classes, engine):
+    """Anchors of their own partner class, without positives, and without negatives."""
+    d = moved(views(), torch.float64, support.device(engine))
+    labels = torch.tensor(classes, device=d.x.device)
+    partner = torch.tensor([0, 1, 9, 2, 0, 5, 0, -3, 1], device=d.x.device)
+    ours = lambda e: losses.SimLAPLoss(30.0)(e.x, contrast_cases.gates(e), labels, partner)  # noqa: E731
+    want = lambda e: contrast_cases.define_sim_lap(e, labels, partner, 30.0)  # noqa: E731
+    close(evaluate(ours, d), evaluate(want, d), 1e-10)
+
+
 def test_diagnostics(engine):
     d = moved(views(), torch.float64, support.device(engine))
     found = losses.temperature_diagnostics(d.x, d.y, 0.2, d.labels)
@@ -174,11 +199,12 @@ def test_diagnostics(engine):
         ("MultiLabelProtoLoss", multi_label_cases.define_proto),
         ("MSCLoss", multi_label_cases.define_msc),
         ("MSCRGLoss", multi_label_cases.define_mscrg),
+        ("NWSLoss", lambda d, p: multi_label_cases.define_nws(d, p, alone=True)),
     ],
 )
 def test_gradient_of_prototypes(name, define, engine):
     d = views()
-    options = (0.1, 0.7, 0.2) if name == "MSCLoss" else ()
+    options = {"MSCLoss": (0.1, 0.7, 0.2), "NWSLoss": (multi_label_cases.RELATED, 0.1, 0.7, 0.2)}.get(name, ())
     loss = multi_label_cases.with_prototypes(getattr(losses, name)(4, 5, *options)).to(support.device(engine))
     prototypes = multi_label_cases.PROTOTYPES.clone().requires_grad_()
     (want,) = torch.autograd.grad(define(d, prototypes), prototypes)
@@ -187,25 +213,156 @@ def test_gradient_of_prototypes(name, define, engine):
     torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-12)
 
 
-def test_label_sets(monkeypatch):
-    """What rows share, in chunks of any size; lists and multi-hot tensors are the same."""
+def test_gradient_of_the_network_of_pair_weights(engine, monkeypatch):
+    monkeypatch.setattr("flashpair.rows._CPU_ELEMENTS", 1)  # two rows a panel
+    monkeypatch.setattr("flashpair.rows._CPU_ROWS", 2)
+    parameters = [p.requires_grad_() for p in contrast_cases.network()]
+    want = torch.autograd.grad(contrast_cases.define_ada_meow(views(), parameters), parameters)
+    loss = contrast_cases.with_network(losses.AdaMEOWLoss(5, hidden_size=4)).to(support.device(engine))
+    d = moved(views(), torch.float64, support.device(engine))
+    got = torch.autograd.grad(loss(d.x, d.y), list(loss.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-12)
+
+
+def test_cluster_concentration(engine):
+    """As PCL makes it; clusters of one and of none take the largest density."""
+    g = torch.Generator().manual_seed(0)
+    v, u = torch.randn(60, 4, generator=g).double(), torch.randn(12, 4, generator=g).double()
+    clusters = torch.randint(10, (60,), generator=g)
+    clusters[clusters == 3] = 4
+    clusters[7] = 3
+    density = [0.0] * 12
+    for c in range(12):
+        far = [(v[i] - u[c]).norm().item() for i in range(60) if clusters[i] == c]
+        if len(far) > 1:
+            density[c] = sum(far) / len(far) / math.log(len(far) + 10)
+    single = [c for c in range(12) if (clusters == c).sum() <= 1]
+    assert single == [3, 10, 11]
+    for c in single:
+        density[c] = max(density)
+    want = torch.tensor(density, dtype=torch.float64)
+    want = want.clamp(*want.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist())
+    want = 0.3 * want / want.mean()
+    on = support.device(engine)
+    got = losses.cluster_concentration(v.to(on), u.to(on), clusters.to(on), 0.3)
+    torch.testing.assert_close(got.cpu(), want)
+    assert losses.cluster_concentration(u.to(on), u.to(on), torch.arange(12, device=on), 0.3).eq(0.3).all()
+    tight = torch.cat([v[:2], u.repeat(2, 1)])  # ten of twelve clusters lie on their centroids
+    phi = losses.cluster_concentration(tight, u, torch.cat([torch.tensor([0, 1]), torch.arange(12).repeat(2)]), 0.3)
+    assert phi.min() == 0.003 and phi[:2].min() > 0.3
+
+
+def test_mixtures_do_not_depend_on_the_panels(engine, monkeypatch):
+    """Value and gradients of two rows a panel; the random batch has mixed positives, another seed other negatives."""
+    d = moved(views(), torch.float64, support.device(engine))
+    y = contrast_cases.ages(d).tolist()
+    assert any(0 < y[i] - a < 4 and 0 < b - y[i] < 4 for i in range(9) for a in y for b in y)
+    ours = lambda d: losses.SupReMixLoss(0.5, 4)(d.x, contrast_cases.ages(d))  # noqa: E731
+    whole, other = evaluate(ours, d), ours(d)
+    monkeypatch.setattr("flashpair.rows._CPU_ELEMENTS", 1)
+    monkeypatch.setattr("flashpair.rows._CPU_ROWS", 2)
+    close(evaluate(ours, d), whole, 1e-13)
+    assert abs(other.item() - whole["loss"].item()) > 1e-4
+
+
+@pytest.mark.parametrize("beta", [8.0, 1.5])
+def test_beta_numbers(beta):
+    """Distribution of Beta(2, β), and no correlation with the neighbour's."""
+    from flashpair.losses.contrast.sup_re_mix import beta_two
+
+    n = 300
+    rows, columns = torch.arange(n)[:, None], torch.arange(n)[None]
+    x = beta_two(5, rows, columns, beta, torch.float64)
+    below = 1 - (1 - x) ** beta * (1 + beta * x)  # the distribution function: uniform
+    ranks = below.flatten().sort().values
+    assert (ranks - (torch.arange(n * n) + 0.5) / n**2).abs().max() < 1.6 / n  # Kolmogorov, one in a hundred
+    for a, b in ((below[1:], below[:-1]), (below[:, 1:], below[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 3 / n
+    torch.testing.assert_close(beta_two(5, rows, columns, beta, torch.float32).double(), x, rtol=1e-5, atol=1e-6)
+
+
+def test_cacr_without_negatives(engine):
+    """An empty queue; then also nobody else in the batch, with gradients."""
+    d = moved(views(), torch.float64, support.device(engine))
+    loss, none = losses.CACRQueueLoss(detach_in_batch=False), d.x.detach()[:0]
+    alone = losses.CACRQueueLoss(detach_in_batch=False, in_batch=False)
+    pull = alone([d.x, d.y], [d.x, d.y], none)
+    costs = (unit(d.x) - unit(d.y)).square().sum(1)
+    torch.testing.assert_close(pull, costs.mean())
+    torch.testing.assert_close(
+        torch.autograd.grad(pull, [d.x, d.y]),
+        tuple(
+            torch.autograd.grad((unit(a) - unit(b).detach()).square().sum(1).mean() / 2, a)[0]
+            for a, b in ((d.x, d.y), (d.y, d.x))
+        ),
+    )
+    far = [(unit(v)[:, None] - unit(v)[None]).square().sum(2) for v in (d.x, d.y)]
+    off = ~torch.eye(9, dtype=torch.bool, device=d.x.device)
+    rows = [c[off].reshape(9, 8) for c in far]
+    push = -sum((torch.softmax(-c, 1) * c).sum(1).mean() for c in rows) / 2
+    torch.testing.assert_close(loss([d.x, d.y], [d.x, d.y], none) - pull, push)
+    one = loss([d.x[:1], d.y[:1]], [d.x[:1], d.y[:1]], none)
+    torch.testing.assert_close(one, costs[0])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(one, [d.x, d.y]))
+
+
+def test_meco_over_batches():
+    """Its average follows the batches it is trained on; not those of evaluation, nor what is not finite."""
+    loss, g = losses.MECOLoss(0.25), torch.Generator().manual_seed(0)
+    data, noise = torch.randn(5, generator=g), torch.randn(4, 7, generator=g)
+    means = noise.exp().mean(1)
+    u = means[0]
+    for k in range(3):
+        u = u if k == 0 else 0.75 * u + 0.25 * means[k]
+        torch.testing.assert_close(loss(data, noise[k]), -data.mean() + u.log())
+    loss.eval()
+    torch.testing.assert_close(loss(data, noise[3]), -data.mean() + (0.75 * u + 0.25 * means[3]).log())
+    loss.train()
+    assert loss(data, noise[3] * math.nan).isnan() and loss(data * math.inf, noise[3][:0]).isnan()
+    torch.testing.assert_close(loss.log_average, u.log())
+    torch.testing.assert_close(loss(data, noise[0, :0]), -data.mean())
+    torch.testing.assert_close(loss(data[:0], noise[3]), (0.75 * u + 0.25 * means[3]).log())
+    again = losses.MECOLoss()
+    again.load_state_dict(loss.state_dict())
+    assert again.log_average == loss.log_average
+    assert losses.MECOLoss(1.0)(data, noise[0] + 500) > 400  # in logarithms
+
+
+@pytest.mark.parametrize("density", [0.1, 0.6])
+def test_label_sets(density, monkeypatch):
+    """What rows share, in chunks of any size, few labels or many; lists, in any order, and multi-hot are the same."""
     from flashpair.losses.multi_label import label_sets
 
-    hot = torch.rand(40, 13, generator=torch.Generator().manual_seed(0)) < 0.2
+    hot = torch.rand(40, 13, generator=torch.Generator().manual_seed(0)) < density
     hot[3] = hot[17] = False
     sets = losses.LabelSets.of("labels", hot, 40, hot.device)
     same = losses.LabelSets.from_lists([row.nonzero().flatten().tolist() for row in hot], 13)
     assert torch.equal(sets.owner, same.owner) and torch.equal(sets.label, same.label)
+    other = losses.LabelSets.from_lists([row.nonzero().flatten().flip(0).tolist() for row in hot[:25]], 13)
     row = torch.tensor([5, 3, 17, 39, 0, 3])
     want = hot[row].float() @ hot.float().T
-    for entries in (1 << 22, 50, 1):
-        monkeypatch.setattr(label_sets, "_ENTRIES", entries)
-        assert torch.equal(sets.overlap(sets, row, torch.float32), want)
-        for _, local, other in sets.shared_with(sets, torch.arange(40)):
-            assert len(other) <= entries or len(local.unique()) == 1
+    assert torch.equal(sets.overlap(sets, row, torch.float32), want)
+    h, o = hot.double(), hot[:25].double()
     values = torch.randn(13, 4, dtype=torch.float64)
-    weights = torch.rand(len(sets.owner), dtype=torch.float64)
-    dense = torch.zeros(40, 13, dtype=torch.float64).index_put((sets.owner, sets.label), weights)
+    weights, theirs = (torch.rand(len(s.owner), dtype=torch.float64) for s in (sets, other))
+    weights[:3] = 0.0  # no reason to leave a pair out
+    dense, of_other = h.index_put((sets.owner, sets.label), weights), o.index_put((other.owner, other.label), theirs)
+    weigh = lambda s, a, b: s / (a + 2 * b).clamp_min(1)  # noqa: E731
+    overlaps = weigh(h @ o.T, h.sum(1)[:, None], o.sum(1)[None])
+    for pairs in (1 << 20, 60, 1):
+        monkeypatch.setattr(label_sets, "_PAIRS", pairs)
+        shared, sums, end = torch.zeros(40, 25).double(), torch.zeros(40, 25).double(), 0
+        for found in sets.sharing(other, torch.float64, [(weights, theirs)]):
+            assert found.first == end and found.panel == (density > 0.4)
+            assert found.panel or ((found.row.diff() >= 0).all() and (found.shared > 0).all())
+            assert found.shared.numel() <= pairs or found.end - found.first == 1
+            shared[found.row, found.other], sums[found.row, found.other] = found.shared, found.sums[0]
+            end = found.end
+        assert torch.equal(shared, h @ o.T) and end == 40
+        torch.testing.assert_close(sums, dense @ of_other.T)
+        got = sets.per_label(weigh, torch.float64, other)
+        torch.testing.assert_close(got, (overlaps @ o)[sets.owner, sets.label])
     torch.testing.assert_close(sets.mixture(values, weights), dense @ values)
 
 
@@ -220,6 +377,47 @@ def test_ten_thousand_labels():
         torch.testing.assert_close(loss(x, sets), loss(x, hot))
 
 
+@pytest.mark.parametrize(("many", "pairs"), [(0.0, 7), (math.inf, 7), (math.inf, 1 << 20)])
+@pytest.mark.parametrize(
+    "name", ["MultiLabelContrastiveLoss similarity_dissimilarity", "MSCLoss", "MSCRGLoss 0.5 True", "NWSLoss"]
+)
+def test_pairs_that_share_labels_in_parts(name, many, pairs, monkeypatch):
+    """A few rows at a time are the whole batch, panels are lists."""
+    from flashpair.losses.multi_label import label_sets
+
+    monkeypatch.setattr(label_sets, "_PAIRS", pairs)
+    monkeypatch.setattr(label_sets, "_MANY", many)
+    case = next(c for c in CASES if c.name == name)
+    close(evaluate(case.ours, views()), evaluate(case.define, views()), 1e-10)
+
+
+@pytest.mark.parametrize("given", ["keys", "queue", "empty queue"])
+def test_mul_sup_con_references(given, engine):
+    """Keys or a queue alone, and a queue that nothing is in yet; no gradient to either."""
+    d = moved(views(), torch.float64, support.device(engine))
+    loss = losses.MulSupConLoss(reduction=losses.MulSupConReduction.PER_SAMPLE)
+    of_queue = multi_label_cases.OF_QUEUE.to(d.x.device)
+    if given == "empty queue":
+        assert loss(d.x, d.multi_hot, None, d.queue[:0], of_queue[:0]).item() == 0
+        return
+    queue = d.queue.requires_grad_()
+    more = {"keys": d.y} if given == "keys" else {"queue": queue, "queue_labels": of_queue}
+    define = multi_label_cases.define_mul_sup_con_queue
+    want = evaluate(lambda d: define(d, True, given == "queue", given == "keys"), views())
+    close(evaluate(lambda d: loss(d.x, d.multi_hot, **more), d), want, 1e-10)
+    assert torch.autograd.grad(loss(d.x, d.multi_hot, **more), [d.y, queue], allow_unused=True) == (None, None)
+
+
+def test_nws_of_the_batch_itself(engine):
+    """Without keys the references are the batch, without gradient; a batch of no negatives is 0."""
+    d = moved(views(), torch.float64, support.device(engine))
+    loss = losses.NWSLoss(4, 5, multi_label_cases.RELATED, 0.1, 0.7, 0.2)
+    loss = multi_label_cases.with_prototypes(loss).to(support.device(engine))
+    want = evaluate(lambda d: multi_label_cases.define_nws(d, alone=True), views())
+    close(evaluate(lambda d: multi_label_cases.labelled(loss, d), d), want, 1e-10)
+    assert loss(d.x, torch.ones(9, 4, device=d.x.device)).item() == 0
+
+
 def test_logit_losses():
     z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     y = torch.randint(2, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -230,6 +428,12 @@ def test_logit_losses():
         present = 1 + sum((-v).exp() for v, c in zip(logits, labels, strict=True) if c)
         rows.append(torch.log(torch.as_tensor(absent)) + torch.log(torch.as_tensor(present)))
     torch.testing.assert_close(losses.ZLPRLoss()(z, y), torch.stack(rows).mean())
+    want = multi_label_cases.define_correlation(z, [set(row.nonzero().flatten().tolist()) for row in y])
+    got = losses.LabelCorrelationLoss()(z, y)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(v, z, retain_graph=True)[0] for v in (got, want)))
+    assert losses.LabelCorrelationLoss()(z[:0], y[:0]).item() == 0
+    assert losses.LabelCorrelationLoss()(z.detach().index_fill(0, torch.tensor([0]), math.inf), y).isnan()
     for clip, power in ((0.0, 2.0), (0.05, 2.0), (0.3, 0.5)):
         p = torch.sigmoid(z)
         q = (p - clip).clamp_min(1e-300)  # so that a power below one has a slope
@@ -293,6 +497,8 @@ LEARNABLE = {
     "DCLLoss": lambda t, d: losses.DCLLoss(t)(d.x, d.y),
     "HardContrastiveLoss": lambda t, d: losses.HardContrastiveLoss(t, 0.4)(d.x, d.y),
     "MEOWLoss": lambda t, d: losses.MEOWLoss(t)(d.x, d.y, d.clusters),
+    "AdaMEOWLoss": lambda t, d: contrast_cases.with_network(losses.AdaMEOWLoss(5, t, 4)).to(d.x.device)(d.x, d.y),
+    "SupReMixLoss": lambda t, d: losses.SupReMixLoss(t, 4, mix_negatives=False)(d.x, contrast_cases.ages(d)),
     "RnCLoss": lambda t, d: losses.RnCLoss(t)(d.x, d.targets),
     "NNCLRLoss": lambda t, d: losses.NNCLRLoss(t)(d.x, d.y, d.x, d.z, d.queue),
     "FeatureTransformationLoss": lambda t, d: losses.FeatureTransformationLoss(t, None, None)(d.x, d.y, d.queue),
@@ -315,15 +521,20 @@ def test_gradient_of_the_temperature(name, engine):
     assert abs(got.item() - want) <= 1e-7 * max(abs(want), 1)
 
 
-def test_thresholds_leave_room_for_rounding():
-    """Of two negatives that another product may put in the other order, both stay."""
-    from flashpair.losses.contrast.hard_contrastive import thresholds
-
-    angle = torch.tensor([0.0, 1.0, 1.0 + 1e-16, 2.0], dtype=torch.float64)
-    x = torch.stack([angle.cos(), angle.sin()], 1)
-    x[2, 0] += 2e-16
-    last = (x[0] @ x[2]).clamp(max=x[0] @ x[1])
-    assert thresholds(x, x, 1)[0] <= last - 6 * torch.finfo(torch.float64).eps
+def test_hard_contrastive_leaves_room_for_rounding(engine):
+    """Of two negatives that another product may put in the other order, both stay; of two apart, one."""
+    eps = torch.finfo(torch.float64).eps
+    for apart, kept in ((4 * eps, 2), (64 * eps, 1)):
+        x = torch.eye(4, dtype=torch.float64, device=support.device(engine))
+        y = x[[0, 3, 3, 3]].clone()
+        s = torch.tensor([0.6, 0.6 - apart, -0.8], dtype=torch.float64, device=x.device)
+        y[1:, 0], y[1:, 3] = s, (1 - s * s).sqrt()
+        loss = losses.HardContrastiveLoss(1.0, fraction=0.3, simple=1.0)  # one negative of three
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(loss(x, y), x)
+        # The mean over the kept negatives of row 0, less its positive, which is itself.
+        want = y[1 : 1 + kept].mean(0)[3] / 4
+        torch.testing.assert_close(slope[0, 3], want)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
@@ -354,13 +565,48 @@ BAD = [
     (lambda x: losses.AlignmentLoss(0.0), ValueError, "alpha"),
     (lambda x: losses.UniformityLoss()(x[0]), ValueError, "embeddings must have shape"),
     (lambda x: losses.CyCLIPLoss(cross=math.nan), ValueError, "cross"),
+    (lambda x: losses.CWCLLoss("affine"), TypeError, "weight must be one of CWCLWeight.AFFINE"),
+    (lambda x: losses.CWCLLoss(bandwidth=0.0), ValueError, "bandwidth must be in"),
     (lambda x: losses.CWCLLoss()(x, x, 1.0, x[:2]), ValueError, "frozen must have 4 rows"),
     (lambda x: losses.MannWhitneyLoss(1e-6), ValueError, "temperature"),
     (lambda x: losses.MannWhitneyLoss()(x, x, x[:, :2]), ValueError, "negatives must have equal features"),
     (lambda x: losses.CACRLoss()(x), ValueError, "views must be at least 2"),
     (lambda x: losses.CACRLoss()(x, x, x[:2]), ValueError, r"views\[2\]"),
+    (lambda x: losses.CACRQueueLoss()([x], [x], x), ValueError, "queries and keys must hold as many views, at least 2"),
+    (lambda x: losses.CACRQueueLoss()([x, x], [x, x[:2]], x), ValueError, r"queries\[1\] and keys\[1\] must have"),
+    (lambda x: losses.CACRQueueLoss()([x, x], [x, x], x[:, :2]), ValueError, "queries and queue must have equal"),
+    (lambda x: losses.CACRQueueLoss(negative_temperature=-1.0), ValueError, "negative_temperature"),
+    (lambda x: losses.MECOLoss(0.0), ValueError, "gamma must be in"),
+    (lambda x: losses.MECOLoss()(x, x[0]), ValueError, "data must have one dimension"),
+    (lambda x: losses.MECOLoss()(x[0], x[0].double()), TypeError, "data and noise must have one dtype"),
+    (lambda x: losses.MECOLoss()(x[0], x[0].long()), TypeError, "noise must be one of"),
     (lambda x: losses.MEOWLoss()(x, x, torch.zeros(4).long()), TypeError, "clusters must be int64 of shape"),
     (lambda x: losses.MEOWLoss()(x, x, torch.zeros(2, 3).long()), ValueError, "clusters must have shape"),
+    (lambda x: losses.AdaMEOWLoss(3)(x, x), ValueError, "first must have embedding_size=3 features; got 5"),
+    (lambda x: losses.AdaMEOWLoss(5, hidden_size=0), ValueError, "hidden_size must be at least 1"),
+    (lambda x: losses.ProtoNCELoss()(x, torch.zeros(1, 4).long(), [x], []), ValueError, "one tensor for each of the 1"),
+    (
+        lambda x: losses.ProtoNCELoss()(x, torch.full((1, 4), 4), [x], [x[:, 0]]), ValueError,
+        r"clusters\[0\] must be in \[0, 4\)",
+    ),
+    (
+        lambda x: losses.ProtoNCELoss()(x, torch.zeros(1, 4).long(), [x[:, :2]], [x[:, 0]]), ValueError,
+        r"centroids\[0\] must have shape \(centroids, 5\)",
+    ),
+    (
+        lambda x: losses.ProtoNCELoss()(x, torch.zeros(1, 4).long(), [x], [x]), ValueError,
+        r"concentrations\[0\] must have shape \(4,\)",
+    ),
+    (lambda x: losses.ProtoNCELoss()(x, torch.zeros(1, 3).long(), [x], [x[:, 0]]), ValueError, "clusters must have"),
+    (
+        lambda x: losses.cluster_concentration(x, x, torch.zeros(4).long(), smoothing=1.0), ValueError,
+        "smoothing must be in",
+    ),
+    (lambda x: losses.cluster_concentration(x, x, torch.full((4,), -1)), ValueError, "clusters must be in"),
+    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4)), TypeError, "labels must be int64, real targets rounded or"),
+    (lambda x: losses.SupReMixLoss()(x, torch.zeros(3).long()), ValueError, r"labels must have shape \(4,\)"),
+    (lambda x: losses.SupReMixLoss(gap=0), ValueError, "gap must be at least 1"),
+    (lambda x: losses.SupReMixLoss(beta=0.0), ValueError, "beta must be in"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(4).long()), TypeError, "targets must be a floating-point tensor"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(3)), ValueError, r"targets must have shape \(4,\)"),
     (lambda x: losses.NNCLRLoss()(x, x, x, x, x[:0]), ValueError, "support must have at least one row"),
@@ -391,6 +637,15 @@ BAD = [
     (lambda x: losses.CoSENTLoss()([x, x, x], torch.zeros(4)), ValueError, "embeddings must hold 2 columns; got 3"),
     (lambda x: losses.MarginMSELoss()([x, x], torch.zeros(4)), ValueError, "embeddings must hold at least 3 columns"),
     (lambda x: losses.MarginMSELoss()([x, x, x], torch.zeros(4, 2)), ValueError, r"labels must have shape \(4, 1\)"),
+    (lambda x: losses.EmbeddingDistillationLoss()([x, x, x]), TypeError, "labels must be a floating-point tensor"),
+    (
+        lambda x: losses.EmbeddingDistillationLoss()([x, x, x], torch.zeros(4, 3)), ValueError,
+        r"labels must have shape \(4, 2\); got \(4, 3\)",
+    ),
+    (lambda x: losses.EmbeddingDistillationLoss(kind="kl_div"), TypeError, "kind must be one of DistillationKind"),
+    (lambda x: losses.EmbeddingDistillationLoss(temperature=0.0), ValueError, "temperature"),
+    (lambda x: losses.GISTEmbedLoss(max_score=math.nan), ValueError, "max_score must not be NaN"),
+    (lambda x: losses.ADRMSELoss(alpha=0.0), ValueError, "alpha must be in"),
     (lambda x: losses.MatryoshkaLoss(losses.SimCLRLoss(), []), ValueError, "matryoshka_dims must be one or more"),
     (lambda x: losses.MatryoshkaLoss(losses.SimCLRLoss(), [9])(x, x), ValueError, "at least 9 features"),
     (lambda x: losses.DistillClipLoss()(x, x, 1.0, x[:2], x[:2], 1.0), ValueError, "dist_image_features must have 4"),
@@ -399,12 +654,44 @@ BAD = [
     (lambda x: losses.MultiLabelContrastiveLoss("jaccard"), TypeError, "weight must be one of LabelWeight.ALL"),
     (lambda x: losses.MSCLoss(3, 5)(x, torch.zeros(4, 2)), ValueError, "labels must have num_labels=3 columns"),
     (lambda x: losses.LabelSets.from_lists([[0, 3]], 3), ValueError, r"labels\[0\] must be different numbers"),
+    (lambda x: losses.MulSupConLoss()(x, torch.zeros(4, 2), x[:3]), ValueError, "embeddings and keys must have equal"),
+    (lambda x: losses.MulSupConLoss()(x, torch.zeros(4, 2), x, x), ValueError, "queue and queue_labels must be given"),
+    (
+        lambda x: losses.MulSupConLoss()(x, torch.zeros(4, 2), x, x, torch.zeros(4, 3)), ValueError,
+        "queue_labels must have 2 columns as labels; got 3",
+    ),
+    (
+        lambda x: losses.MulSupConLoss()(x, torch.zeros(4, 2), x, x, torch.zeros(3, 2)), ValueError,
+        "queue_labels must be LabelSets or a multi-hot",
+    ),
+    (lambda x: losses.NWSLoss(3, 5, torch.eye(2)), ValueError, r"label_similarity must be floating point of shape \(3"),
+    (lambda x: losses.NWSLoss(3, 5, 2 * torch.eye(3)), ValueError, r"label_similarity must lie in \[0, 1\]"),
+    (lambda x: losses.NWSLoss(3, 5, torch.eye(3), alpha=2.0), ValueError, "alpha"),
+    (lambda x: losses.NWSLoss(2, 5, torch.eye(2))(x, torch.zeros(4, 3)), ValueError, "labels must have num_labels=2"),
+    (
+        lambda x: losses.NWSLoss(2, 5, torch.eye(2))(x, torch.zeros(4, 2), None, x, torch.zeros(4, 2)), ValueError,
+        "keys must be given where queue is",
+    ),
+    (lambda x: losses.LabelCorrelationLoss()(x, torch.zeros(4, 2)), ValueError, "labels must be multi-hot of shape"),
+    (lambda x: losses.HybridMultiLabelLoss(-torch.ones(5)), ValueError, "class_weights must be finite"),
+    (lambda x: losses.HybridMultiLabelLoss(torch.ones(3))(x, x, torch.zeros(4, 5)), ValueError, "logits must have 3"),
+    (lambda x: losses.HybridMultiLabelLoss(bce_weight=-1.0), ValueError, "bce_weight"),
+    (lambda x: losses.HybridMultiLabelLoss(contrastive=losses.ZLPRLoss()), TypeError, "contrastive must be a"),
+    (lambda x: losses.HybridMultiLabelLoss()(x, x[:3], torch.zeros(4, 5)), ValueError, "labels must be LabelSets or"),
     (lambda x: losses.ZLPRLoss()(x, torch.zeros(4, 2)), ValueError, "labels must be multi-hot of shape"),
     (lambda x: losses.RankNetLoss()(x, x), TypeError, "scores must be a 1-D"),
     (lambda x: losses.RankNetLoss()(x[:, 0], x[:3, 0]), ValueError, r"targets must have shape \(4,\)"),
     (lambda x: losses.ListNetLoss()(x[:, 0], x[:, 0], torch.zeros(3).long()), ValueError, "lists must have shape"),
     (lambda x: losses.ComparisonLoss("thurstone"), TypeError, "model must be one of ComparisonModel.THURSTONE"),
     (lambda x: losses.LambdaLoss(k=0), ValueError, "k must be at least 1"),
+    (lambda x: losses.UNIQUELoss(-0.1), ValueError, "margin must be in"),
+    (lambda x: losses.UNIQUELoss()(x[:, 0], x[:3, 1], x[:, 0], x[:, 1]), ValueError, r"^deviations must have shape"),
+    (lambda x: losses.UNIQUELoss()(x[:, 0], x[:, 1], x[:, 0], x[:3, 1]), ValueError, "target_deviations must have"),
+    (lambda x: losses.compare_to_score(x), ValueError, r"comparisons must have shape \(items, items\)"),
+    (lambda x: losses.compare_to_score(x[:, :4].long()), TypeError, "comparisons must be one of"),
+    (lambda x: losses.compare_to_score(x[:, :4], "thurstone"), TypeError, "model must be one of ComparisonModel"),
+    (lambda x: losses.compare_to_score(x[:, :4].abs(), iterations=0), ValueError, "iterations must be at least 1"),
+    (lambda x: losses.compare_to_score(x[:, :4].abs(), highest=0.0), ValueError, "highest must be in"),
     (lambda x: losses.PreferenceLoss(losses.PreferenceKind.IPO, 0.1, 0.1), ValueError, "label_smoothing must be 0"),
     (lambda x: losses.PreferenceLoss()(*x[:3], x[3, :2]), ValueError, "reference_rejected must have 5 entries"),
     (lambda x: losses.RerankingLoss()(x, x[:2]), ValueError, "yes and no must have one shape"),

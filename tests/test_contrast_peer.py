@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 import types
 from unittest import mock
@@ -59,11 +60,14 @@ def sentence_transformers():
         f"{base}.base.losses",
         f"{base}.sentence_transformer",
         f"{base}.sentence_transformer.losses",
+        f"{base}.cross_encoder",
+        f"{base}.cross_encoder.losses",
     )
     nothing = type("Nothing", (), {})
     util = stub(
         f"{base}.util", cos_sim=cos_sim, all_gather_with_grad=None, get_rank=lambda: 0, similarity_fct_name=str,
-        batch_to_device=None, pairwise_cos_sim=lambda a, b: (unit(a) * unit(b)).sum(1),
+        batch_to_device=lambda batch, device: batch, fullname=str,
+        pairwise_cos_sim=lambda a, b: (unit(a) * unit(b)).sum(1),
     )  # fmt: skip
     stubs = {
         f"{base}__util": util,
@@ -75,7 +79,12 @@ def sentence_transformers():
     with package("sentence-transformers", *names, **stubs):
         sys.modules[base].util = util
         of = lambda name: importlib.import_module(f"{base}.sentence_transformer.losses.{name}")  # noqa: E731
-        return {name: of(name) for name in ("multiple_negatives_ranking", "gist_embed", "cosent")}
+        sys.modules[f"{base}.cross_encoder"].CrossEncoder = nothing
+        found = {"adr_mse": importlib.import_module(f"{base}.cross_encoder.losses.adr_mse")}
+        names = "multiple_negatives_ranking", "gist_embed", "cosent"
+        if importlib.util.find_spec("tqdm") is not None:
+            names += "cached_multiple_negatives_ranking", "cached_gist_embed"
+        return found | {name: of(name) for name in names}
 
 
 def same(ours, peer, bound: float = 1e-10, **how) -> None:
@@ -162,6 +171,67 @@ def test_gist_embed(sentence_transformers, strategy, margin, contrast):
             return peer([{}] * count, None)
 
         same(lambda d: ours(columns(d)[:count], guides(d, count)), of_peer)  # noqa: B023
+
+
+class Embedder(torch.nn.Module):
+    """A model of sentence-transformers, as far as its cached losses look at it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        start = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)).double()
+        self.weight = torch.nn.Parameter(start)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"sentence_embedding": torch.tanh(features["input_ids"].double() @ self.weight)}
+
+
+@pytest.mark.parametrize("name", ["multiple_negatives_ranking", "gist_embed"])
+def test_in_a_cached_loss(sentence_transformers, name):
+    """Gradients of the parameters, the library's loss on top of its gradient cache and ours in its place."""
+    pytest.importorskip("tqdm")
+    columns_of = [
+        {"input_ids": torch.randint(-2, 3, (8, 7), generator=torch.Generator().manual_seed(k))} for k in range(3)
+    ]
+    module = sentence_transformers[f"cached_{name}"]
+    model, guide = Embedder(0), Embedder(1)
+    if name == "gist_embed":
+        peer = object.__new__(module.CachedGISTEmbedLoss)
+        torch.nn.Module.__init__(peer)
+        peer.model, peer.guide, peer.temperature, peer.margin_strategy, peer.margin = model, guide, 0.1, "absolute", 0.1
+        peer.contrast_anchors = peer.contrast_positives = True
+        peer.gather_across_devices = peer.must_retokenize = peer.show_progress_bar = False
+        peer.mini_batch_size, peer.mini_batch_num_tokens = 3, None
+        peer.similarity_fct, peer.cross_entropy_loss = torch.nn.CosineSimilarity(-1), torch.nn.CrossEntropyLoss()
+        ours = losses.GISTEmbedLoss(0.1, margin=0.1)
+    else:
+        with mock.patch.object(module, "has_static_embedding_input", return_value=False):
+            peer = module.CachedMultipleNegativesRankingLoss(model, scale=5.0, mini_batch_size=3)
+        ours = losses.MultipleNegativesRankingLoss(scale=5.0)
+    found = []
+    for calculate in (peer.calculate_loss, ours.calculate_loss):
+        peer.calculate_loss, model.weight.grad = calculate, None
+        with torch.no_grad():
+            value = peer([dict(c) for c in columns_of], None)
+        loss = peer([dict(c) for c in columns_of], None)
+        (2 * loss).backward()
+        assert loss.item() == pytest.approx(value.item())
+        found.append((loss.detach(), model.weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_adr_mse(sentence_transformers):
+    """Lists of three lengths, with equal labels."""
+    scores = torch.randn(9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = [torch.tensor(v) for v in ([2.0, 2.0, 0.0, 1.0], [1.0, 0.0], [0.0, 0.0, 3.0])]
+    peer = object.__new__(sentence_transformers["adr_mse"].ADRMSELoss)
+    torch.nn.Module.__init__(peer)
+    peer.alpha, peer.activation_fn, peer.mini_batch_size = 0.7, torch.nn.Identity(), -1
+    peer.model = mock.Mock(return_value={"scores": scores}, device="cpu", preprocess=lambda pairs, **how: pairs)
+    want = peer([["q"] * 3, [["d"] * len(of) for of in labels]], labels)
+    lists = torch.repeat_interleave(torch.arange(3), torch.tensor([len(of) for of in labels]))
+    got = losses.ADRMSELoss(0.7)(scores, torch.cat(labels), lists)
+    for a, b in ((got, want), *zip(*(torch.autograd.grad(v, scores) for v in (got, want)), strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_co_sent(sentence_transformers):

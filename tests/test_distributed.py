@@ -21,6 +21,7 @@ def test_no_loss_is_left_out():
     covered |= {
         "ZLPRLoss",
         "AsymmetricLoss",
+        "LabelCorrelationLoss",
         "PreferenceLoss",
         "RerankingLoss",
     }  # means over rows: DDP's average is right
@@ -176,6 +177,10 @@ def test_nan_that_no_pair_meets(pools):
     assert all(loss.isnan() for loss in pools(2).values(nan_that_no_pair_meets))
 
 
+#: Losses of scores: nothing that they take has two dimensions.
+VECTORS = {"ADRMSELoss", "ComparisonLoss", "LambdaLoss", "ListNetLoss", "RankNetLoss", "UNIQUELoss"}
+
+
 def kept_after(cases: list[str]) -> list[str]:
     """Cases of which a batch outlives its step."""
     born, new = [], sharded.Sharded.__new__
@@ -190,7 +195,7 @@ def kept_after(cases: list[str]) -> list[str]:
         for case in cases:
             born.clear()
             group_cases.evaluate_here(case, sizes_of(case, 2))
-            vectors = case.split()[0] in ("RankNetLoss", "ComparisonLoss", "LambdaLoss", "ListNetLoss")
+            vectors = case.split()[0] in VECTORS
             assert bool(born) != vectors
             if any(batch() is not None for batch in born):
                 left.append(case)

@@ -84,3 +84,57 @@ def test_labels_and_angles_are_learned():
     quarter = labels.turned(upright, torch.tensor([0.0, 90.0]))
     assert torch.allclose(quarter[0], upright[0], atol=1e-6)
     assert torch.allclose(quarter[1, 0], upright[1, 0].T, atol=1e-5)
+
+
+SOURCE = '''
+class Rectangle:
+    """A box on the plane, drawn."""
+
+    def set_bounds(self):
+        """Set the Rectangle to left,
+        bottom and set_bounds.
+
+        More.
+        """
+
+    def _hidden(self):
+        """Nobody asks for it."""
+
+def box():
+    """A box on the PLANE, drawn."""
+
+def brief():
+    """Two words."""
+
+async def readHTTP2():
+    """Read what the server says."""
+'''
+
+
+def test_docstrings_and_their_names():
+    docstrings = load("docstrings")
+    found = docstrings.entries([("a.py", SOURCE), ("b.py", SOURCE), ("c.py", "def {{ template }}")])
+    assert found == [
+        ("a.py", ["rectangle"], ["a", "box", "on", "the", "plane", "drawn"]),
+        ("a.py", ["rectangle", "set", "bounds"], ["set", "the", "to", "left", "bottom", "and"]),
+        ("a.py", ["read", "http", "2"], ["read", "what", "the", "server", "says"]),
+    ]
+    bags = docstrings.Bags([torch.tensor([3]), torch.tensor([], dtype=torch.long), torch.tensor([1, 2])])
+    values, begin = bags.take(torch.tensor([2, 1, 0, 2]))
+    assert (values.tolist(), begin.tolist()) == ([1, 2, 3, 1, 2], [0, 2, 2, 3])
+
+
+def test_towers_of_docstrings_learn(monkeypatch):
+    for module in ("sklearn", "tqdm"):
+        pytest.importorskip(module)
+    docstrings = load("docstrings")
+    for name, value in (("BUCKETS", 1 << 12), ("FEATURES", 64), ("WIDTH", 64)):
+        monkeypatch.setattr(docstrings, name, value)
+    sources = docstrings.files(())[:60]
+    seen, unseen = docstrings.split(docstrings.entries((name, path.read_bytes()) for name, path in sources))
+    assert seen and unseen and not {e.file for e in seen} & {e.file for e in unseen}
+    model, curve = docstrings.train(seen, 12)
+    assert curve[-1] < 0.8 * curve[0]
+    random, plain = docstrings.chance(len(unseen)), docstrings.tf_idf(seen, unseen)
+    found = docstrings.learned(model, unseen)
+    assert found.mrr > 3 * random.mrr and plain.recall_1 <= plain.recall_10 <= 1

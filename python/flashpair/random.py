@@ -33,6 +33,12 @@ def uniform(seed: int | Tensor, row: Tensor, column: Tensor, dtype: torch.dtype 
     return (whole + 0.5) * 2.0**-bits if dtype == torch.float64 else (whole + 0.5).clamp_max(2.0**24 - 1) * 2.0**-bits
 
 
+def two_uniform(seed: int | Tensor, row: Tensor, column: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two uniform numbers in (0, 1) for each (row, column), of 23 bits and so the same in every dtype."""
+    z = random_bits(seed, row, column)
+    return tuple((part.to(dtype) + 0.5) * 2.0**-23 for part in (_shifted(z, 41), z & ((1 << 23) - 1)))
+
+
 def integers(seed: int | Tensor, row: Tensor, column: Tensor, high: Tensor) -> Tensor:
     """Uniform integers in [0, high), 0 where high is 0 (bias below high / 2^53)."""
     return (uniform(seed, row, column, torch.float64) * high).long().minimum((high - 1).clamp_min(0))

@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 
 from .. import checks
-from ..distributed.sharded import Sharded, sum_of_entries
+from ..distributed.sharded import Sharded, by_row, sum_of_entries
+from ..request import statistics_dtype
 
 
 def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
@@ -79,3 +80,9 @@ def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
     """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
     total = sum_of_entries([e for e in embeddings if e is not None], loss.dtype)
     return loss * (0.0 * total + 1.0)
+
+
+def as_guide(value: Tensor, x: Tensor) -> Tensor:
+    """Rows of a second product beside embeddings x: without gradient, in the dtype of x or in that of statistics."""
+    dtype = x.dtype if value.dtype == x.dtype else statistics_dtype(x)
+    return by_row(lambda rows: rows.to(dtype), without_gradient(value))

@@ -12,6 +12,7 @@ from ...distributed.sharded import current
 from ...pairs import pair_similarity
 from ...rows import RowPanel, row_reduce
 from ..arguments import check_matched, check_rows, poisoned
+from ..closed_form import total_with_slopes
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -115,17 +116,38 @@ class AMCLLoss(InGroup, nn.Module):
             return loss.mean()
 
         def rivals(panel: RowPanel) -> list[Tensor]:
-            heat = self._temperature(panel.products[0])
-            logits = torch.where(panel.allowed, panel.s / heat, -torch.inf)
             if self.top is None:
-                spread = torch.where(panel.allowed, half * heat.log() + 1 / heat, 0.0).sum(1) / (rows - 1)
-                return [logits.logsumexp(1) - self.beta * spread]
-            best = logits.topk(min(self.top, rows - 1), dim=1)
+                with torch.no_grad():
+                    total, *slopes = self._push(panel.s.detach(), panel.products[0].detach(), panel.own[:, None], half)
+                return [total_with_slopes(total, *zip((panel.s, panel.products[0]), slopes, strict=True))]
+            heat = self._temperature(panel.products[0])
+            best = torch.where(panel.allowed, panel.s / heat, -torch.inf).topk(min(self.top, rows - 1), dim=1)
             kept = heat.gather(1, best.indices)
-            return [best.values.mean(1) - self.beta * (kept.log() + 1 / kept).mean(1)]
+            return [(best.values.mean(1) - self.beta * (kept.log() + 1 / kept).mean(1)).sum()]
 
-        (push,) = row_reduce(x, y, rivals, products=[(phi, psi)], exclude=index, normalize=True, copies=16)
-        return (loss + push).mean()
+        copies = 10 if self.top is None else 16
+        (push,) = row_reduce(
+            x, y, rivals, products=[(phi, psi)], exclude=index, normalize=True, totals=1, copies=copies
+        )
+        return loss.mean() + push / rows
+
+    def _push(self, s: Tensor, product: Tensor, own: Tensor, half: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ_i LSE_{j != i} s_ij / τ_ij - β mean_{j != i} Ω(τ_ij) of a panel; its derivatives in s and in φ·ψ."""
+        share = self.beta / (s.shape[1] - 1)
+        cold = product.neg().sigmoid_()
+        of_product = (1 - cold).mul_(cold).mul_(self.temperature_max - self.temperature_min)  # -dτ
+        heat = cold.mul_(self.temperature_max - self.temperature_min).add_(self.temperature_min)
+        inverse = heat.reciprocal()
+        weights = (s * inverse).scatter_(1, own, -torch.inf)
+        top = weights.amax(1, keepdim=True)
+        weights.sub_(top).exp_()
+        total = weights.sum(1, keepdim=True)
+        value = (total.log() + top).sum()
+        inverse.scatter_(1, own, 0.0)
+        value -= share * (half * heat.scatter_(1, own, 1.0).log_().sum() + inverse.sum())
+        of_s = weights.div_(total).mul_(inverse)
+        of_heat = torch.mul(of_s, s, out=heat).sub_(inverse, alpha=share).add_(share * half)  # times -τ
+        return value, of_s, of_product.mul_(of_heat).mul_(inverse)
 
 
 def _named(first: list[Tensor], second: list[Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ...distributed.sharded import current
 from ...primitives import pair_reduce
-from ...rows import RowPanel, row_reduce
-from ...terms import Axis, Mask, Reduction, Term
-from ..arguments import as_scalar, check_matched, check_rows, poisoned, without_gradient
+from ...terms import Axis, Guide, Mask, Reduction, Term
+from ..arguments import as_guide, as_scalar, check_matched, check_rows, poisoned, without_gradient
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -21,7 +20,7 @@ class DistillClipLoss(InGroup, nn.Module):
         distill = 1/2B Σ_i [ LSE_j l_ij - Σ_j p_ij l_ij ]  +  1/2B Σ_j [ LSE_i l_ij - Σ_i p'_ij l_ij ]
         l = t <image_i, text_j>;   p, p' the teacher's softmax over rows' and columns' entries of its own logits
 
-    open_clip's call. The teacher's logits are a second product, a panel at a time; it takes no gradient.
+    open_clip's call. The teacher's logits are a second product in the tile; it takes no gradient.
 
     Args:
         group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`: the global batch, as in
@@ -86,7 +85,7 @@ class DistillClipLoss(InGroup, nn.Module):
         else:
             clip, distill = self._of(
                 image_features, text_features, scale,
-                without_gradient(dist_image_features), without_gradient(dist_text_features), heat,
+                dist_image_features, dist_text_features, heat,
             )  # fmt: skip
         return {"contrastive_loss": clip, "distill_loss": distill} if output_dict else (clip, distill)
 
@@ -96,23 +95,15 @@ class DistillClipLoss(InGroup, nn.Module):
         terms.append(Term(Reduction.SUM, mask=Mask.SAME, scale=scale))
         *others, own = pair_reduce(image, text, terms, labels=index, ref_labels=index)
         gaps = [F.softplus(lse - own, threshold=40) for lse in others]
-        heat = torch.as_tensor(heat, dtype=own.dtype, device=own.device).detach()
-
-        taught = pair_reduce(
-            teacher_image, teacher_text, [Term(Reduction.LOGSUMEXP, axis=axis, scale=heat) for axis in Axis]
-        )
-
-        def pulled(panel: RowPanel, by_row: Tensor, by_column: Tensor, heat: Tensor) -> list[Tensor]:
-            logits = heat * panel.products[0]
-            weights = torch.exp(logits - by_row[:, None]) + torch.exp(logits - by_column[panel.column][None])
-            return [(weights * panel.s).sum()]
-
-        (pull,) = row_reduce(
-            image, text, pulled, products=[(teacher_image, teacher_text)], rows=taught[:1], shared=[taught[1], heat],
-            totals=1,
-        )  # fmt: skip
+        heat = without_gradient(heat) if isinstance(heat, Tensor) else heat
+        # A softmax mean of the student's similarities, with the teacher's softmax as its weights.
+        taught = [
+            Term(Reduction.SOFTMAX_MEAN, axis=axis, scale=heat, detach_weights=True, guide=Guide.LOGITS)
+            for axis in Axis
+        ]
+        pull = pair_reduce(image, text, taught, guide=(as_guide(teacher_image, image), as_guide(teacher_text, image)))
         clip = sum(gap.mean() for gap in gaps) / 2
         # LSE over all = own + softplus(LSE over the others - own).
-        distill = sum((gap + own).mean() for gap in gaps) / 2 - scale * pull / (2 * len(own))
+        distill = sum((gap + own - scale * p).mean() for gap, p in zip(gaps, pull, strict=True)) / 2
         poison = image, text, teacher_image, teacher_text
         return poisoned(clip, image, text), poisoned(distill, *poison)

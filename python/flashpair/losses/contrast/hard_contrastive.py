@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ... import checks
 from ...pairs import pair_similarity
-from ...primitives import pair_reduce
+from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
-from ...terms import Mask, Reduction, Term
 from ..arguments import inverse_temperature
+from ..closed_form import total_with_slopes
 from ..two_views import MatchedLoss
 
 
@@ -23,8 +23,8 @@ class HardContrastiveLoss(MatchedLoss):
         α_i = the ⌈fraction · (B - 1)⌉-th largest s_ij, j != i  (no gradient)
         loss = mean_i [ log( e^{s_ii / T} + Σ_{j != i: s_ij ≥ α_i} e^{s_ij / T} ) - s_ii / T ]
 
-    Equal similarities at the threshold all stay. Whole rows of S for the threshold, a panel at a time, then one fused
-    pass.
+    Similarities that equal the threshold, within 8 units of rounding at 1, all stay. Whole rows of S, a panel at a
+    time.
 
     Args:
         temperature: T, positive number or 0-d tensor (learnable). Default 0.1.
@@ -59,35 +59,55 @@ class HardContrastiveLoss(MatchedLoss):
         self.temperature, self.fraction, self.simple = temperature, fraction, simple
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
-        scale, rows = inverse_temperature(self.temperature), first.shape[0]
+        rows = first.shape[0]
         index = torch.arange(rows, device=first.device)
         if rows == 1:
             positive = pair_similarity(first, second, index, index, normalize=True)
             return (positive * 0).sum() if self.simple is None else -positive.sum()
+        scale = inverse_temperature(self.temperature)
+        scale = torch.as_tensor(scale, dtype=statistics_dtype(first), device=first.device)
         kept = math.ceil(self.fraction * (rows - 1))
-        pairs = {"labels": index, "ref_labels": index, "normalize": True}
-        hardest = {"mask": Mask.DIFFERENT, "above": thresholds(first, second, kept)}
-        if self.simple is not None:
-            terms = [Term(Reduction.SUM, **hardest), Term(Reduction.COUNT, scale=0.0, offset=1.0, **hardest)]
-            rivals, count, positive = pair_reduce(first, second, [*terms, Term(Reduction.SUM, mask=Mask.SAME)], **pairs)
-            return (self.simple * rivals / count - positive).mean()
-        terms = [Term(Reduction.LOGSUMEXP, scale=scale, **hardest), Term(Reduction.SUM, mask=Mask.SAME, scale=scale)]
-        rivals, positive = pair_reduce(first, second, terms, **pairs)
-        return F.softplus(rivals - positive, threshold=40).mean()
+
+        def hardest(panel: RowPanel, scale: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                of = self._log_sum if self.simple is None else self._mean
+                total, of_s, of_scale = of(panel.s.detach(), panel.own[:, None], kept, scale)
+            return [total_with_slopes(total, (panel.s, of_s), (scale, of_scale))]
+
+        (total,) = row_reduce(first, second, hardest, exclude=index, normalize=True, shared=[scale], totals=1, copies=5)
+        return total / rows
+
+    def _log_sum(self, s: Tensor, own: Tensor, kept: int, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Total of a panel's rows, its derivatives in s and in the scale."""
+        positive, (rivals, among) = s.gather(1, own), _hardest(s, own, kept)
+        top = rivals.amax(1, keepdim=True)
+        weights = rivals.sub_(top).mul_(scale).exp_().mul_(among)
+        total = weights.sum(1, keepdim=True)
+        gap = total.log() + scale * (top - positive)
+        share = gap.sigmoid()
+        of_scale = None
+        if scale.requires_grad:
+            of_scale = (share * (torch.mul(weights, s, out=among).sum(1, keepdim=True) / total - positive)).sum()
+        of_s = weights.mul_(scale * share / total).scatter_(1, own, -scale * share)
+        return F.softplus(gap, threshold=40).sum(), of_s, of_scale
+
+    def _mean(self, s: Tensor, own: Tensor, kept: int, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The same of the simple loss, which has no scale."""
+        among = _hardest(s, own, kept)[1]
+        of_s = among.mul_(self.simple / among.sum(1, keepdim=True)).scatter_(1, own, -1.0)
+        return (of_s * s).sum(), of_s, None
 
 
-@torch.no_grad()
-def thresholds(first: Tensor, second: Tensor, kept: int) -> Tensor:
-    """(B,) below the kept-th largest cosine of a row with the other samples, and above the next, if not equal.
+def _hardest(s: Tensor, own: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """(b, n) s with -inf at each row's own column, and 1 where it is among the row's `kept` largest, 0 elsewhere.
 
-    Half-way between both, so that another pass, which rounds otherwise, keeps the same ones.
+    Those level with the last one, but for rounding, are among them.
     """
-
-    def quantile(panel: RowPanel) -> list[Tensor]:
-        negatives = torch.where(panel.allowed, panel.s, -torch.inf)
-        last = negatives.kthvalue(negatives.shape[1] - kept + 1, dim=1).values  # NaN counts as the largest
-        following = torch.where(negatives < last[:, None], negatives, -torch.inf).amax(1)
-        return [last - ((last - following) / 2).clamp_min(8 * torch.finfo(last.dtype).eps)]
-
-    index = torch.arange(first.shape[0], device=first.device)
-    return row_reduce(first, second, quantile, exclude=index, normalize=True, copies=4)[0]
+    others = s.scatter(1, own, -torch.inf)
+    rank, among = s.shape[1] - kept, others.clone()  # from 0, smallest first; NaN counts as the largest
+    if s.device.type == "cpu":
+        among.numpy().partition(rank, axis=1)  # a third of kthvalue's time
+        last = among[:, rank, None].clone()
+    else:
+        last = among.kthvalue(rank + 1, dim=1, keepdim=True).values
+    return others, torch.gt(others, last - 8 * torch.finfo(s.dtype).eps, out=among)

@@ -33,8 +33,8 @@ class MEOWLoss(InGroup, nn.Module):
         TypeError, ValueError: on a temperature that is not positive.
 
     Source: Yu et al., "Heterogeneous Graph Contrastive Learning with Meta-path Contexts and Weighted Negative Samples"
-    (MEOW), SDM 2023; jianxiangyu/MEOW, module/contrast.py. Its prototypical term and AdaMEOW's learned weights are not
-    here; anchors without negatives are log 0 there.
+    (MEOW), SDM 2023; jianxiangyu/MEOW, module/contrast.py. Its prototypical term is `ProtoNCELoss`, learned weights are
+    `AdaMEOWLoss`; anchors without negatives are log 0 there.
 
     Example:
         >>> import torch
@@ -63,8 +63,8 @@ class MEOWLoss(InGroup, nn.Module):
         """
         if self.group is not None and current() is None:
             run = lambda first, second, **c: self.forward(first, second, torch.stack(list(c.values())))  # noqa: E731
-            return self.over_group(run, lambda: {"first": first, "second": second, **_named(clusters)})
-        _named(clusters)
+            return self.over_group(run, lambda: {"first": first, "second": second, **named_clusterings(clusters)})
+        named_clusterings(clusters)
         check_matched(first, second, ("first", "second"))
         if clusters.shape[1] != first.shape[0]:
             raise ValueError(f"clusters must have shape (clusterings, {first.shape[0]}); got {tuple(clusters.shape)}")
@@ -83,7 +83,7 @@ class MEOWLoss(InGroup, nn.Module):
         return poisoned(losses.mean(), first, second)
 
 
-def _named(clusters: Tensor) -> dict[str, Tensor]:
+def named_clusterings(clusters: Tensor) -> dict[str, Tensor]:
     """The clusterings, one by one."""
     if not isinstance(clusters, Tensor) or clusters.dtype != torch.int64 or clusters.dim() != 2:
         got = f"{clusters.dtype} {tuple(clusters.shape)}" if isinstance(clusters, Tensor) else type(clusters).__name__

@@ -11,8 +11,11 @@ from ...distributed.sharded import by_row, current
 from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
 from ..arguments import check_matched, poisoned
+from ..closed_form import total_with_slopes
 from ..group import InGroup
 from ..two_views import nothing
+
+_TINY = 1e-24  # squared norms under a gate from which on they are divided by
 
 
 class SimLAPLoss(InGroup, nn.Module):
@@ -79,23 +82,37 @@ class SimLAPLoss(InGroup, nn.Module):
             # <anchor_i, z_j> is the cosine times ||g_i z_j||.
             anchors = by_row(lambda z, g: F.normalize(g * z, dim=1, eps=1e-12) * g, z, g)
 
-        def crossed(panel: RowPanel, own: Tensor, partner: Tensor, classes: Tensor) -> list[Tensor]:
-            of_column = classes[panel.column][None]
-            positive = of_column == partner[:, None]
-            negative = ~positive & (of_column != own[:, None])
-            logits = self.scale * panel.s / panel.products[0].clamp_min(1e-24).sqrt()
-            # A finite floor: an anchor without negatives has a loss and a gradient of 0.
-            rivals = torch.where(negative, logits, torch.finfo(logits.dtype).min / 4).logsumexp(1, keepdim=True)
-            gaps = F.softplus(rivals - logits, threshold=40)
-            return [torch.where(positive, gaps, 0.0).sum(1), positive.sum(1).to(logits.dtype)]
+        def crossed(panel: RowPanel, own: Tensor, classes: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                total, *slopes = self._panel(panel, own, classes)
+            return [total_with_slopes(total, *zip((panel.s, panel.products[0]), slopes, strict=True))]
 
-        losses, pairs = row_reduce(
-            anchors,
-            z,
-            crossed,
-            products=[(squares, of_columns)],
-            rows=[labels, partner_labels],
-            shared=[labels],
-            copies=16,
-        )
-        return poisoned(losses.sum() / pairs.sum().clamp_min(1), embeddings, gates)
+        (total,) = row_reduce(
+            anchors, z, crossed, products=[(squares, of_columns)], labels=partner_labels, ref_labels=labels,
+            rows=[labels], shared=[labels], totals=1, copies=8,
+        )  # fmt: skip
+        classes = labels.sort().values
+        ends = (torch.searchsorted(classes, partner_labels, right=right) for right in (True, False))
+        pairs = (next(ends) - next(ends)).sum()
+        return poisoned(total / pairs.clamp_min(1), embeddings, gates)
+
+    def _panel(self, panel: RowPanel, own: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum over a panel's rows, its derivatives in <anchor_i, z_j> and in the squared norms under the gates."""
+        squared = panel.products[0].detach()
+        inverse = squared.clamp_min(_TINY).rsqrt_()
+        logits = (panel.s.detach() * inverse).mul_(self.scale)
+        position, valid = panel.members()
+        positives = logits.gather(1, position)
+        # Far below, yet finite: an anchor without negatives has a loss and a gradient of 0.
+        lowest = torch.finfo(logits.dtype).min / 4
+        weights = logits.clone().masked_fill_(classes[panel.column][None] == own[:, None], lowest)
+        weights.masked_fill_(panel.member, lowest)
+        top = weights.amax(1, keepdim=True)
+        weights.sub_(top).exp_()
+        total = weights.sum(1, keepdim=True)
+        gaps = (top + total.log()) - positives
+        pull = torch.where(valid, gaps.sigmoid(), 0.0)
+        value = torch.where(valid, F.softplus(gaps, threshold=40), 0.0).sum()
+        weights.mul_(pull.sum(1, keepdim=True) / total).scatter_add_(1, position, -pull)  # of the logits
+        of_squared = logits.mul_(weights).mul_(inverse).mul_(inverse).mul_(-0.5)
+        return value, weights.mul_(inverse).mul_(self.scale), of_squared.masked_fill_(squared < _TINY, 0.0)

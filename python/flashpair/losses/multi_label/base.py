@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...distributed.sharded import current
-from ..arguments import poisoned
+from ..arguments import check_matched, poisoned, without_gradient
 from ..group import InGroup
 from ..two_views import nothing
 from .label_sets import LabelSets
@@ -44,6 +44,67 @@ class MultiLabelLoss(InGroup, nn.Module):
         raise NotImplementedError
 
 
+#: References without gradient: rows, and the labels of each.
+References = list[tuple[Tensor, LabelSets]]
+
+
+class ReferenceLoss(MultiLabelLoss):
+    """Base of the losses of samples against others: momentum keys of the batch, and a queue of earlier ones."""
+
+    row_groups = (("embeddings", "labels", "keys"),)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | LabelSets,
+        keys: Tensor | None = None,
+        queue: Tensor | None = None,
+        queue_labels: Tensor | LabelSets | None = None,
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: (B, D) float32, float64, bfloat16 or float16; normalised here.
+            labels: (B, C) multi-hot, of any number type or bool, or `LabelSets`; with a group a tensor.
+            keys: (B, D) row i has the labels of sample i; without gradient. Default: none.
+            queue: (M, D) further rows, without gradient; with a group the rows of a `KeyQueue` with the same group, or
+                a tensor that all ranks hold alike. Default: none.
+            queue_labels: (M, C) multi-hot or `LabelSets`, the labels of the queue; its rows as those of the queue.
+
+        Returns:
+            0-d loss in float32 (float64 for float64); 0 for an empty batch.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
+        """
+        if self.group is not None and current() is None:
+            tensors = {"embeddings": embeddings, "labels": labels, "keys": without_gradient(keys)}
+            return self.over_group(self.forward, tensors, queue=queue, queue_labels=queue_labels)
+        checks.embeddings("embeddings", embeddings)
+        sets = LabelSets.of("labels", labels, embeddings.shape[0], embeddings.device)
+        references: References = []
+        if keys is not None:
+            check_matched(embeddings, keys, ("embeddings", "keys"))
+            references.append((without_gradient(keys), sets))
+        if (queue is None) != (queue_labels is None):
+            raise ValueError("queue and queue_labels must be given together; got one of them")
+        if queue is not None:
+            checks.embedding_pair(embeddings, queue, ("embeddings", "queue"))
+            of_queue = LabelSets.of("queue_labels", queue_labels, queue.shape[0], embeddings.device)
+            if of_queue.num_labels != sets.num_labels:
+                raise ValueError(
+                    f"queue_labels must have {sets.num_labels} columns as labels; got {of_queue.num_labels}"
+                )
+            references.append((without_gradient(queue), of_queue))
+        if embeddings.shape[0] == 0:
+            return nothing(embeddings)
+        return poisoned(self.of(embeddings, sets, references), embeddings, keys, queue, *self.parameters())
+
+    def of(self, embeddings: Tensor, sets: LabelSets, references: References) -> Tensor:
+        """The loss of a batch that is not empty; without references, of the batch itself."""
+        raise NotImplementedError
+
+
 class PrototypeLoss(MultiLabelLoss):
     """Base of the losses that learn a prototype (D,) for each label."""
 
@@ -58,9 +119,13 @@ class PrototypeLoss(MultiLabelLoss):
         self.prototypes = nn.Parameter(nn.functional.normalize(torch.randn(num_labels, embedding_size), dim=1))
 
     def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
+        self.check_labels(sets)
+        return self.of_prototypes(embeddings, sets, self.prototypes.to(embeddings.dtype))
+
+    def check_labels(self, sets: LabelSets) -> None:
+        """Raises ValueError where there are not as many labels as prototypes."""
         if sets.num_labels != len(self.prototypes):
             raise ValueError(f"labels must have num_labels={len(self.prototypes)} columns; got {sets.num_labels}")
-        return self.of_prototypes(embeddings, sets, self.prototypes.to(embeddings.dtype))
 
     def of_prototypes(self, embeddings: Tensor, sets: LabelSets, prototypes: Tensor) -> Tensor:
         """The loss of a batch that is not empty, with prototypes (C, D) of the embeddings' dtype."""

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from ... import checks
 from ...primitives import pair_reduce
+from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
 from ...terms import Reduction, Term
 from .base import MultiLabelLoss
-from .label_sets import LabelSets
+from .label_sets import LabelSets, Sharing, over_ranks
+from .shared import Repeated, pull_within, unit_rows
 from .weights import LabelWeight, overlap_weight
 
 
@@ -20,7 +22,8 @@ class MultiLabelContrastiveLoss(MultiLabelLoss):
         l_i = Σ_{j != i} w_ij / (Σ_k w_ik) [ LSE_{k != i} s_ik / T  -  s_ij / T ],   mean over the i with Σ w > 0
 
     w as `LabelWeight` says: ANY and ALL are the usual multi-label SupCon, JACCARD the "base" loss of the comprehensive
-    study. Whole rows of S and of the overlaps, a panel at a time. A sample without labels is a negative, no anchor.
+    study. One pass for the log-sum; the rest is a product with the sparse matrix of w, some rows of it at a time. A
+    sample without labels is a negative, no anchor.
 
     Args:
         weight: see `LabelWeight`. Default: JACCARD.
@@ -56,18 +59,29 @@ class MultiLabelContrastiveLoss(MultiLabelLoss):
         self.weight, self.temperature, self.all_anchors = weight, temperature, all_anchors
 
     def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
-        weigh, scale = overlap_weight(self.weight), 1 / self.temperature
+        weigh, scale, dtype = overlap_weight(self.weight), 1 / self.temperature, statistics_dtype(embeddings)
         (total,) = pair_reduce(embeddings, terms=[Term(Reduction.LOGSUMEXP, scale=scale)], normalize=True)
+        sizes, pairs = sets.sizes.to(dtype), Repeated(lambda: sets.sharing(sets, dtype))
 
-        def pulled(panel: RowPanel) -> list[Tensor]:
-            weights = sets.weights(weigh, panel.row, panel.s.dtype)
-            return [(weights * panel.s).sum(1), weights.sum(1)]
+        def weights(p: Sharing, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(i == j, 0.0, weigh(p.shared, sizes[i], sizes[j]))
 
-        pull, mass = row_reduce(embeddings, None, pulled, normalize=True, copies=10)
+        mass = torch.zeros_like(sizes)
+        for p in pairs:
+            mass[p.first : p.end] = p.totals(weights(p, p.row, p.other))
+        mass = over_ranks(mass)
         anchor = mass > 0
-        losses = torch.where(anchor, total, 0.0) - scale * pull / torch.where(anchor, mass, 1.0)
-        anchors = len(losses) if self.all_anchors else anchor.sum().clamp_min(1)
-        return losses.sum() / anchors
+        each = torch.where(anchor, 1 / torch.where(anchor, mass, 1.0), 0.0)
+
+        def both(p: Sharing) -> Tensor:
+            there = weights(p, p.row, p.other)
+            if self.weight != LabelWeight.SIMILARITY_DISSIMILARITY:  # symmetric
+                return there * (each[p.row] + each[p.other])
+            return there * each[p.row] + weights(p, p.other, p.row) * each[p.other]
+
+        pull = pull_within(unit_rows(embeddings), pairs, both)
+        anchors = len(mass) if self.all_anchors else anchor.sum().clamp_min(1)
+        return (torch.where(anchor, total, 0.0).sum() - scale * pull) / anchors
 
 
 class JSCLLoss(MultiLabelLoss):
@@ -108,4 +122,4 @@ class JSCLLoss(MultiLabelLoss):
             pull = torch.where(panel.allowed, logits, 0.0).sum(1) / panel.allowed.sum(1).clamp_min(1)
             return [torch.where(alone, 0.0, total - pull)]
 
-        return row_reduce(embeddings, None, crossed, normalize=True, copies=12)[0].mean()
+        return row_reduce(embeddings, None, crossed, normalize=True, copies=16)[0].mean()

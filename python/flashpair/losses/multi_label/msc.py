@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
 from ...algebra import log_add_exp
-from ...pairs import accumulate, segment_sum
+from ...pairs import segment_sum
 from ...primitives import pair_reduce
 from ...request import statistics_dtype
-from ...rows import RowPanel, row_reduce
 from ...terms import Reduction, Term
 from .base import PrototypeLoss
-from .label_sets import LabelSets
-from .weights import OverlapWeight, subset_share
-
-_ROWS = 256  # of overlaps at a time, where no embeddings are compared
-
-
-def per_label(sets: LabelSets, weigh: OverlapWeight, dtype: torch.dtype) -> Tensor:
-    """(P,) Σ_{j != i: c in y_j} weight(i, j) for each label c of each sample i."""
-    found = torch.zeros(len(sets.owner), dtype=dtype, device=sets.owner.device)
-    for row in torch.arange(sets.rows, device=sets.owner.device).split(_ROWS):
-        weights = sets.weights(weigh, row, dtype)
-        for pair, local, other in sets.shared_with(sets, row):
-            accumulate(found, pair, weights[local, other])
-    return found
-
-
-def balanced_weights(sets: LabelSets, weigh: OverlapWeight, per: Tensor, row: Tensor) -> Tensor:
-    """(b, N) weight(i, j) · Σ_{c in y_i and y_j} per_ic."""
-    shares = torch.zeros(len(row) * sets.rows, dtype=per.dtype, device=row.device)
-    for pair, local, other in sets.shared_with(sets, row):
-        accumulate(shares, local * sets.rows + other, per[pair])
-    return sets.weights(weigh, row, per.dtype) * shares.view(len(row), sets.rows)
+from .label_sets import LabelSets, Sharing
+from .shared import listed, pull_within, unit_rows
+from .weights import subset_share, union_share
 
 
 class MSCLoss(PrototypeLoss):
@@ -47,7 +26,7 @@ class MSCLoss(PrototypeLoss):
         Z_i  = log( Σ_c e^{s_ic / T} + β Σ_{j != i} e^{s_ij / T} )
 
     of unit vectors; mean over the batch, a sample without labels contributes 0. Three tensors (B, B, C) in the authors'
-    code; here a list of the labels that samples share, a panel at a time.
+    code; here two passes for Z and products with the sparse matrix of w, some rows of it at a time.
 
     Args:
         num_labels, embedding_size: C and D; `prototypes` (C, D) is a parameter.
@@ -83,24 +62,24 @@ class MSCLoss(PrototypeLoss):
 
     def of_prototypes(self, embeddings: Tensor, sets: LabelSets, prototypes: Tensor) -> Tensor:
         dtype, scale = statistics_dtype(embeddings), 1 / self.temperature
-        union: OverlapWeight = lambda s, a, b: torch.where(s > 0, self.alpha / (a + b - s).clamp_min(1), 0.0)  # noqa: E731
-        per = 1 / (1 + per_label(sets, union, dtype))
+        union = union_share(self.alpha)
+        per = 1 / (1 + sets.per_label(union, dtype))
         term = [Term(Reduction.LOGSUMEXP, scale=scale)]
         (of_batch,) = pair_reduce(embeddings, None, term, normalize=True)
         (of_prototypes,) = pair_reduce(embeddings, prototypes, term, normalize=True)
         total = log_add_exp(of_batch + torch.log(of_batch.new_tensor(self.beta)), of_prototypes)
+        size, ones = sets.sizes.to(dtype), torch.ones_like(per)
+        per = per / size[sets.owner]
 
-        def pulled(panel: RowPanel) -> list[Tensor]:
-            weights = balanced_weights(sets, union, per, panel.row)
-            return [torch.where(weights > 0, weights * panel.s, 0.0).sum(1), weights.sum(1)]
+        def both(p: Sharing) -> Tensor:  # a sum over the labels that are shared is a sum over both sides' labels
+            weights = union(p.shared, size[p.row], size[p.other]) * (p.sums[0] + p.sums[1])
+            return torch.where(p.row == p.other, 0.0, weights)
 
-        pull, mass = row_reduce(embeddings, None, pulled, normalize=True, copies=12)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            x, p = (F.normalize(v.to(dtype), dim=1, eps=1e-12) for v in (embeddings, prototypes))
-            pull = pull + (x * sets.mixture(p, per)).sum(1)
-        mass = mass + segment_sum(per, sets.owner, sets.rows)
-        size = sets.sizes.to(dtype)
-        return torch.where(size > 0, (mass * total - scale * pull) / size.clamp_min(1), 0.0).mean()
+        x, chunks = unit_rows(embeddings), sets.sharing(sets, dtype, [(per, ones), (ones, per)])
+        with torch.autocast(x.device.type, enabled=False):
+            pull = pull_within(x, chunks, both) + (x * sets.mixture(unit_rows(prototypes), per)).sum()
+        # The weights of a sample sum to its number of labels.
+        return (torch.where(size > 0, total, 0.0).sum() - scale * pull) / len(size)
 
 
 class MSCRGLoss(PrototypeLoss):
@@ -149,20 +128,29 @@ class MSCRGLoss(PrototypeLoss):
         dtype, scale = statistics_dtype(embeddings), 1 / self.temperature
         everything, universe = torch.cat([embeddings, prototypes]), sets.beside(sets.single())
         share = subset_share(self.alpha)
-        counts = per_label(universe, share, dtype) * universe.sizes[universe.owner]
-        per = torch.where(counts > 0, 1 / torch.where(counts > 0, counts, 1.0), 0.0)
+        size = universe.sizes.to(dtype)
+        others = (
+            (universe.counts[universe.label] - 1).to(dtype) if self.alpha == 0 else universe.per_label(share, dtype)
+        )
+        counts = others * size[universe.owner]
+        usable = counts > 0
+        per, ones = torch.where(usable, 1 / torch.where(usable, counts, 1.0), 0.0), torch.ones_like(counts)
+        mass = segment_sum(usable.to(dtype) / size[universe.owner], universe.owner, universe.rows)
 
-        term = [Term(Reduction.LOGSUMEXP, scale=scale)]
-        (total,) = pair_reduce(everything, None, term, normalize=True)
+        (total,) = pair_reduce(everything, None, [Term(Reduction.LOGSUMEXP, scale=scale)], normalize=True)
+        x, known = unit_rows(everything), total.detach()
 
-        def pulled(panel: RowPanel, total: Tensor) -> list[Tensor]:
-            weights = balanced_weights(universe, share, per, panel.row)
-            mass = weights.sum(1)
-            if self.regularised:  # [p - w]_+ beside w: a positive's weight is max(p, w)
-                p = torch.exp(panel.s.detach() * scale - total[:, None])
-                weights = torch.where(weights > 0, weights.maximum(p), 0.0)
-            return [(weights * panel.s).sum(1), mass]
+        def both(p: Sharing) -> Tensor:
+            s = scale * listed(x, p) if self.regularised else None
+            weights = 0.0
+            for i, j, sums in ((p.row, p.other, p.sums[0]), (p.other, p.row, p.sums[1])):
+                of_side = share(p.shared, size[i], size[j]) * sums
+                if s is not None:  # [p - w]_+ beside w: a positive's weight is max(p, w)
+                    of_side = torch.where(of_side > 0, of_side.maximum(torch.exp(s - known[i])), 0.0)
+                weights = weights + of_side
+            return torch.where(p.row == p.other, 0.0, weights)
 
-        pull, mass = row_reduce(everything, None, pulled, rows=[total.detach()], normalize=True, copies=12)
-        losses = mass * torch.where(mass > 0, total, 0.0) - scale * pull
-        return losses.sum() / (mass > 0).sum().clamp_min(1)
+        beside = universe.rows // 16 if self.regularised else 0
+        pull = pull_within(x, universe.sharing(universe, dtype, [(per, ones), (ones, per)], beside), both)
+        losses = mass * torch.where(mass > 0, total, 0.0)
+        return (losses.sum() - scale * pull) / (mass > 0).sum().clamp_min(1)

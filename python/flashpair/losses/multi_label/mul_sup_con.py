@@ -5,16 +5,17 @@ from __future__ import annotations
 from enum import Enum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...algebra import log_add_exp
 from ...pairs import segment_sum
 from ...primitives import pair_reduce
 from ...request import statistics_dtype
 from ...terms import Reduction, Term
-from .base import MultiLabelLoss, PrototypeLoss
+from .base import PrototypeLoss, ReferenceLoss, References
 from .label_sets import LabelSets
+from .shared import unit_rows
 
 
 class MulSupConReduction(Enum):
@@ -24,13 +25,14 @@ class MulSupConReduction(Enum):
     PER_SAMPLE = "per_sample"  # the mean of each sample's, then over the batch
 
 
-class MulSupConLoss(MultiLabelLoss):
-    """For each label c of a sample, SupCon with the samples that have c as positives.
+class MulSupConLoss(ReferenceLoss):
+    """For each label c of a sample, SupCon with the references that have c as positives.
 
-        l_ic = LSE_{k != i} s_ik / T  -  mean_{j != i: c in y_j} s_ij / T
+        l_ic = LSE_r s_ir / T  -  mean_{r: c in y_r} s_ir / T
 
-    A label that no other sample has gives no loss. The mean over positives is a product with the label's mean
-    embedding: one pass for the log-sum, O(labels given · D) for the rest, no overlaps of label sets.
+    References are the other samples; or, where keys or a queue are given, these, row i of the keys with the labels of
+    sample i. A label that no reference has gives no loss. The mean over positives is a product with the label's mean
+    embedding: a pass for the log-sum, O(labels given · D) for the rest, no overlaps of label sets.
 
     Args:
         temperature: T > 0. Default 0.1.
@@ -41,14 +43,20 @@ class MulSupConLoss(MultiLabelLoss):
         TypeError, ValueError: on a bad number or reduction.
 
     Source: Zhang and Wu, "Multi-Label Supervised Contrastive Learning" (MulSupCon), AAAI 2024, equation 6;
-    williamzhangsjtu/MulSupCon. There the references are a queue; here the batch, without the anchor.
+    williamzhangsjtu/MulSupCon, where the references are keys and a queue that is full; the batch without the anchor is
+    the comprehensive study's. The authors' `with_weight` is PER_SAMPLE.
 
     Example:
         >>> import torch
-        >>> from flashpair.losses import MulSupConLoss
+        >>> from flashpair.losses import KeyQueue, MulSupConLoss
         >>> x, labels = torch.eye(3), torch.tensor([[1, 1], [1, 0], [0, 1]])
-        >>> round(float(MulSupConLoss()(x, labels)), 4)  # log 2
+        >>> loss = MulSupConLoss()
+        >>> round(float(loss(x, labels)), 4)  # log 2
         0.6931
+        >>> queue, of_queue = KeyQueue(6, 3), KeyQueue(6, 2)  # keys, and their labels as numbers
+        >>> queue.enqueue(x), of_queue.enqueue(labels.float())
+        (None, None)
+        >>> value = loss(x, labels, keys=x, queue=queue.rows(), queue_labels=of_queue.rows())
     """
 
     def __init__(
@@ -59,16 +67,23 @@ class MulSupConLoss(MultiLabelLoss):
         checks.member("reduction", reduction, MulSupConReduction)
         self.temperature, self.reduction = temperature, reduction
 
-    def of(self, embeddings: Tensor, sets: LabelSets) -> Tensor:
+    def of(self, embeddings: Tensor, sets: LabelSets, references: References) -> Tensor:
         scale, dtype = 1 / self.temperature, statistics_dtype(embeddings)
-        (total,) = pair_reduce(embeddings, terms=[Term(Reduction.LOGSUMEXP, scale=scale)], normalize=True)
-        others = (sets.counts[sets.label] - 1).to(dtype)  # (P,) other samples with the label
-        usable = (others > 0).to(dtype)
-        weights = usable / others.clamp_min(1)
-        labels, own = (segment_sum(v, sets.owner, sets.rows) for v in (usable, weights))
-        with torch.autocast(embeddings.device.type, enabled=False):
-            x = F.normalize(embeddings.to(dtype), dim=1, eps=1e-12)
-            pull = (x * (sets.mixture(sets.sums(x), weights) - own[:, None] * x)).sum(1)
+        term, own = [Term(Reduction.LOGSUMEXP, scale=scale)], not references
+        total: Tensor | None = None
+        for columns in (None,) if own else (rows for rows, _ in references):
+            (found,) = pair_reduce(embeddings, columns, term, normalize=True)
+            total = found if total is None else log_add_exp(total, found)
+        counts = sets.counts if own else sum(of.counts for _, of in references)
+        positives = (counts[sets.label] - int(own)).to(dtype)  # (P,) references with the label
+        usable = (positives > 0).to(dtype)
+        weights = usable / positives.clamp_min(1)
+        labels, each = (segment_sum(v, sets.owner, sets.rows) for v in (usable, weights))
+        x = unit_rows(embeddings)
+        with torch.autocast(x.device.type, enabled=False):
+            sums = sets.sums(x) if own else sum(of.sums(unit_rows(rows)) for rows, of in references)
+            mixed = sets.mixture(sums, weights)
+            pull = (x * (mixed - each[:, None] * x if own else mixed)).sum(1)
         losses = torch.where(labels > 0, labels * total.masked_fill(labels == 0, 0.0) - scale * pull, 0.0)
         if self.reduction == MulSupConReduction.PER_SAMPLE:
             return (losses / labels.clamp_min(1)).mean()
@@ -105,7 +120,7 @@ class MultiLabelProtoLoss(PrototypeLoss):
         logits = Term(Reduction.LOGSUMEXP, scale=1 / self.temperature)
         (total,) = pair_reduce(embeddings, prototypes, [logits], normalize=True)
         with torch.autocast(embeddings.device.type, enabled=False):
-            x, p = (F.normalize(v.to(dtype), dim=1, eps=1e-12) for v in (embeddings, prototypes))
+            x, p = unit_rows(embeddings), unit_rows(prototypes)
             pull = (x * sets.mixture(p, torch.ones_like(sets.owner, dtype=dtype))).sum(1) / self.temperature
         size = sets.sizes.to(dtype)
         return torch.where(size > 0, total - pull / size.clamp_min(1), 0.0).mean()

@@ -39,3 +39,8 @@ def subset_share(power: float) -> OverlapWeight:
     if power == 0:
         return lambda s, a, b: (s > 0).to(s.dtype)
     return lambda s, a, b: torch.where(s > 0, s / b.clamp_min(1), 0.0) ** power
+
+
+def union_share(factor: float) -> OverlapWeight:
+    """factor / (labels of both together), where one is shared."""
+    return lambda s, a, b: torch.where(s > 0, factor / (a + b - s).clamp_min(1), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
-from ...rows import RowPanel, row_reduce
-from .scores import ScoreLoss, differences
+from .pairs_by_target import PairsByTarget, Tile
+from .scores import ScoreLoss
 
 
 class ComparisonModel(Enum):
@@ -33,7 +34,7 @@ _TINY = 1e-8  # under the roots, as in LIQE and UNIQUE
 class ComparisonLoss(ScoreLoss):
     """Mean over all pairs i < j of a list of the loss of p_ij, the model's probability that i is better.
 
-    O(n²) time, a panel of a_i - a_j at a time.
+    O(n²) time, a tile of a_i - a_j at a time, each pair once; slopes in closed form from the same pass.
 
     Args:
         model: see `ComparisonModel`. Default: THURSTONE.
@@ -67,26 +68,43 @@ class ComparisonLoss(ScoreLoss):
         checks.number("deviation", deviation, low=0.0, open_low=True)
         self.model, self.criterion, self.deviation = model, criterion, deviation
 
-    def _loss(self, d: Tensor, g: Tensor) -> Tensor:
-        thurstone = self.model == ComparisonModel.THURSTONE
+    def _probability(self, d: Tensor) -> Tensor:
+        return torch.special.ndtr(d) if self.model == ComparisonModel.THURSTONE else torch.sigmoid(d)
+
+    def _density(self, d: Tensor, p: Tensor) -> Tensor:
+        """Derivative of the probability p of d."""
+        if self.model == ComparisonModel.THURSTONE:
+            return d.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        return p * (1 - p)
+
+    def _log(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and its derivative, neither of which overflows far out."""
+        if self.model == ComparisonModel.THURSTONE:
+            ratio = torch.special.erfcx(d * -math.sqrt(0.5))  # of 2 Φ(d) to exp(-d² / 2)
+            return torch.special.log_ndtr(d), ratio.reciprocal_().mul_(math.sqrt(2 / math.pi))
+        return F.logsigmoid(d), torch.sigmoid(-d)
+
+    def _better(self, d: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Losses and slopes where the target is 1."""
         if self.criterion == ComparisonCriterion.CROSS_ENTROPY:
-            log_p = torch.special.log_ndtr if thurstone else F.logsigmoid
-            return -g * log_p(d) - (1 - g) * log_p(-d)
-        p, q = ((torch.special.ndtr if thurstone else torch.sigmoid)(v) for v in (d, -d))
-        return 1 - (p * g + _TINY).sqrt() - (q * (1 - g) + _TINY).sqrt()
+            log_p, slopes = self._log(d)
+            return log_p.neg_(), slopes.neg_()
+        p = self._probability(d)
+        slopes = self._density(d, p)
+        root = p.add_(_TINY).sqrt_()
+        slopes.div_(root).mul_(-0.5)
+        return root.neg_().add_(1 - math.sqrt(_TINY)), slopes
+
+    def _alike(self, d: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Losses and slopes where the target is ½."""
+        if self.criterion == ComparisonCriterion.CROSS_ENTROPY:
+            (log_p, slopes), (log_q, other) = self._log(d), self._log(-d)
+            return (log_p + log_q) / -2, (other - slopes) / 2
+        p, q = self._probability(d), self._probability(-d)
+        roots = [(v / 2 + _TINY).sqrt() for v in (p, q)]
+        slopes = self._density(d, p) * (1 / roots[1] - 1 / roots[0]) / 4
+        return 1 - roots[0] - roots[1], slopes
 
     def of(self, scores: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
-        index = torch.arange(len(scores), device=scores.device)
-
-        def compared(panel: RowPanel, own: Tensor, targets: Tensor) -> list[Tensor]:
-            g = (torch.sign(own[:, None] - targets[panel.column][None]) + 1) / 2
-            losses = torch.where(panel.same, self._loss(panel.s / self.deviation, g), 0.0)
-            return [losses.sum()]
-
-        x, y = differences(scores)
-        (total,) = row_reduce(
-            x, y, compared, rows=[targets], shared=[targets], labels=lists, ref_labels=lists.clone(), exclude=index,
-            within_class=True, copies=16, totals=1,
-        )  # fmt: skip
-        sizes = lists.unique(return_counts=True)[1]
-        return total / (sizes * (sizes - 1)).sum().clamp_min(1)
+        pairs = PairsByTarget(targets, lists)
+        return pairs.sum(scores / self.deviation, self._better, self._alike) / pairs.all.clamp_min(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from ... import checks
 from ...label_order import label_order
 from ...pairs import segment_sum
-from ...rows import RowPanel, row_reduce
-from .scores import ScoreLoss, differences
+from .pairs_by_target import PairsByTarget, Tile
+from .scores import ScoreLoss
 
 
 class LambdaWeight(Enum):
@@ -28,7 +29,7 @@ class LambdaWeight(Enum):
 class LambdaLoss(ScoreLoss):
     """`-mean over pairs of a list with y_i > y_j of  w_ij log2 σ( sigma (a_i - a_j) )`, w by the current ranking.
 
-    Ranks and weights take no gradient. NDCG1 has no j in its weight. A panel of whole lists at a time.
+    Ranks and weights take no gradient. NDCG1 has no j in its weight. A tile of pairs at a time, slopes in closed form.
 
     Args:
         weight: see `LambdaWeight`. Default: NDCG2_PLUS.
@@ -67,48 +68,62 @@ class LambdaLoss(ScoreLoss):
         checks.number("mu", mu, low=0.0)
         self.weight, self.k, self.sigma, self.mu = weight, k, sigma, mu
 
-    def _weights(self, gain: Tensor, rank: Tensor, gains: Tensor, ranks: Tensor) -> Tensor:
-        """(b, n) of the rows' gains and ranks (b, 1) and the columns' (1, n)."""
-        if self.weight == LambdaWeight.NONE:
-            return torch.ones_like(gain + gains)
-        discount = lambda r: torch.log2(1 + r)  # noqa: E731
-        if self.weight == LambdaWeight.NDCG1:
-            return (gain / discount(rank)).expand(-1, gains.shape[1])
-        change = (gain - gains).abs()
-        lambdas = (1 / discount(rank) - 1 / discount(ranks)).abs() * change
-        if self.weight == LambdaWeight.LAMBDA_RANK:
-            return lambdas
-        apart = (rank - ranks).abs().clamp_min(1)
-        ndcg2 = (1 / discount(apart) - 1 / discount(apart + 1)).abs() * change
-        return ndcg2 if self.weight == LambdaWeight.NDCG2 else self.mu * ndcg2 + lambdas
-
     def of(self, scores: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
         ranks = ranks_in_lists(scores.detach(), lists)
         gains = torch.exp2(targets) - 1
         _, owner = lists.unique(return_inverse=True)
-        most = gains / torch.log2(1 + ranks_in_lists(targets, lists))
+        best = ranks_in_lists(targets, lists)
+        most = gains / torch.log2(1 + best)
         if self.k is not None:
-            most = torch.where(ranks_in_lists(targets, lists) <= self.k, most, 0.0)
+            most = torch.where(best <= self.k, most, 0.0)
         ideal = segment_sum(most, owner, len(scores))[owner]
         gains = torch.where(ideal > 0, gains / torch.where(ideal > 0, ideal, 1.0), 0.0)
+        if self.k is not None:  # pairs of others do not count
+            kept = (ranks <= self.k).nonzero()[:, 0]
+            scores, targets, lists, ranks, gains = (v[kept] for v in (scores, targets, lists, ranks, gains))
+        pairs = PairsByTarget(targets, lists)
+        weights = _Weights(self, gains[pairs.order], ranks[pairs.order])
 
-        def weighted(panel: RowPanel, target: Tensor, gain: Tensor, rank: Tensor, *columns: Tensor) -> list[Tensor]:
-            targets, gains, ranks = (c[panel.column][None] for c in columns)
-            target, gain, rank = target[:, None], gain[:, None], rank[:, None]
-            keep = panel.same & (target > targets)
-            if self.k is not None:
-                keep = keep & (rank <= self.k) & (ranks <= self.k)
-            weights = self._weights(gain, rank, gains, ranks)
-            losses = torch.where(keep, weights * F.softplus(-self.sigma * panel.s), 0.0)
-            return [losses.sum(1), keep.sum(1).to(losses.dtype)]
+        def weighted(d: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+            losses = F.softplus(d.mul_(-self.sigma))
+            slopes = torch.sigmoid(d).mul_(-self.sigma)
+            if self.weight != LambdaWeight.NONE:
+                w = weights.of(tile)
+                losses, slopes = losses.mul_(w), slopes.mul_(w)
+            return losses, slopes
 
-        x, y = differences(scores)
-        given = [targets, gains, ranks]
-        sums, pairs = row_reduce(
-            x, y, weighted, rows=given, shared=given, labels=lists, ref_labels=lists.clone(),
-            exclude=torch.arange(len(scores), device=scores.device), within_class=True, copies=20,
-        )  # fmt: skip
-        return sums.sum() / pairs.sum().clamp_min(1) / torch.log(sums.new_tensor(2.0))
+        return pairs.sum(scores, weighted) / pairs.unequal.clamp_min(1) / math.log(2)
+
+
+class _Weights:
+    """Weights of the pairs of a tile, from gains and ranks (n,) of the sorted items."""
+
+    def __init__(self, loss: LambdaLoss, gains: Tensor, ranks: Tensor) -> None:
+        self.kind, self.mu, self.gains = loss.weight, loss.mu, gains
+        self.discounts = 1 / torch.log2(1 + ranks)
+        # Of ranks that are as far apart as the entry's place; of one rank there is no pair.
+        apart = torch.arange(len(ranks), device=ranks.device).to(gains).clamp_min_(1)
+        self.by_distance = 1 / torch.log2(1 + apart) - 1 / torch.log2(2 + apart)
+        self.ranks = ranks.to(torch.int64)
+
+    @property
+    def _far(self) -> bool:
+        return self.kind in (LambdaWeight.NDCG2, LambdaWeight.NDCG2_PLUS)
+
+    def of(self, tile: Tile) -> Tensor:
+        """(b, m), or (b, 1) where a weight is its row's."""
+        gain, discount = self.gains[tile.rows, None], self.discounts[tile.rows, None]
+        if self.kind == LambdaWeight.NDCG1:
+            return gain * discount
+        change = gain - self.gains[None, tile.columns]  # ≥ 0: the first has the higher target
+        weights = None
+        if self.kind in (LambdaWeight.LAMBDA_RANK, LambdaWeight.NDCG2_PLUS):
+            weights = (discount - self.discounts[None, tile.columns]).abs_()
+        if self._far:
+            apart = (self.ranks[tile.rows, None] - self.ranks[None, tile.columns]).abs_()
+            ndcg2 = self.by_distance.expand(len(apart), -1).gather(1, apart)
+            weights = ndcg2 if weights is None else weights.add_(ndcg2, alpha=self.mu)
+        return weights.mul_(change)
 
 
 def ranks_in_lists(values: Tensor, lists: Tensor) -> Tensor:

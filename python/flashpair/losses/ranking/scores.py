@@ -32,27 +32,32 @@ class ScoreLoss(InGroup, nn.Module):
         """
         if self.group is not None and current() is None:
             return self.over_group(self.forward, {"scores": scores, "targets": targets, "lists": lists})
-        if not isinstance(scores, Tensor) or scores.dtype not in checks.DTYPES or scores.dim() != 1:
-            got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(f"scores must be a 1-D floating-point tensor; got {got}")
-        if not isinstance(targets, Tensor) or targets.shape != scores.shape:
-            got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-            raise ValueError(f"targets must have shape {tuple(scores.shape)}; got {got}")
-        checks.same_device("scores", scores, targets=targets, lists=lists)
-        lists = torch.zeros(len(scores), dtype=torch.int64, device=scores.device) if lists is None else lists
-        checks.labels("lists", lists, len(scores))
-        dtype = statistics_dtype(scores)
-        scores, targets = scores.to(dtype), targets.detach().to(dtype)
-        # NaN in a score or a target must not hide behind a comparison that is false.
-        total = 0 * (scores.detach().sum() + targets.sum())
-        return (self.of(scores, targets, lists) if len(scores) else scores.sum()) + total
+        targets = targets.detach() if isinstance(targets, Tensor) else targets
+        lists, zero, scores, targets = checked(lists, scores=scores, targets=targets)
+        return (self.of(scores, targets, lists) if len(scores) else scores.sum()) + zero
 
     def of(self, scores: Tensor, targets: Tensor, lists: Tensor) -> Tensor:
         """The loss of checked items in the statistics dtype."""
         raise NotImplementedError
 
 
-def differences(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 2) twice: their product is a_i - a_j."""
-    one = torch.ones_like(scores)
-    return torch.stack([scores, one], 1), torch.stack([one, -scores], 1)
+def checked(lists: Tensor | None, *, scores: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
+    """Lists, a zero, then the scores and others in the statistics dtype.
+
+    The zero is NaN where one of the values is not finite, which must not hide behind a comparison that is false.
+
+    Raises:
+        TypeError, ValueError: on bad input, naming the argument.
+    """
+    if not isinstance(scores, Tensor) or scores.dtype not in checks.DTYPES or scores.dim() != 1:
+        got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores must be a 1-D floating-point tensor; got {got}")
+    for name, value in others.items():
+        if not isinstance(value, Tensor) or value.shape != scores.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must have shape {tuple(scores.shape)}; got {got}")
+    checks.same_device("scores", scores, lists=lists, **others)
+    lists = torch.zeros(len(scores), dtype=torch.int64, device=scores.device) if lists is None else lists
+    checks.labels("lists", lists, len(scores))
+    values = [v.to(statistics_dtype(scores)) for v in (scores, *others.values())]
+    return lists, 0 * sum(v.detach().sum() for v in values), *values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ...distributed.sharded import current
@@ -15,7 +16,8 @@ class SentenceLoss(InGroup, nn.Module):
     """Base: `loss(columns, labels=None)`, columns being embeddings (B, D) or the features that `model` embeds.
 
     sentence-transformers' trainer calls it so. `compute_loss_from_embeddings(embeddings, labels)` is the seam where
-    that library's own losses and its wrappers meet ours.
+    that library's own losses and its wrappers meet ours, `calculate_loss(reps, labels)` that of its cached losses:
+    `cached.calculate_loss = loss.calculate_loss`.
     """
 
     row_groups = None
@@ -63,9 +65,28 @@ class SentenceLoss(InGroup, nn.Module):
             check_matched(embeddings[0], column, ("embeddings[0]", f"embeddings[{k}]"))
         return self.of(embeddings, labels)
 
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of columns that are embedded in parts, (b, D) each; see `finished` for `with_backward`."""
+        return finished(self.compute_loss_from_embeddings(joined(reps), labels), with_backward)
+
     def of(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The loss of checked columns."""
         raise NotImplementedError
+
+
+def joined(parts: Iterable[Iterable[Tensor]]) -> list[Tensor]:
+    """Columns (B, D) of parts (b, D)."""
+    return [torch.cat(list(column)) for column in parts]
+
+
+def finished(loss: Tensor, with_backward: bool) -> Tensor:
+    """The loss; `with_backward`: its value, after its backward pass."""
+    if not with_backward:
+        return loss
+    loss.backward()
+    return loss.detach()
 
 
 def named_columns(embeddings: list[Tensor], name: str = "embeddings") -> dict[str, Tensor]:

@@ -1,0 +1,127 @@
+"""AdaMEOW: the weight of a pair is learned from both of its samples."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ... import checks
+from ...distributed.sharded import all_rows, current
+from ...pairs import pair_similarity
+from ...request import statistics_dtype
+from ...rows import RowPanel, row_reduce
+from ..arguments import check_matched, inverse_temperature, poisoned
+from ..group import InGroup
+from ..two_views import nothing
+
+
+class PairGate(torch.autograd.Function):
+    """(b, n) Σ_h v_h tanh(p_ih + q_jh), one hidden unit at a time: no (b, n, hidden) tensor, forward or backward."""
+
+    @staticmethod
+    def forward(ctx, p: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(p, q, v)
+        total = p.new_zeros(p.shape[0], q.shape[0])
+        for h in range(len(v)):
+            total.addcmul_(_unit(p, q, h), v[h])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        p, q, v = ctx.saved_tensors
+        dp, dq, dv = torch.empty_like(p), torch.empty_like(q), torch.empty_like(v)
+        for h in range(len(v)):
+            t = _unit(p, q, h)
+            dv[h] = (grad * t).sum()
+            slope = t.square_().neg_().add_(1).mul_(grad)
+            dp[:, h], dq[:, h] = v[h] * slope.sum(1), v[h] * slope.sum(0)
+        return dp, dq, dv
+
+
+def _unit(p: Tensor, q: Tensor, h: int) -> Tensor:
+    return (p[:, h, None] + q[None, :, h]).tanh_()
+
+
+class AdaMEOWLoss(InGroup, nn.Module):
+    """InfoNCE whose pairs have weights that a small network learns.
+
+        w_ij = σ( v · tanh(W (a_i + b_j) + c) + d )  in (0, 1)
+        loss = mean_i [ log Σ_j w_ij e^{<a_i, b_j> / T}  -  <a_i, b_i> / T ]
+
+    of unit vectors a and b. The pair (i, i) is in the sum with its weight, so the loss may be negative; one sample
+    alone gives mean log w. W a and W b are made once, a panel of pairs takes the tanh of one hidden unit at a time.
+
+    Args:
+        embedding_size: D.
+        temperature: T, positive number or 0-d tensor (learnable). Default 0.4.
+        hidden_size: of the network. Default 16.
+        group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`. Default: none.
+
+    The parameters are those of `hidden` (W, c) and `output` (v, d), two `nn.Linear`.
+
+    Raises:
+        TypeError, ValueError: on a size or a temperature that is not positive.
+
+    Source: Yu et al., "Heterogeneous Graph Contrastive Learning with Meta-path Contexts and Weighted Negative Samples"
+    (MEOW), SDM 2023; jianxiangyu/MEOW, code_adameow/module/adameow.py. Assumed: MEOW's default temperature.
+
+    Example:
+        >>> import torch
+        >>> from flashpair.losses import AdaMEOWLoss
+        >>> loss, x = AdaMEOWLoss(embedding_size=3, temperature=1.0), torch.eye(3)
+        >>> _ = [p.data.zero_() for p in loss.parameters()]  # every weight is 1/2
+        >>> round(loss(x, x).item(), 4)  # log((e + 2) / 2) - 1
+        -0.1417
+    """
+
+    row_groups = (("first", "second"),)
+
+    def __init__(
+        self, embedding_size: int, temperature: float | Tensor = 0.4, hidden_size: int = 16, group=None
+    ) -> None:
+        super().__init__(group=group)
+        checks.count("embedding_size", embedding_size)
+        checks.temperature("temperature", temperature)
+        checks.count("hidden_size", hidden_size)
+        self.temperature = temperature
+        self.hidden, self.output = nn.Linear(embedding_size, hidden_size), nn.Linear(hidden_size, 1)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """The loss of a batch; anchors are the rows of `first`.
+
+        Args:
+            first, second: (B, D) float32, float64, bfloat16 or float16; row i of both is of sample i. Normalised here.
+
+        Returns:
+            0-d loss in float32 (float64 for float64); 0 for an empty batch.
+
+        Raises:
+            TypeError, ValueError: on bad input, naming the argument.
+        """
+        if self.group is not None and current() is None:
+            return self.over_group(self.forward, {"first": first, "second": second})
+        check_matched(first, second, ("first", "second"))
+        checks.same_device("first", first, **{"the loss's parameters": self.hidden.weight})
+        if first.shape[1] != self.hidden.in_features:
+            raise ValueError(f"first must have embedding_size={self.hidden.in_features} features; got {first.shape[1]}")
+        if first.shape[0] == 0:
+            return nothing(first, second)
+        scale, dtype = inverse_temperature(self.temperature), statistics_dtype(first)
+        with torch.autocast(first.device.type, enabled=False):
+            weight = self.hidden.weight.to(dtype)
+            unit = lambda rows: F.normalize(all_rows(rows).to(dtype), dim=1, eps=1e-12)  # noqa: E731
+            p, q = unit(first) @ weight.T + self.hidden.bias.to(dtype), unit(second) @ weight.T  # (B, hidden)
+            v, d = self.output.weight[0].to(dtype), self.output.bias.to(dtype)
+
+        def weighted(panel: RowPanel, p: Tensor, q: Tensor, v: Tensor, d: Tensor, scale: Tensor) -> list[Tensor]:
+            gate = PairGate.apply(p, q[panel.column], v)
+            return [(scale * panel.s + F.logsigmoid(gate + d)).logsumexp(1)]
+
+        shared = [q, v, d, torch.as_tensor(scale, dtype=dtype, device=first.device)]
+        (rivals,) = row_reduce(first, second, weighted, rows=[p], shared=shared, normalize=True, copies=12)
+        index = torch.arange(first.shape[0], device=first.device)
+        positive = scale * pair_similarity(first, second, index, index, normalize=True)
+        return poisoned((rivals - positive).mean(), first, second, *self.parameters())
