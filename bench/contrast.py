@@ -2,7 +2,8 @@
 
     python bench/contrast.py                 forward + backward at B = 4096, D = 128
     python bench/contrast.py SimCLR GIST     losses whose name contains one of these
-    python bench/contrast.py --large         time and memory of ours alone at B = 65536, D = 64
+    python bench/contrast.py --large         time and memory of ours alone at B = 65536, D = 64;
+                                             what takes longer than --minutes 3 is named, not run
     python bench/contrast.py --quick         a smoke check at a tiny size; nothing is kept
 
 The dense code is below, a few lines a loss: what one writes from the formula in plain PyTorch. How it is measured:
@@ -40,8 +41,8 @@ def targets(batch: int) -> Tensor:
 
 
 @functools.cache
-def clusters(batch: int) -> Tensor:
-    return torch.randint(50, (2, batch), generator=torch.Generator().manual_seed(2))
+def clusters(batch: int, count: int = 50) -> Tensor:
+    return torch.randint(count, (2, batch), generator=torch.Generator().manual_seed(2))
 
 
 @functools.cache
@@ -52,6 +53,46 @@ def multi_hot(batch: int) -> Tensor:
 
 def guide(x: Tensor) -> Tensor:
     return x.detach()[:, : x.shape[1] // 2]
+
+
+@functools.cache
+def _rows(rows: int, width: int, seed: int) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def queue(x: Tensor) -> Tensor:
+    """As many keys of earlier batches."""
+    return _rows(*x.shape, 4).to(x)
+
+
+def queue_labels(batch: int) -> Tensor:
+    return multi_hot(batch).flip(0)
+
+
+def centroids(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Centroids of two clusterings into B / 8 clusters, and the temperature of each."""
+    count = len(x) // 8
+    return [_rows(count, x.shape[1], k).to(x) for k in (5, 6)], [0.1 + 0.2 * targets(count).to(x)] * 2
+
+
+def teacher(batch: int) -> Tensor:
+    """A teacher's scores of two documents a query."""
+    return _rows(batch, 2, 7)
+
+
+def related(x: Tensor) -> Tensor:
+    """How related two of 80 labels are."""
+    return torch.rand(80, 80, generator=torch.Generator().manual_seed(8)).to(x)
+
+
+def ages(batch: int) -> Tensor:
+    return (100 * targets(batch)).long()
+
+
+def scored(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scores, deviations, targets, the targets' deviations)."""
+    t = targets(len(x)).to(x)
+    return x.sum(1), F.softplus(y.sum(1)), t, t.flip(0)
 
 
 @functools.cache
@@ -68,12 +109,19 @@ def _losses() -> dict:
         "AlignmentUniformityLoss": lambda x, y: f.AlignmentUniformityLoss()(x, y),
         "CyCLIPLoss": lambda x, y: f.CyCLIPLoss()(unit(x), unit(y), 1 / T),
         "CWCLLoss": lambda x, y: f.CWCLLoss()(unit(x), unit(y), 1 / T, unit(guide(x))),
+        "CWCLLoss, exponential": lambda x, y: f.CWCLLoss(f.CWCLWeight.EXPONENTIAL)(
+            unit(x), unit(y), 1 / T, unit(guide(x))
+        ),
         "DistillClipLoss": lambda x, y: sum(
             f.DistillClipLoss()(unit(x), unit(y), 1 / T, unit(guide(x)), unit(guide(y)), 9.0)
         ),
         "MannWhitneyLoss": lambda x, y: f.MannWhitneyLoss(0.05)(x, y),
         "CACRLoss": lambda x, y: f.CACRLoss()(x, y),
+        "CACRQueueLoss": lambda x, y: f.CACRQueueLoss()([x, y], [x, y], queue(x)),
         "MEOWLoss": lambda x, y: f.MEOWLoss()(x, y, clusters(len(x))),
+        "AdaMEOWLoss": lambda x, y: f.AdaMEOWLoss(x.shape[1])(x, y),
+        "ProtoNCELoss": lambda x, y: f.ProtoNCELoss()(x, clusters(len(x), len(x) // 8), *centroids(x)) + 0 * y.sum(),
+        "SupReMixLoss": lambda x, y: f.SupReMixLoss()(x, ages(len(x))) + 0 * y.sum(),
         "RnCLoss": lambda x, y: f.RnCLoss()(x, targets(len(x))) + 0 * y.sum(),
         "AMCLLoss": lambda x, y: f.AMCLLoss()([x], [y], guide(x) / 8, guide(y) / 8),
         "SimLAPLoss": lambda x, y: f.SimLAPLoss()(x, torch.sigmoid(y), *clusters(len(x))),
@@ -81,13 +129,27 @@ def _losses() -> dict:
             directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
         )([x, y]),
         "GISTEmbedLoss": lambda x, y: f.GISTEmbedLoss(T)([x, y], [guide(x), guide(y)]),
+        "GISTEmbedLoss, no guide": lambda x, y: f.GISTEmbedLoss(T)([x, y]),
+        "EmbeddingDistillationLoss": lambda x, y: f.EmbeddingDistillationLoss(temperature=T)(
+            [x, y, y.roll(1, 0)], teacher(len(x))
+        ),
+        "EmbeddingDistillationLoss, M3": lambda x, y: f.EmbeddingDistillationLoss(
+            kind=f.DistillationKind.M3_KD, temperature=T
+        )([x, y, y.roll(1, 0)], teacher(len(x))),
         "CoSENTLoss": lambda x, y: f.CoSENTLoss()([x, y], targets(len(x))),
         "MultiLabelContrastiveLoss": lambda x, y: f.MultiLabelContrastiveLoss()(x, multi_hot(len(x))) + 0 * y.sum(),
         "MulSupConLoss": lambda x, y: f.MulSupConLoss()(x, multi_hot(len(x))) + 0 * y.sum(),
+        "MulSupConLoss, queue": lambda x, y: (
+            f.MulSupConLoss()(x, multi_hot(len(x)), y, queue(x), queue_labels(len(x))) + 0 * y.sum()
+        ),
+        "HybridMultiLabelLoss": lambda x, y: f.HybridMultiLabelLoss()(y @ prototypes(y).T, x, multi_hot(len(x))),
+        "NWSLoss": lambda x, y: f.NWSLoss(80, x.shape[1], related(x))(x, multi_hot(len(x)), y) + 0 * y.sum(),
         "MSCLoss": lambda x, y: f.MSCLoss(80, x.shape[1])(x, multi_hot(len(x))) + 0 * y.sum(),
         "MSCRGLoss": lambda x, y: f.MSCRGLoss(80, x.shape[1])(x, multi_hot(len(x))) + 0 * y.sum(),
         "RankNetLoss": lambda x, y: f.RankNetLoss()(x.sum(1), targets(len(x))) + 0 * y.sum(),
         "ComparisonLoss": lambda x, y: f.ComparisonLoss()(x.sum(1), targets(len(x))) + 0 * y.sum(),
+        "UNIQUELoss": lambda x, y: f.UNIQUELoss()(*scored(x, y)),
+        "ADRMSELoss": lambda x, y: f.ADRMSELoss()(x.sum(1), 4 * targets(len(x))) + 0 * y.sum(),
         "LambdaLoss": lambda x, y: f.LambdaLoss()(x.sum(1), 4 * targets(len(x))) + 0 * y.sum(),
     }
 
@@ -165,9 +227,9 @@ def cy_clip(x: Tensor, y: Tensor) -> Tensor:
     return clip(s / T) + 0.25 * (cross + within) / len(x)
 
 
-def cwcl(x: Tensor, y: Tensor) -> Tensor:
+def cwcl(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Tensor:
     s, m = unit(x) @ unit(y).T / T, unit(guide(x))
-    w = m @ m.T / 2 + 0.5
+    w = m @ m.T / 2 + 0.5 if bandwidth is None else ((m @ m.T - 1) / bandwidth).exp()
     rows = -(w * s.log_softmax(1)).sum(1) / w.sum(1)
     return rows.mean() + F.cross_entropy(s.T, torch.arange(len(x)))
 
@@ -190,10 +252,57 @@ def cacr(x: Tensor, y: Tensor) -> Tensor:
     return squared.diagonal().mean() - (weights * squared).sum(1).mean()
 
 
+def cacr_queue(x: Tensor, y: Tensor) -> Tensor:
+    p, q, n = unit(x), unit(y), unit(queue(x))
+    total = 2 * (2 - 2 * (p.detach() * q).sum(1).mean() / 2 - 2 * (p * q.detach()).sum(1).mean() / 2)
+    for v in (p, q):
+        s, own = v @ n.T, v @ v.T
+        weights = (2 * torch.cat([s, off_diagonal(own)], 1)).softmax(1).detach()
+        total = total - (weights * (2 - 2 * torch.cat([s, own], 1))).sum(1).mean()
+    return total / 2
+
+
 def meow(x: Tensor, y: Tensor) -> Tensor:
     s, c = unit(x) @ unit(y).T / 0.4, clusters(len(x))
     weights = (c[:, :, None] != c[:, None, :]).sum(0)
     return ((weights * s.exp()).sum(1).log() - s.diagonal()).mean()
+
+
+def ada_meow(x: Tensor, y: Tensor) -> Tensor:
+    hidden, output = torch.nn.Linear(x.shape[1], 16).to(x), torch.nn.Linear(16, 1).to(x)
+    a, b = unit(x), unit(y)
+    s = a @ b.T / 0.4
+    pairs = torch.tanh((a @ hidden.weight.T + hidden.bias)[:, None] + b @ hidden.weight.T)
+    w = torch.sigmoid(output(pairs)).squeeze(2)
+    return ((w * s.exp()).sum(1).log() - s.diagonal()).mean()
+
+
+def proto_nce(x: Tensor, y: Tensor) -> Tensor:
+    of = zip(*centroids(x), clusters(len(x), len(x) // 8), strict=True)
+    return sum(F.cross_entropy(unit(x) @ unit(u).T / phi, c) for u, phi, c in of) / 2 + 0 * y.sum()
+
+
+def sup_re_mix(x: Tensor, y: Tensor) -> Tensor:
+    """As the authors have it: a mixture for each triple of samples."""
+    from flashpair.losses.contrast.sup_re_mix import beta_two, draw_seed
+
+    z, t, index = unit(x), ages(len(x)), torch.arange(len(x))
+    s, c = z @ z.T / 0.3, z @ z.detach().T / 0.3
+    apart = (t[:, None] - t[None]).abs()
+    mixed = beta_two(draw_seed(), index[:, None], index[None], 8.0, x.dtype)
+    negative = mixed * c.diagonal()[:, None] + (1 - mixed) * c + ((1 - mixed) * apart).log1p()
+    d, e = (t[:, None] - t[None])[:, :, None], (t[None] - t[:, None])[:, None]
+    between = (d > 0) & (d < 5) & (e > 0) & (e < 5)
+    a = torch.where(between, e.to(x) / (d + e), 0.0)
+    triples = torch.where(between, a * c[:, :, None] + (1 - a) * c[:, None], 0.0).flatten(1)
+    positive = (apart == 0).fill_diagonal_(False)
+    blocks = [
+        off_diagonal(s + apart.to(x).log1p()), negative.masked_fill(apart == 0, -torch.inf),
+        triples.masked_fill(~between.flatten(1), -torch.inf),
+    ]  # fmt: skip
+    count = positive.sum(1) + between.sum((1, 2))
+    pull = (torch.where(positive, s, 0.0).sum(1) + triples.sum(1)) / count.clamp_min(1)
+    return torch.where(count > 0, torch.cat(blocks, 1).logsumexp(1) - pull, 0.0).mean() + 0 * y.sum()
 
 
 def rnc(x: Tensor, y: Tensor) -> Tensor:
@@ -232,14 +341,26 @@ def multiple_negatives(x: Tensor, y: Tensor) -> Tensor:
     return (torch.cat(blocks, 1).logsumexp(1) - s.diagonal()).mean()
 
 
-def gist(x: Tensor, y: Tensor) -> Tensor:
-    (q, d), (u, v) = ((unit(a), unit(b)) for a, b in ((x, y), (guide(x), guide(y))))
+def gist(x: Tensor, y: Tensor, of=guide) -> Tensor:
+    (q, d), (u, v) = ((unit(a), unit(b)) for a, b in ((x, y), (of(x), of(y))))
     limit, eye = (u * v).sum(1, keepdim=True), torch.eye(len(x), dtype=torch.bool)
     blocks = [
         (a @ b.T / T).masked_fill((g @ h.T > limit) & ~eye if k == 0 else (g @ h.T > limit) | eye, -torch.inf)
         for k, (a, b, g, h) in enumerate(((q, d, u, v), (q, q, u, u), (d, d, v, v)))
     ]
     return (torch.cat(blocks, 1).logsumexp(1) - (q * d).sum(1) / T).mean()
+
+
+def distillation(x: Tensor, y: Tensor, m3: bool = False) -> Tensor:
+    q, d, index = unit(x), unit(torch.cat([y, y.roll(1, 0)])), torch.arange(len(x))
+    s = q @ d.T / T
+    own, taught = s.view(-1, 2, len(x)).diagonal(dim1=0, dim2=2).T, teacher(len(x)).to(x).softmax(1)
+    first = F.cross_entropy(s, index, reduction="none")
+    if not m3:
+        return first.mean() - (taught * own.log_softmax(1)).sum(1).mean()
+    without_first = s.index_put((index, index), s.new_tensor(-torch.inf))
+    second = F.cross_entropy(without_first, index + len(x), reduction="none")
+    return (taught * torch.stack([first, second], 1)).sum(1).mean()
 
 
 def co_sent(x: Tensor, y: Tensor) -> Tensor:
@@ -263,6 +384,15 @@ def mul_sup_con(x: Tensor, y: Tensor) -> Tensor:
     others = h.sum(0) - 1
     weights = ((h * (others > 0) / others.clamp_min(1)) @ h.T).fill_diagonal_(0)
     return -torch.where(weights > 0, weights * log_p, 0.0).sum() / (h * (others > 0)).sum() + 0 * y.sum()
+
+
+def mul_sup_con_queue(x: Tensor, y: Tensor) -> Tensor:
+    h = multi_hot(len(x)).to(x)
+    theirs = torch.cat([h, queue_labels(len(x)).to(x)])
+    log_p = (unit(x) @ unit(torch.cat([y.detach(), queue(x)])).T / 0.1).log_softmax(1)
+    positives = theirs.sum(0)
+    weights = (h / positives.clamp_min(1)) @ theirs.T
+    return -(weights * log_p).sum() / (h * (positives > 0)).sum() + 0 * y.sum()
 
 
 def prototypes(x: Tensor) -> Tensor:
@@ -293,6 +423,30 @@ def mscrg(x: Tensor, y: Tensor) -> Tensor:
     return losses.sum() / (w.sum(1) > 0).sum() + 0 * y.sum()
 
 
+def nws(x: Tensor, y: Tensor) -> Tensor:
+    h, z, p = multi_hot(len(x)).to(x), unit(x), unit(prototypes(x))
+    size, shared = h.sum(1), h @ h.T
+    share = torch.where(shared > 0, 1 / (size[:, None] + size[None] - shared).clamp_min(1), 0.0)
+    each = torch.where(h > 0, h / (1 - 1 / size.clamp_min(1)[:, None] + share @ h), 0.0)
+    w = torch.cat([share * (each @ h.T), each], 1)
+    s, mean = torch.cat([z @ unit(y.detach()).T, z @ p.T], 1) / 0.07, h / size.clamp_min(1)[:, None]
+    a = torch.cat([0.1 * (1 - mean @ related(x) @ mean.T) * (shared == 0), 1 - h], 1)
+    total = torch.where(a > 0, s + a.clamp_min(1e-38).log(), -torch.inf).logsumexp(1, keepdim=True)
+    rows = (w * (total - s)).sum(1) / size.clamp_min(1)
+    return torch.where(size > 0, rows, 0.0).mean() + 0 * y.sum()
+
+
+def hybrid(x: Tensor, y: Tensor) -> Tensor:
+    h, z = multi_hot(len(x)).to(x), y @ prototypes(y).T
+    p = z.sigmoid()
+    pairs = h[:, :, None] * (1 - h[:, None])  # (B, C, C): present, absent
+    correlation = (pairs * (p[:, None] - p[:, :, None]).exp()).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)
+    w = (h @ h.T > 0).to(x).fill_diagonal_(0)
+    log_p = off_diagonal(unit(x) @ unit(x).T / 0.1).log_softmax(1)
+    rows = -torch.where(w > 0, log_p, 0.0).sum(1) / w.sum(1).clamp_min(1)
+    return F.binary_cross_entropy_with_logits(z, h) + correlation.mean() + rows[w.sum(1) > 0].mean()
+
+
 def rank_net(x: Tensor, y: Tensor) -> Tensor:
     a, t = x.sum(1), targets(len(x))
     return F.softplus(-(a[:, None] - a[None])[t[:, None] > t[None]]).mean() + 0 * y.sum()
@@ -303,6 +457,23 @@ def comparison(x: Tensor, y: Tensor) -> Tensor:
     d, g = a[i[0]] - a[i[1]], (torch.sign(t[i[0]] - t[i[1]]).to(a) + 1) / 2
     p, q = torch.special.ndtr(d), torch.special.ndtr(-d)
     return (1 - (p * g + 1e-8).sqrt() - (q * (1 - g) + 1e-8).sqrt()).mean() + 0 * y.sum()
+
+
+def unique(x: Tensor, y: Tensor) -> Tensor:
+    a, sigma, t, tau = scored(x, y)
+    i, j = torch.triu_indices(len(x), len(x), 1)
+    over = lambda v: (v[i].square() + v[j].square() + 1e-8).sqrt()  # noqa: E731
+    d, g = (a[i] - a[j]) / over(sigma.detach()), (t[i] - t[j]) / over(tau)
+    fidelity = sum((torch.special.ndtr(v * d) * torch.special.ndtr(v * g) + 1e-8).sqrt() for v in (1, -1))
+    ordered = torch.sign(tau[i] - tau[j]) * (sigma[i] - sigma[j])
+    return (1 - fidelity + (0.025 - ordered).clamp_min(0)).mean()
+
+
+def adr_mse(x: Tensor, y: Tensor) -> Tensor:
+    a, t = x.sum(1), targets(len(x)).to(x)
+    rank = (t[None] > t[:, None]).sum(1) + ((t[None] == t[:, None]).sum(1) + 1) / 2
+    found = 0.5 + torch.sigmoid(a[None] - a[:, None]).sum(1)
+    return ((rank - found).square() / torch.log2(1 + rank)).mean() + 0 * y.sum()
 
 
 def lambda_loss(x: Tensor, y: Tensor) -> Tensor:
@@ -326,17 +497,28 @@ DENSE = {
     "MultiLabelContrastiveLoss": multi_label, "MulSupConLoss": mul_sup_con, "MSCLoss": msc,
     "MSCRGLoss": mscrg, "RankNetLoss": rank_net,
     "ComparisonLoss": comparison, "LambdaLoss": lambda_loss,
+    "AdaMEOWLoss": ada_meow, "ProtoNCELoss": proto_nce, "SupReMixLoss": sup_re_mix, "CACRQueueLoss": cacr_queue,
+    "CWCLLoss, exponential": functools.partial(cwcl, bandwidth=0.1), "MulSupConLoss, queue": mul_sup_con_queue,
+    "NWSLoss": nws, "HybridMultiLabelLoss": hybrid, "ADRMSELoss": adr_mse, "UNIQUELoss": unique,
+    "EmbeddingDistillationLoss": distillation,
+    "EmbeddingDistillationLoss, M3": functools.partial(distillation, m3=True),
+    "GISTEmbedLoss, no guide": functools.partial(gist, of=Tensor.detach),
 }  # fmt: skip
 
 
 def ours(name: str, leaves: list[Tensor]) -> Tensor:
-    torch.manual_seed(0)  # prototypes
+    torch.manual_seed(0)  # prototypes, networks, mixtures
     return _losses()[name](*leaves)
+
+
+def dense(name: str, leaves: list[Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    return DENSE[name](*leaves)
 
 
 SUITE = versus.Suite(
     "contrast.py", machine.ROOT / "docs" / "contrastive.md", "dense code takes",
-    sorted(DENSE), inputs, ours, lambda name, leaves: DENSE[name](*leaves),
+    sorted(DENSE), inputs, ours, dense,
     lambda name: "", lambda name: 1e-7,
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 A process's address space ends where the memory does: a contestant that does not fit says so. Value and gradient
 must agree on a small batch first, where the other is right. Then both take turns; medians, the median ratio, its range.
+At the large size ours runs alone, once, unless an eighth of the batch says that this takes too long.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from results import merge
 from torch import Tensor
 
 END = "<!-- measured: end -->"
+PART = 8  # of a large batch, which says how long all of it takes
 
 
 @dataclass
@@ -57,10 +59,12 @@ def arguments(suite: Suite, description: str) -> argparse.Namespace:
     parser.add_argument("--large", action="store_true", help="ours alone at B = 65536, D = 64, with its memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20, help="no further round of a loss after this")
+    parser.add_argument("--minutes", type=float, default=3, help="a large batch that takes longer is not run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="128 rows, results to out/ only")
     parser.add_argument("--out", type=Path, help=f"JSON file (default: bench/results/{suite.title}.json)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch, options.width = (128, 16) if options.quick else (65536, 64) if options.large else (4096, 128)
     quick = machine.ROOT / "out" / f"{suite.title}-quick.json"
@@ -83,16 +87,21 @@ def gate(suite: Suite, name: str) -> str:
         return ""
     leaves = [x.double().detach().requires_grad_() for x in suite.inputs(96, 16)]
     (_, a, da), (_, b, db) = (step(run, name, leaves) for run in (suite.ours, suite.theirs))
-    off = max(abs((a - b) / b).item(), *(((p - q).norm() / q.norm()).item() for p, q in zip(da, db, strict=True)))
+    gradients = (((p - q).norm() / q.norm().clamp_min(1e-30)).item() for p, q in zip(da, db, strict=True))
+    off = max(abs((a - b) / b).item(), *gradients, key=lambda v: (v != v, v))  # NaN is the worst
     return "" if off < bound else f"value or gradient differ by {off:.1e}"
 
 
 def child(suite: Suite, options) -> None:
     torch.set_num_threads(options.threads)
     name = options.child
-    leaves = suite.inputs(options.batch, options.width)
     step(suite.ours, name, suite.inputs(256, options.width))  # libraries and threads
     row = {"batch": options.batch, "width": options.width}
+    if options.part:
+        seconds = step(suite.ours, name, suite.inputs(options.batch // PART, options.width))[0]
+        print(json.dumps({"minutes": seconds * PART**2 / 60}))
+        return
+    leaves = suite.inputs(options.batch, options.width)
     if options.large:
         memory = machine.PeakMemory()
         memory.start()
@@ -136,17 +145,26 @@ def child(suite: Suite, options) -> None:
     print(json.dumps(row))
 
 
+def answer(command: Sequence[str], threads: int) -> dict:
+    """What a child says."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"defect": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure(suite: Suite, name: str, options) -> dict:
     command = [sys.executable, str(machine.ROOT / "bench" / suite.script), "--child", name]
     command += ["--rounds", str(options.rounds), "--seconds", str(options.seconds), "--threads", str(options.threads)]
     command += ["--large"] * options.large + ["--quick"] * options.quick
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     row = {"loss": name, "batch": options.batch, "width": options.width}
-    if done.returncode:
-        row["defect"] = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]
-    else:
-        row |= json.loads(done.stdout.splitlines()[-1])
+    if options.large:
+        row |= answer([*command, "--part"], options.threads)
+    if row.get("minutes", 0) > options.minutes:
+        row["why"] = f"not run: about {row['minutes']:.0f} minutes"
+    elif "defect" not in row:
+        row |= answer(command, options.threads)
     facts = machine.describe()
     return row | {**facts, "threads": options.threads, "commit": machine.commit(), "sources": machine.source_hash()}
 
@@ -156,6 +174,8 @@ def describe_row(row: dict) -> str:
         return f"WRONG: {row['defect']}"
     if "growth" in row:
         return f"{row['seconds']:.1f} s, {row['growth'] / 2**20:.0f} MiB"
+    if "seconds" not in row:
+        return row["why"]
     peer = f"peer {row['ratio']:.1f}x ({row['low']:.1f}-{row['high']:.1f})" if "ratio" in row else f"peer: {row['why']}"
     return f"{1e3 * row['seconds']:.0f} ms, {peer}"
 
@@ -175,8 +195,10 @@ def table(suite: Suite, rows: list[dict]) -> list[str]:
             cells[1] = small["why"]
             if "ratio" in small:
                 cells[1] = f"**{small['ratio']:.1f}x** ({small['why'] or '{low:.1f}-{high:.1f}'.format(**small)})"
-        if large and "seconds" in large:
-            cells[2], cells[3] = f"{large['seconds']:.0f} s", f"{large['growth'] / 2**20:.0f} MiB"
+        if large:
+            ran = "growth" in large
+            cells[2] = f"{large['seconds']:.0f} s" if ran else large["why"]
+            cells[3] = f"{large['growth'] / 2**20:.0f} MiB" if ran else "-"
         stale = [r for r in (small, large) if r and r["sources"] != sources]
         lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {'stale' if stale else ''} |")
     machines = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, {r['date']}" for r in rows})

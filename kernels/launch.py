@@ -65,7 +65,9 @@ def _config(kernel: str, request: Request) -> configs.TileConfig:
     evaluations = max(len(request.terms), len(request.extremes)) * (1 + int(request.symmetric))
     crowded = request.pair_mask is not None or request.guide is not None or evaluations > configs.MANY_EVALUATIONS
     crowded |= any(term.reduction == Reduction.SOFTMAX_MEAN for term in request.terms)
-    config = configs.choose(kernel, _kind(request), configs.architecture(request.x.device), request.x.shape[1], crowded)
+    # Two accumulators of the larger tile that tf32 has would spill.
+    kind = "ieee" if request.guide is not None and _kind(request) == "tf32" else _kind(request)
+    config = configs.choose(kernel, kind, configs.architecture(request.x.device), request.x.shape[1], crowded)
     return config if config.plain is None or _is_lean(kernel, request) else replace(config, plain=configs.ONE_AT_ONCE)
 
 

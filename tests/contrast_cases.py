@@ -463,7 +463,7 @@ CASES = [
     ),
     Case(
         "CWCLLoss exponential", lambda g: losses.CWCLLoss(losses.CWCLWeight.EXPONENTIAL, 0.4, group=g),
-        lambda loss, d: loss(unit(d.x), unit(d.y), 7.0, d.frozen), lambda d: define_cwcl(d, 0.4), True,
+        lambda loss, d: loss(unit(d.x), unit(d.y), 7.0, d.frozen), lambda d: define_cwcl(d, 0.4),
     ),
     Case("MannWhitneyLoss", lambda g: losses.MannWhitneyLoss(0.3, group=g), two, define_mann_whitney, True),
     Case(
@@ -527,7 +527,7 @@ CASES = [
         "FeatureTransformationLoss", lambda g: losses.FeatureTransformationLoss(2.0, None, group=g),
         lambda loss, d: loss(d.x, d.y, d.queue), define_transformed,
     ),
-    Case("DistillClipLoss", lambda g: losses.DistillClipLoss(group=g), distilled, define_distill_clip, True),
+    Case("DistillClipLoss", lambda g: losses.DistillClipLoss(group=g), distilled, define_distill_clip),
     Case(
         "CoCaLoss", lambda g: losses.CoCaLoss(2.0, 0.5, group=g),
         lambda loss, d: loss(unit(d.x), unit(d.y), d.x[:, None] * 0, d.x[:, :1].long() * 0 + 1, 7.0)[0],

@@ -149,7 +149,8 @@ WHOLE = {
     "TupletMarginLoss", "VICRegLoss", "NormalizedSoftmaxLoss", "ProxyNCALoss", "SoftTripleLoss",
     *(c.name.split()[0] for c in contrast_cases.CASES if c.rows),
 }  # fmt: skip
-STREAMED_ALL_THE_SAME = {"TripletMarginLoss hard"}  # one listed triplet a row
+#: One listed triplet a row; a second product for D×D products.
+STREAMED_ALL_THE_SAME = {"TripletMarginLoss hard", "CWCLLoss exponential"}
 ALSO_WHOLE = {"MarginLoss weighted"}  # the miner draws from whole rows
 
 

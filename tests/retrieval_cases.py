@@ -123,19 +123,19 @@ CASES = [
     ),
     Case(
         "GISTEmbedLoss", lambda g: losses.GISTEmbedLoss(0.5, group=g),
-        lambda loss, d: loss(columns(d)[:2], guides(d, 2)), lambda d: define_gist(d, 2), True,
+        lambda loss, d: loss(columns(d)[:2], guides(d, 2)), lambda d: define_gist(d, 2),
     ),
     Case(
         "GISTEmbedLoss relative", lambda g: losses.GISTEmbedLoss(0.5, "relative", 0.3, group=g),
-        lambda loss, d: loss(columns(d), guides(d, 4)), lambda d: define_gist(d, 4, True, 0.3), True,
+        lambda loss, d: loss(columns(d), guides(d, 4)), lambda d: define_gist(d, 4, True, 0.3),
     ),
     Case(
         "GISTEmbedLoss anchors", lambda g: losses.GISTEmbedLoss(0.5, "absolute", -0.2, False, False, group=g),
-        lambda loss, d: loss(columns(d)[:3], guides(d, 3)), lambda d: define_gist(d, 3, False, -0.2, False), True,
+        lambda loss, d: loss(columns(d)[:3], guides(d, 3)), lambda d: define_gist(d, 3, False, -0.2, False),
     ),
     Case(
         "GISTEmbedLoss alone", lambda g: losses.GISTEmbedLoss(0.5, "relative", 0.2, max_score=0.6, group=g),
-        lambda loss, d: loss(columns(d)[:3]), lambda d: define_gist(d, 3, True, 0.2, True, 0.6, True), True,
+        lambda loss, d: loss(columns(d)[:3]), lambda d: define_gist(d, 3, True, 0.2, True, 0.6, True),
     ),
     *(
         Case(

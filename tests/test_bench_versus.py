@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
 import pytest
+import torch
 from bench_support import command
 
 
@@ -57,6 +59,32 @@ def test_a_wrong_loss_is_never_timed(monkeypatch):
     monkeypatch.setattr(contrast, "DENSE", wrong)
     assert versus.gate(contrast.SUITE, "SimCLRLoss").startswith("value or gradient differ by 9.9e-03")
     assert versus.gate(contrast.SUITE, "DCLLoss") == ""
+    for bad in (lambda x, y: (x, y * torch.nan), lambda x, y: (x * torch.nan, y)):  # a gradient alone
+        nan = lambda x, y, bad=bad: contrast.dcl(x, y) + 0 * sum((v - v.detach()).nansum() for v in bad(x, y))  # noqa: E731
+        monkeypatch.setitem(contrast.DENSE, "DCLLoss", nan)
+        assert versus.gate(contrast.SUITE, "DCLLoss") == "value or gradient differ by nan"
+
+
+def test_what_takes_too_long_is_said_not_run(monkeypatch):
+    import contrast
+    import versus
+
+    asked = []
+
+    def answer(command, threads):
+        asked.append(command)
+        return {"minutes": 14.2} if "--part" in command else {"seconds": 100.0, "growth": 1 << 20}
+
+    monkeypatch.setattr(versus, "answer", answer)
+    options = argparse.Namespace(
+        rounds=1, seconds=1.0, minutes=3.0, threads=1, large=True, quick=False, batch=65536, width=64
+    )
+    row = versus.measure(contrast.SUITE, "DCLLoss", options)
+    assert len(asked) == 1 and versus.describe_row(row) == "not run: about 14 minutes"
+    assert "| not run: about 14 minutes | - |" in versus.table(contrast.SUITE, [row])[-1]
+    options.minutes = 20.0
+    row = versus.measure(contrast.SUITE, "DCLLoss", options)
+    assert len(asked) == 3 and "| 100 s | 1 MiB |" in versus.table(contrast.SUITE, [row])[-1]
 
 
 def test_distributed_losses_are_gated_and_timed(tmp_path):

@@ -178,7 +178,7 @@ def test_nan_that_no_pair_meets(pools):
 
 
 #: Losses of scores: nothing that they take has two dimensions.
-VECTORS = {"ADRMSELoss", "ComparisonLoss", "LambdaLoss", "ListNetLoss", "RankNetLoss", "UNIQUELoss"}
+VECTORS = {"ADRMSELoss", "ComparisonLoss", "LambdaLoss", "ListNetLoss", "MECOLoss", "RankNetLoss", "UNIQUELoss"}
 
 
 def kept_after(cases: list[str]) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 import support
 import torch
 
-from flashpair import Axis, Guide, Reduction, Term, mine, pair_reduce, pair_sum
+from flashpair import Axis, Guide, Mask, Precision, Reduction, Term, mine, pair_reduce, pair_sum
+from flashpair.panels import float32_products
 
 THRESHOLD = Term(Reduction.LOGSUMEXP, below=0.5, guide=Guide.THRESHOLD)
 WEIGHT = Term(Reduction.SUM, guide=Guide.WEIGHT)
@@ -54,6 +55,24 @@ def test_nan_in_a_guide_reaches_its_rows(side, backend):
     assert found[1][4].isfinite()  # kept, with a weight of its own
 
 
+@pytest.mark.parametrize("option", ["pair_mask", "exclude"])
+def test_a_guide_of_pairs_in_one_direction(option, backend):
+    """A mask or excluded columns that are not symmetric make a self-similarity a rectangle, its guide too."""
+    at = {"dtype": _precise(backend), "device": support.device(backend)}
+    x, u = torch.randn(7, 4, **at).requires_grad_(), torch.rand(7, 3, **at)
+    mask, order = torch.rand(7, 7, device=at["device"]) < 0.5, torch.arange(7, device=at["device"])
+    given = {"pair_mask": mask} if option == "pair_mask" else {"exclude": (order + 1) % 7, "exclude_self": False}
+    rectangle = {"pair_mask": mask, "exclude": order} if option == "pair_mask" else given | {"exclude_self": None}
+    terms = [Term(Reduction.SUM, mask=Mask.GIVEN if option == "pair_mask" else Mask.ALL, guide=Guide.WEIGHT)]
+    with support.forced(backend):
+        calls = pair_reduce(x, None, terms, guide=u, **given), pair_reduce(x, x, terms, guide=(u, u), **rectangle)
+        (found, slopes), (want, expected) = (
+            (v, torch.autograd.grad((v * torch.arange(1.0, 8, **at)).sum(), x)[0]) for (v,) in calls
+        )
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(slopes, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_gradient_reaches_a_guide(backend):
     at = {"dtype": _precise(backend), "device": support.device(backend)}
     x, u = torch.randn(6, 4, **at).requires_grad_(), torch.rand(6, 4, **at).requires_grad_()
@@ -64,13 +83,13 @@ def test_no_gradient_reaches_a_guide(backend):
 
 
 def test_a_float32_guide_beside_narrow_embeddings(backend):
-    """Its products are not rounded to the dtype of the embeddings."""
+    """Its products are not rounded to the dtype of the embeddings, nor to what the process allows on a GPU."""
     if not support.serves(backend, torch.bfloat16):
         pytest.skip(f"{backend} does not serve bfloat16")
     device = support.device(backend)
     x = torch.ones(17, 4, dtype=torch.bfloat16, device=device)
     u = 1 + torch.arange(17, device=device, dtype=torch.float32)[:, None] / 4096  # bfloat16 knows none of these
-    with support.forced(backend):
+    with support.forced(backend), float32_products(u, Precision.TF32):
         (found,) = pair_reduce(x, x.clone(), [WEIGHT], guide=(u, torch.ones_like(u)))
     torch.testing.assert_close(found, 4 * 17 * u[:, 0], rtol=1e-5, atol=0)
 

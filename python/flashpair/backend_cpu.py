@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .request import HEADER, Request, count_slots, parameter_places, statistics_dtype
+from .request import GUIDE_COLUMNS, GUIDE_ROWS, HEADER, Request, count_slots, parameter_places, statistics_dtype
 from .terms import Axis
 
 MAX_FEATURES = 1 << 16
@@ -84,6 +84,15 @@ def _params(request: Request) -> list[Tensor]:
     return [p.detach().to(dtype).contiguous() for p in request.params]
 
 
+def _spec(request: Request) -> list[int]:
+    """The spec with a guide for the columns wherever the problem runs as a rectangular one."""
+    if not _directed(request):
+        return request.spec
+    spec = list(request.spec)
+    spec[GUIDE_COLUMNS] = spec[GUIDE_ROWS]
+    return spec
+
+
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics: rows (R, B), columns (C, N)."""
     b, n = request.shape
@@ -91,7 +100,7 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
     row_slots, column_slots = count_slots(request.spec)
     rows = request.x.new_empty(row_slots, b, dtype=dtype)
     columns = request.x.new_empty(column_slots, n, dtype=dtype)
-    flat = (_params(request), request.spec, request.consts, request.max_workspace_bytes)
+    flat = (_params(request), _spec(request), request.consts, request.max_workspace_bytes)
     torch.ops.flashpair_cpu.stats(*_arguments(request), *flat, rows, columns)
     return rows, columns
 
@@ -113,7 +122,7 @@ def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | 
             gradients.append(empty(length) if wanted else absent)
             if wanted:
                 by_parameter[place].append(gradients[-1])
-    flat = (_params(request), request.spec, request.consts, request.max_workspace_bytes)
+    flat = (_params(request), _spec(request), request.consts, request.max_workspace_bytes)
     torch.ops.flashpair_cpu.weights(*_arguments(request), *flat, statistics, gradients, total)
     if directed and needs.x:
         dx += dy

@@ -26,7 +26,7 @@ from .panels import cdiv, empty_partials, float32_products, panel_shape, panels,
 from .program_cuda import LAYOUT, MAX_TERMS, TILE_COLUMNS, Item, Program, evaluations
 from .program_cuda import program as program_of
 from .request import Request, statistics_dtype
-from .terms import Extreme, Reduction
+from .terms import Extreme, Precision, Reduction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -200,12 +200,13 @@ class _Source:
         self._space, out = _product(self.op.x[first_b:end_b], self.op.y[first_n:end_n], self._space)
         return out
 
-    def guide(self, first_b: int, end_b: int, first_n: int, end_n: int) -> Tensor:
+    def guide(self, first_b: int, end_b: int, first_n: int, end_n: int, precision: Precision) -> Tensor:
         """The second products of a panel, laid out like `panel`; empty without them."""
         if self.op.guide is None:
             return self.op.x.new_empty(0, dtype=self.dtype)
         u, v = self.op.guide
-        self._guide_space, out = _product(u[first_b:end_b], v[first_n:end_n], self._guide_space)
+        with float32_products(u, precision):  # a guide may be float32 where the embeddings are not
+            self._guide_space, out = _product(u[first_b:end_b], v[first_n:end_n], self._guide_space)
         return out
 
 
@@ -286,7 +287,7 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
     with float32_products(op.x, request.precision):
         for panel in _panel_pairs(request, shape):
             first_b, end_b, first_n, end_n = panel
-            s, t = source.panel(*panel), source.guide(*panel)
+            s, t = source.panel(*panel), source.guide(*panel, request.precision)
             tiles_b, tiles_n = cdiv(end_b - first_b, source.tile_rows), cdiv(end_n - first_n, TILE_COLUMNS)
             for program, used, entries in programs:
                 rows = empty_partials(used[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
@@ -396,7 +397,7 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
         columns = empty_partials(count, tiles_b, end_n - first_n, op.x.device, source.dtype)
         row_sum, column_sum = (plan.row_sum, -1 if on_diagonal else plan.column_sum) if store else (-1, -1)
         torch.ops.flashpair_cuda.weights(
-            program.beside(source.guide(*panel)), s, program.vectors,
+            program.beside(source.guide(*panel, request.precision)), s, program.vectors,
             program.codes(panel, source.tile_rows, mirror_sums=int(not on_diagonal)), program.numbers, stream,
             rows, columns, w, nothing.float() if plan.scale is None else plan.scale,
             [count, count, *(slots.index(slot) if slot >= 0 else -1 for slot in (row_sum, column_sum))],
