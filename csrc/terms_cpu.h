@@ -351,6 +351,32 @@ T score_bound(const TermData<T>& data, const Tile<T>& tile, bool to_row, T low, 
   return score_upper(data.term->score, data.term->constant, z_low + o.low, z_high + o.high);
 }
 
+// Smallest and largest s of the pairs that a mask keeps; infinite where one is NaN, so that no bound speaks for it. CLIP's
+// own pairs, say, are far above all others and no part of their sum.
+template <class T>
+Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, Mask mask, RowBuffers<T>& buffers) {
+  Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
+  MaskVec<T> bad{};
+  for (int r = 0; r < tile.rows; ++r) {
+    memset(buffers.built, 0, sizeof buffers.built);
+    const Lane<T>* base = base_lanes(walk, tile, r, mask, buffers);
+    for (int j = 0; j < tile.columns; j += kWidth<T>) {
+      const Vec<T> v = load(tile.s + r * kTile + j);
+      const MaskVec<T> keep = load_mask<T>(base + j);
+      low = MaskVec<T>(v < low) & keep ? v : low;
+      high = MaskVec<T>(v > high) & keep ? v : high;
+      bad |= MaskVec<T>(v != v) & keep;
+    }
+  }
+  Bounds<T> found{T(INFINITY), T(-INFINITY)};
+  for (int l = 0; l < kWidth<T>; ++l) {
+    if (low[l] < found.low) found.low = low[l];
+    if (high[l] > found.high) found.high = high[l];
+  }
+  if (any_lane<T>(bad)) found = {T(-INFINITY), T(INFINITY)};
+  return found;
+}
+
 // --- items ----------------------------------------------------------------------------------------------------------------
 
 // Do a row-directed and a column-directed term share z, mask and reduction?
