@@ -205,23 +205,3 @@ struct VectorMath {
     return {size < T(0.625) ? T(0.5) * log : (size - T(0.693147180559945309)) + log, t};
   }
 };
-
-// The same on single numbers.
-template <class T>
-struct ScalarMath {
-  static T positive_part(T z) { return z < 0 ? T(0) : z; }
-  static T positive_step(T z) { return z <= 0 ? T(0) : T(1); }
-  static ValueSlope<T> softplus_logistic(T z) {
-    const double u = exp(z < 0 ? double(z) : -double(z));
-    return {T(positive_part(z) + log1p(u)), T((z < 0 ? u : 1.0) / (1.0 + u))};
-  }
-  static ValueSlope<T> tanh_slope(T x) {
-    const double u = exp(-2 * fabs(double(x)));
-    return {T(tanh(double(x))), T(4 * u / ((1 + u) * (1 + u)))};
-  }
-  static ValueSlope<T> log_cosh_tanh(T z) {
-    const double size = fabs(double(z)), sine = size < 1 ? sinh(size) : 0;
-    const double value = size < 1 ? 0.5 * log1p(sine * sine) : (size - 0.693147180559945309) + log1p(exp(-2 * size));
-    return {T(value), T(tanh(double(z)))};
-  }
-};

@@ -53,6 +53,7 @@ class Stats {
     alignas(64) T sums[5][kTile];         // per column, of a few rows
     alignas(64) double totals[3][kTile];  // of all rows so far
     alignas(64) Lane<T> kept[kTile];      // columns with a kept entry
+    bool again[kTile];                    // columns whose sum is too small
     Buffer<T> shift;                      // per item, see `sticky`
     void reset(int items) {
       for (int k = 0; k < items; ++k) shift[k] = T(-INFINITY);
@@ -104,7 +105,9 @@ class Stats {
     TermData<T>& any = to_row ? *to_row : *to_column;
     const int n = whole<T>(tile.columns);
     const bool identity = any.term->score == Score::identity;
-    const T shift = thread.sticky(item, score_bound(any, tile, true, tile.low, tile.high));
+    const Bounds<T> kept = masked ? kept_range(walk_, tile, any.term->mask, buffers) : Bounds<T>{tile.low, tile.high};
+    if (kept.low > kept.high) return;  // no pair
+    const T shift = thread.sticky(item, score_bound(any, tile, true, kept.low, kept.high));
     const bool ragged = masked || thresholds(to_row, to_column);
     if (to_column) thread.clear(1, n), memset(thread.kept, 0, n * sizeof(Lane<T>));
     for (int r = 0; r < tile.rows; ++r) {
@@ -145,7 +148,7 @@ class Stats {
     }
     if (!to_column) return;
     thread.flush(1, n, tile.rows - 1, tile.rows);
-    finish_columns(*to_column, tile, shift, ragged, thread);
+    finish_columns(*to_column, tile, shift, masked, thread);
   }
 
   // Sum over the row; with COLUMNS also into thread.sums[0].
@@ -209,42 +212,34 @@ class Stats {
     return T(0);
   }
 
-  // Column sums of exponentials → states. A sum that is too small is taken again with its own shift.
-  void finish_columns(TermData<T>& data, const Tile<T>& tile, T shift, bool ragged, ThreadState& thread) {
+  // Column sums of exponentials → states. Sums that are too small are taken again with shifts of their own.
+  void finish_columns(TermData<T>& data, const Tile<T>& tile, T shift, bool masked, ThreadState& thread) {
+    const bool ragged = masked || data.thresholds();
+    bool any = false;
     for (int j = 0; j < tile.columns; ++j) {
+      thread.again[j] = false;
       if (ragged && !thread.kept[j]) continue;
-      double* state = data.state.get() + (tile.j0 + j) * 2;
       const double sum = thread.totals[0][j];
       if (sum >= double(kTinySum<T>))
-        merge_softmax(state, double(shift), sum);
+        merge_softmax(data.state.get() + (tile.j0 + j) * 2, double(shift), sum);
       else
-        exact_column(data, tile, j, state);
+        any = thread.again[j] = true;
     }
+    if (any) exact_columns(data, tile, masked, thread);
   }
 
-  void exact_column(TermData<T>& data, const Tile<T>& tile, int j, double* state) {
-    const int64_t column = tile.j0 + j;
-    double top = -INFINITY;
-    for (int pass = 0; pass < 2; ++pass) {
-      double partial[5] = {top, 0, 0, 0, 0};
-      bool bad = false;
-      for (int r = 0; r < tile.rows; ++r) {
-        const int64_t row = tile.i0 + r;
-        const T s = tile.s[r * kTile + j], t = tile.t ? tile.t[r * kTile + j] : T(1);
-        if (!keeps_pair(walk_, data, row, column, s, t, false)) continue;
-        const double f = double(scalar_score(data, s, column, row));
-        if (pass == 0) {
-          top = f > top ? f : top;
-          bad |= f != f;
-        } else {
-          partial[1] +=
-              exp(f - top) * double(data.weight ? data.weight.data[row] : T(1)) * double(data.weighed() ? t : T(1));
-        }
-      }
-      if (bad) top = NAN;
-      if (pass == 0 && top == -INFINITY) return;
-      if (pass == 1) state_merge(Reduction::logsumexp, state, partial);
-    }
+  // The columns of `again`, each with its largest score as shift.
+  void exact_columns(TermData<T>& data, const Tile<T>& tile, bool masked, ThreadState& thread) {
+    const int n = whole<T>(tile.columns);
+    column_tops(tile, data, masked, thread);
+    thread.clear(2, n);
+    column_rows(tile, data, masked, thread, 2, [&](const T* s, const T* t, const Lane<T>* keep, int64_t row) {
+      column_sums(Reduction::softmax_mean, thread.buffers.f, s, data.weighed() ? t : nullptr, T(0),
+                  data.weight ? data.weight.data[row] : T(1), keep, n, thread);
+    });
+    for (int j = 0; j < tile.columns; ++j)
+      if (thread.again[j] && thread.sums[2][j] != T(-INFINITY))
+        merge_softmax(data.state.get() + (tile.j0 + j) * 2, double(thread.sums[2][j]), thread.totals[0][j]);
   }
 
   // Any reduction, one direction.
@@ -253,7 +248,7 @@ class Stats {
     RowBuffers<T>& buffers = thread.buffers;
     const Term<T>& term = *data.term;
     const int n = whole<T>(tile.columns), width = reduction_state(term.reduction);
-    const bool ragged = masked || data.thresholds(), mean = term.reduction == Reduction::softmax_mean;
+    const bool mean = term.reduction == Reduction::softmax_mean;
     T shift = 0;
     if (!TO_ROW) {
       thread.clear(3, n);
@@ -298,7 +293,7 @@ class Stats {
     }
     if (TO_ROW) return;
     thread.flush(summed, n, tile.rows - 1, tile.rows);
-    if (term.reduction == Reduction::logsumexp) return finish_columns(data, tile, shift, ragged, thread);
+    if (term.reduction == Reduction::logsumexp) return finish_columns(data, tile, shift, masked, thread);
     for (int j = 0; j < tile.columns; ++j) {
       double partial[5] = {thread.totals[0][j], thread.totals[1][j], thread.totals[2][j], double(thread.sums[3][j]),
                            double(thread.sums[4][j])};
@@ -312,10 +307,29 @@ class Stats {
 
   // Largest kept score of each column and the s it belongs to, in thread.sums[2] and [3].
   void column_tops(const Tile<T>& tile, TermData<T>& data, bool masked, ThreadState& thread) {
-    RowBuffers<T>& buffers = thread.buffers;
     const int n = whole<T>(tile.columns);
     for (int j = 0; j < n; ++j) thread.sums[2][j] = T(-INFINITY);
+    column_rows(tile, data, masked, thread, 0, [&](const T* s, const T*, const Lane<T>* keep, int64_t) {
+      for (int j = 0; j < n; j += kWidth<T>) {
+        const Vec<T> f = load(thread.buffers.f + j), top = load(thread.sums[2] + j);
+        // A NaN takes the place of the largest score and stays.
+        MaskVec<T> higher = ~MaskVec<T>(f <= top) & MaskVec<T>(top == top);
+        if (keep) higher &= load_mask<T>(keep + j);
+        store(thread.sums[2] + j, higher ? f : top);
+        store(thread.sums[3] + j, higher ? load(s + j) : load(thread.sums[3] + j));
+      }
+    });
+  }
+
+  // take(s, t, keep, row) of every row that has pairs for the columns, with the scores in buffers.f; the first `summed` of
+  // the sums go to double precision on the way.
+  template <class Take>
+  void column_rows(const Tile<T>& tile, const TermData<T>& data, bool masked, ThreadState& thread, int summed,
+                   const Take& take) {
+    RowBuffers<T>& buffers = thread.buffers;
+    const int n = whole<T>(tile.columns);
     for (int r = 0; r < tile.rows; ++r) {
+      if (r > 0) thread.flush(summed, n, r - 1, tile.rows);
       const int64_t row = tile.i0 + r;
       const T *s = tile.s + r * kTile, *t = tile.guide(r);
       memset(buffers.built, 0, sizeof buffers.built);
@@ -325,15 +339,9 @@ class Stats {
       if (!any) continue;
       score_row<T, false>(data, data.source(s, t), n, row, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
                           static_cast<T*>(nullptr));
-      for (int j = 0; j < n; j += kWidth<T>) {
-        const Vec<T> f = load(buffers.f + j), top = load(thread.sums[2] + j);
-        // A NaN takes the place of the largest score and stays.
-        MaskVec<T> higher = ~MaskVec<T>(f <= top) & MaskVec<T>(top == top);
-        if (keep) higher &= load_mask<T>(keep + j);
-        store(thread.sums[2] + j, higher ? f : top);
-        store(thread.sums[3] + j, higher ? load(s + j) : load(thread.sums[3] + j));
-      }
+      take(s, t, keep, row);
     }
+    thread.flush(summed, n, tile.rows - 1, tile.rows);
   }
 
   static void row_sums(Reduction reduction, const T* f, const T* weight, const Lane<T>* keep, int n, int columns,

@@ -351,6 +351,32 @@ T score_bound(const TermData<T>& data, const Tile<T>& tile, bool to_row, T low, 
   return score_upper(data.term->score, data.term->constant, z_low + o.low, z_high + o.high);
 }
 
+// Smallest and largest s of the pairs that a mask keeps; infinite where one is NaN, so that no bound speaks for it. CLIP's
+// own pairs, say, are far above all others and no part of their sum.
+template <class T>
+Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, Mask mask, RowBuffers<T>& buffers) {
+  Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
+  MaskVec<T> bad{};
+  for (int r = 0; r < tile.rows; ++r) {
+    memset(buffers.built, 0, sizeof buffers.built);
+    const Lane<T>* base = base_lanes(walk, tile, r, mask, buffers);
+    for (int j = 0; j < tile.columns; j += kWidth<T>) {
+      const Vec<T> v = load(tile.s + r * kTile + j);
+      const MaskVec<T> keep = load_mask<T>(base + j);
+      low = MaskVec<T>(v < low) & keep ? v : low;
+      high = MaskVec<T>(v > high) & keep ? v : high;
+      bad |= MaskVec<T>(v != v) & keep;
+    }
+  }
+  Bounds<T> found{T(INFINITY), T(-INFINITY)};
+  for (int l = 0; l < kWidth<T>; ++l) {
+    if (low[l] < found.low) found.low = low[l];
+    if (high[l] > found.high) found.high = high[l];
+  }
+  if (any_lane<T>(bad)) found = {T(-INFINITY), T(INFINITY)};
+  return found;
+}
+
 // --- items ----------------------------------------------------------------------------------------------------------------
 
 // Do a row-directed and a column-directed term share z, mask and reduction?
@@ -405,50 +431,4 @@ bool outside(const TermData<T>& data, const Tile<T>& tile, bool to_row) {
   if (data.term->has_above && tile_high <= along_bounds(data.above, data.term->above.number, first, count).low)
     return true;
   return data.term->has_below && tile_low >= along_bounds(data.below, data.term->below.number, first, count).high;
-}
-
-// --- single pairs, for the rare exact paths ---------------------------------------------------------------------------------
-
-template <class T>
-bool keeps_pair(const Walk<T>& walk, const TermData<T>& data, int64_t row, int64_t column, T s, T t, bool to_row) {
-  const Mask mask = data.term->mask;
-  const bool same = mask_uses_labels(mask) && walk.rows().label[row] == walk.columns().label[column];
-  const bool given =
-      mask_uses_pairs(mask) &&
-      walk.problem().pair_mask[walk.rows().index[row] * walk.problem().columns + walk.columns().index[column]];
-  if (!mask_keeps(mask, same, given) || walk.excluded(row, column)) return false;
-  if (data.softmax() && data.weight && data.weight.data[to_row ? column : row] == 0) return false;
-  if (data.softmax() && data.weighed() && t <= 0) return false;
-  const int64_t owner = to_row ? row : column;
-  if (data.term->guide == Guide::threshold) s = t;
-  return !(data.term->has_above && s <= data.above_at(owner)) && !(data.term->has_below && s >= data.below_at(owner));
-}
-
-template <class T>
-T scalar_score(const TermData<T>& data, T s, int64_t owner, int64_t other) {
-  T offset = data.offset_at(owner);
-  if (data.other_offset) {
-    const T q = data.other_offset.data[other];
-    if (data.term->combine == Combine::add) {
-      offset += q;
-    } else {
-      const double top = offset > q ? offset : q, low = offset > q ? q : offset;
-      offset = T(top == low ? top + 0.693147180559945309 : top + log1p(exp(low - top)));
-    }
-  }
-  const T z = data.scale_at(owner) * s + offset, c = data.term->constant;
-  switch (data.term->score) {
-#define FP_CASE(NAME) \
-  case Score::NAME: return score_value_slope<Score::NAME, ScalarMath<T>>(z, c).value;
-    FP_CASE(identity)
-    FP_CASE(hinge)
-    FP_CASE(softplus)
-    FP_CASE(square)
-    FP_CASE(squared_hinge)
-    FP_CASE(circle)
-    FP_CASE(softcap)
-    FP_CASE(log_cosh)
-#undef FP_CASE
-  }
-  return z;
 }

@@ -280,7 +280,9 @@ class Weights {
     const int n = whole<T>(tile.columns);
     const bool identity = any.term->score == Score::identity;
     const T scale = any.term->scale.number;
-    const T shift = score_bound(any, tile, true, tile.low, tile.high);
+    const Bounds<T> kept = masked ? kept_range(walk_, tile, any.term->mask, buffers) : Bounds<T>{tile.low, tile.high};
+    if (kept.low > kept.high) return;  // no pair
+    const T shift = score_bound(any, tile, true, kept.low, kept.high);
     const bool shared =
         moderate(to_row, shift, tile.i0, tile.rows) && moderate(to_column, shift, tile.j0, tile.columns);
     if (to_column && shared) {

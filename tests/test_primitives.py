@@ -406,3 +406,24 @@ def test_thresholds_of_one_direction(backend):
             return pair_reduce(d.x, d.y, [Term(LSE, axis=axis, scale=d.scale, below=bound[axis]) for axis in Axis])
 
         compare(run, data, backend, _precise(backend))
+
+
+@pytest.mark.parametrize("shape", [(70, 60), (200, 130)], ids=str)
+def test_pairs_far_below_those_that_do_not_count(shape, backend):
+    """What a trained tower gives: e^s of all kept pairs underflows beside that of the pairs a mask or threshold drops."""
+    _fits(backend, *shape)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape[0], 16, generator=g, dtype=torch.float64)
+    y = x[: shape[1]] + 0.05 * torch.randn(shape[1], 16, generator=g, dtype=torch.float64)
+    data = dataclasses.replace(
+        make(*shape, 16), x=x, y=y, labels=torch.arange(shape[0]), ref_labels=torch.arange(shape[1])
+    )
+    data.row_weight[3] = 0
+
+    def run(d: support.Data) -> tuple:
+        others = [Term(LSE, mask=Mask.DIFFERENT, axis=axis, scale=100.0) for axis in Axis]
+        weighted = Term(LSE, mask=Mask.DIFFERENT, axis=Axis.COLUMNS, scale=300.0, weight=d.row_weight)
+        below = [Term(LSE, axis=axis, scale=1500.0, below=0.6) for axis in Axis]
+        return pair_reduce(**d.pairs, terms=[*others, weighted, *below], normalize=True)
+
+    compare(run, data, backend, _precise(backend), ill_conditioned=_precise(backend) != torch.float64)

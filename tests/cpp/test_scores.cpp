@@ -66,13 +66,6 @@ Wide slope_of(Score score, Wide z, Wide c) {
 }
 
 template <class T>
-struct Scalar {
-  template <Score S>
-  static ValueSlope<T> at(T z, T c) {
-    return score_value_slope<S, ScalarMath<T>>(z, c);
-  }
-};
-template <class T>
 struct Vector {
   template <Score S>
   static ValueSlope<T> at(T z, T c) {
@@ -127,11 +120,6 @@ void check_values() {
         CHECK_CLOSE(got.value, value, 4 * eps * (std::fabs(value) + size) + 1e-36L);
         CHECK_CLOSE(got.slope, slope, 4 * eps * (std::fabs(slope) + argument_size) + 1e-36L);
       }
-}
-
-TEST(scalar_scores_are_their_formulas) {
-  check_values<float, Scalar<float>>();
-  check_values<double, Scalar<double>>();
 }
 
 TEST(vector_scores_are_their_formulas) {
@@ -189,8 +177,6 @@ void check_specials() {
 }
 
 TEST(nan_and_infinities_pass_through) {
-  check_specials<float, Scalar<float>>();
-  check_specials<double, Scalar<double>>();
   check_specials<float, Vector<float>>();
   check_specials<double, Vector<double>>();
 }
