@@ -410,7 +410,7 @@ def test_thresholds_of_one_direction(backend):
 
 @pytest.mark.parametrize("shape", [(70, 60), (200, 130)], ids=str)
 def test_pairs_far_below_those_that_do_not_count(shape, backend):
-    """What a trained tower gives: e^s of all kept pairs underflows beside that of the pairs a mask or threshold drops."""
+    """What trained towers give: e^s of the kept pairs underflows beside that of those a mask or threshold drops."""
     _fits(backend, *shape)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(shape[0], 16, generator=g, dtype=torch.float64)
