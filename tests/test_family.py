@@ -433,6 +433,32 @@ def test_a_single_total_takes_one_pass(side, normalize, monkeypatch):
     assert x.grad.dtype == torch.bfloat16
 
 
+def test_results_outlive_their_panel(monkeypatch):
+    """The next panel takes the memory of the last: not that of its results, nor that of a call inside the formula."""
+    from flashpair import rows
+
+    monkeypatch.setattr(rows, "_CPU_ELEMENTS", 24)
+    monkeypatch.setattr(rows, "_CPU_ROWS", 1)
+    g = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(n, 4, generator=g, dtype=torch.float64, requires_grad=True) for n in (7, 9))
+    s = x @ y.T
+    guide = s.detach()
+    weights = torch.randn(7, 9, generator=g, dtype=torch.float64)
+
+    def whole(panel):
+        row_reduce(y.detach(), x.detach(), lambda inner: [inner.s.sum(1)])
+        return [panel.s, panel.products[0].T.T, panel.s[:, 0]]
+
+    how = {"per_member": 0}  # two rows a panel
+    got = row_reduce(x, y, whole, products=[(x.detach(), y.detach())], **how)
+    for a, b in zip(got, (s, guide, s[:, 0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((v * weights).sum(), (x, y)) for v in (got[0], s)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    (total,) = row_reduce(x, y, lambda panel: [panel.s[0, 0]], totals=1, **how)
+    torch.testing.assert_close(total, s[::2, 0].sum(), rtol=1e-12, atol=1e-12)
+
+
 def test_row_reduce_checks_its_input():
     x = torch.randn(4, 3)
     formula = lambda panel: [panel.s.sum(1)]  # noqa: E731

@@ -115,7 +115,7 @@ def pair_reduce(
         exclude_self: drop the pairs (i, i). Default: True when y is None and `pairs` is not given, else False.
         exclude: (B,) int64, one column that row i never meets (-1: none).
         guide: (u (B, E), v (N, E)), or u alone where y is None: the terms' second product t_ij = <u_i, v_j>, which is
-            not stored either and takes no gradient; see `flashpair.Guide`. Of the dtype of x, or float32.
+            not stored either and takes no gradient; see `flashpair.Guide`. Of x's dtype, or float32 beside 16 bits.
         similarity: dot product, squared or plain Euclidean distance. Default: dot product.
         normalize: divide the rows of x and y by max(norm, 1e-12) first, gradient included.
         precision: arithmetic of float32 products on a GPU. Default: full float32.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...algebra import log_add_exp
 from ...distributed.sharded import by_row, current
+from ...eager import eagerly
 from ...pairs import pair_similarity
 from ...primitives import pair_reduce
 from ...random import draw_seed, two_uniform
@@ -117,6 +118,7 @@ class SupReMixLoss(InGroup, nn.Module):
         losses = torch.where(count > 0, total - scale * pull / count.clamp_min(1), 0.0)
         return poisoned(losses.mean(), embeddings)
 
+    @eagerly  # with the seed
     def _of_samples(self, z: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-sum over samples and mixed negatives; sum and number of the samples that are positives, (B,) each."""
         constant, index = without_gradient(z), torch.arange(z.shape[0], device=labels.device)
