@@ -28,7 +28,7 @@ from .terms import Precision, Similarity
 from .workspace import workspace_bytes
 
 #: Elements of a panel on a CPU, so that what a formula makes of it stays near the caches; and rows that it has in any
-#: case, since every panel costs a pass over dY. Half the elements take 1.2 times as long, twice as many 0.9 to 1.05.
+#: case, since every panel costs a pass over dY.
 _CPU_ELEMENTS, _CPU_ROWS = 1 << 20, 64
 
 
