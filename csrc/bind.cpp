@@ -22,6 +22,7 @@ using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
 constexpr size_t kHeader = 7, kPerTerm = 13, kPerConsts = 5, kPerExtreme = 5;
+constexpr size_t kGuideRows = 5, kGuideColumns = 6;  // of the header
 
 void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
@@ -74,10 +75,11 @@ Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& lab
 template <class T>
 void add_terms(Problem<T>& p, const std::vector<Tensor>& params, const Ints& spec, const Floats& consts) {
   int slots[2] = {0, 0};
-  if (spec[5] >= 0) {
-    const Tensor& rows = params[size_t(spec[5])];
+  if (spec[kGuideRows] >= 0) {
+    const Tensor& rows = params[size_t(spec[kGuideRows])];
     p.guided = true, p.guide_rows = static_cast<const T*>(rows.data_ptr()), p.guide_features = rows.size(1);
-    if (spec[6] >= 0) p.guide_columns = static_cast<const T*>(params[size_t(spec[6])].data_ptr());
+    if (spec[kGuideColumns] >= 0)
+      p.guide_columns = static_cast<const T*>(params[size_t(spec[kGuideColumns])].data_ptr());
   }
   for (size_t t = 0; t < (spec.size() - kHeader) / kPerTerm; ++t) {
     const int64_t* f = spec.data() + kHeader + t * kPerTerm;

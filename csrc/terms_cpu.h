@@ -352,9 +352,11 @@ T score_bound(const TermData<T>& data, const Tile<T>& tile, bool to_row, T low, 
 }
 
 // Smallest and largest s of the pairs that a mask keeps; infinite where one is NaN, so that no bound speaks for it. CLIP's
-// own pairs, say, are far above all others and no part of their sum.
+// own pairs, say, are far above all others and no part of their sum. Of a tile that is not masked, and of one whose mask
+// is read pair by pair, those of the whole tile.
 template <class T>
-Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, Mask mask, RowBuffers<T>& buffers) {
+Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, Mask mask, bool masked, RowBuffers<T>& buffers) {
+  if (!masked || mask_uses_pairs(mask)) return {tile.low, tile.high};
   Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
   MaskVec<T> bad{};
   for (int r = 0; r < tile.rows; ++r) {

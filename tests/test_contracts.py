@@ -10,7 +10,7 @@ import pytest
 from flashpair import terms
 
 ROOT = Path(__file__).resolve().parents[1]
-MIRRORED = ("Similarity", "Score", "Mask", "Reduction", "Axis", "Combine")
+MIRRORED = ("Similarity", "Score", "Mask", "Reduction", "Axis", "Combine", "Guide")
 
 
 @pytest.mark.parametrize("name", MIRRORED)

@@ -8,7 +8,7 @@ import pytest
 import support
 import torch
 
-from flashpair import Axis, Guide, Mask, Precision, Reduction, Term, mine, pair_reduce, pair_sum
+from flashpair import Axis, Guide, Mask, Precision, Reduction, Term, pair_reduce, pair_sum
 from flashpair.panels import float32_products
 
 THRESHOLD = Term(Reduction.LOGSUMEXP, below=0.5, guide=Guide.THRESHOLD)
@@ -132,9 +132,3 @@ BAD = [
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
-
-
-def test_mining_does_not_see_a_guide():
-    """Nor does it know the argument."""
-    with pytest.raises(TypeError, match="guide"):
-        mine(X, extremes=[], guide=U)

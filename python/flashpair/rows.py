@@ -447,9 +447,9 @@ def row_reduce(
             (b, ...), then `totals` tensors that are summed over the panels. Plain differentiable PyTorch that writes
             into nothing it was given and draws no random numbers: it is called again in the backward pass. It keeps
             nothing of the panel beyond its results: the next panel takes the same memory.
-        products: (u (B, E), v (N, E)) pairs whose products <u_i, v_j> the formula finds in `panel.products`: a guide's
-        or
-            a teacher's similarities, label overlaps. Differentiable.
+        products: (u (B, E), v (N, E)) pairs whose products <u_i, v_j> the formula finds in `panel.products`: the
+            temperatures or gates of pairs, say. Differentiable. One without gradient that is a threshold, a weight or a
+            softmax goes with `pair_reduce(guide=)`.
         rows: tensors (B, ...) of which the formula sees the panel's rows. Differentiable.
         shared: tensors that the formula sees whole. Differentiable.
         totals: how many of the results, the last ones, are sums over all rows.
