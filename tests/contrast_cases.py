@@ -19,7 +19,7 @@ from views import Case, Views, lse, mean, unit
 from flashpair import losses
 from flashpair.losses.contrast.feature_transformation import beta_like
 from flashpair.losses.contrast.sup_re_mix import beta_two
-from flashpair.random import draw_seed
+from flashpair.random import draw_seed, uniform
 
 
 def anchors(d: Views) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
@@ -210,12 +210,17 @@ def centroids(like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
-def define_proto_nce(d: Views) -> Tensor:
+def define_proto_nce(d: Views, negatives: int | None = None) -> Tensor:
     z, terms = unit(d.x), []
-    for of, centers, phi in zip(d.clusters, *centroids(d.x), strict=True):
-        for i, k in enumerate(of.tolist()):
+    seed = None if negatives is None else draw_seed()
+    for m, (of, centers, phi) in enumerate(zip(d.clusters.tolist(), *centroids(d.x), strict=True)):
+        columns = range(len(centers))
+        if negatives is not None:  # as PCL has it: a sample's own centroid as often as there are samples with it
+            key = uniform(seed, torch.full((len(centers),), m), torch.arange(len(centers))).tolist()
+            columns = of + sorted(set(range(len(centers))) - set(of), key=key.__getitem__)[:negatives]
+        for i, k in enumerate(of):
             s = [z[i] @ unit(u).to(z) / p.to(z) for u, p in zip(centers, phi, strict=True)]
-            terms.append(lse(s) - s[k])
+            terms.append(lse([s[c] for c in columns]) - s[k])
     return mean(terms)
 
 
@@ -492,6 +497,10 @@ CASES = [
     Case(
         "ProtoNCELoss", lambda g: losses.ProtoNCELoss(group=g),
         lambda loss, d: loss(d.x, d.clusters, *centroids(d.x)), define_proto_nce,
+    ),
+    Case(
+        "ProtoNCELoss drawn", lambda g: losses.ProtoNCELoss(1, group=g),
+        lambda loss, d: loss(d.x, d.clusters, *centroids(d.x)), lambda d: define_proto_nce(d, 1),
     ),
     Case(
         "SupReMixLoss", lambda g: losses.SupReMixLoss(0.5, 4, 6.0, group=g), lambda loss, d: loss(d.x, ages(d)),

@@ -10,6 +10,7 @@ from torch import Tensor
 from views import Case, Views, lse, mean
 
 from flashpair import losses
+from flashpair.losses.multi_label.nws import NWSAggregation
 
 
 def label_sets(d: Views) -> list[set[int]]:
@@ -144,8 +145,9 @@ RELATED[2, 3] = 1.0
 
 
 def define_nws(
-    d: Views, prototypes: Tensor = PROTOTYPES, alone: bool = False, alpha: float = 0.7, beta: float = 0.2
-) -> Tensor:
+    d: Views, prototypes: Tensor = PROTOTYPES, alone: bool = False, alpha: float = 0.7, beta: float = 0.2,
+    largest: bool = False,
+) -> Tensor:  # fmt: skip
     refs, of_refs = ([*d.x.detach()], label_sets(d)) if alone else references(d)
     terms = [0 * d.x.sum()]
     for x, y in zip(d.x, label_sets(d), strict=True):
@@ -153,7 +155,8 @@ def define_nws(
         of_label = [cosine(x, p) / 0.1 for p in prototypes]
         negatives = [of_label[c] for c in range(4) if c not in y]
         for v, z in zip(s, of_refs, strict=True):
-            related = sum(float(RELATED[c, e]) for c in y for e in z) / max(len(y) * len(z), 1)
+            pairs = [float(RELATED[c, e]) for c in y for e in z]
+            related = max(pairs, default=0.0) if largest else sum(pairs) / max(len(pairs), 1)
             if not y & z and related < 1:
                 negatives.append(v + math.log(beta * (1 - related)))
         if not y or not negatives:
@@ -224,6 +227,11 @@ CASES = [
     Case(
         "NWSLoss", lambda g: with_prototypes(losses.NWSLoss(4, 5, RELATED, 0.1, 0.7, 0.2, group=g)), queued, define_nws,
         True,
+    ),
+    Case(
+        "NWSLoss max",
+        lambda g: with_prototypes(losses.NWSLoss(4, 5, RELATED, 0.1, 0.7, 0.2, NWSAggregation.MAX, group=g)),
+        queued, lambda d: define_nws(d, largest=True), True,
     ),
     Case(
         "HybridMultiLabelLoss", lambda g: losses.HybridMultiLabelLoss(CLASS_WEIGHTS, 0.5, 2.0, 0.3, group=g),

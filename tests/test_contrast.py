@@ -14,6 +14,8 @@ from views import Views, evaluate, unit, views
 
 from flashpair import losses
 from flashpair.losses.contrast.feature_transformation import beta_like
+from flashpair.losses.multi_label.label_similarity import LabelSimilarity, label_similarity
+from flashpair.losses.multi_label.nws import NWSAggregation
 
 KINDS = ["random", "collapsed", "aligned", "large"]
 
@@ -45,6 +47,22 @@ def test_float32(case, engine):
     for name, value in want.items():
         lost = (plain[name] - value).abs().max().item()
         assert (got[name] - value).abs().max().item() <= 8 * lost + 3e-6 * max(value.abs().max().item(), 1), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_backward_inside_autocast(case, engine):
+    """As outside: no product of a backward pass is narrowed, nor those of the parameters' gradients."""
+    if engine not in support.FUSED:
+        pytest.skip("the specification is plain autograd, which autocast reaches")
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(7)
+        d, loss = moved(views(b=20), torch.float32, support.device(engine)), case.make(None)
+        value = case.call(loss, d)
+        leaves = [d.x, d.y, *(loss.parameters() if isinstance(loss, torch.nn.Module) else [])]
+        with torch.autocast(d.x.device.type, torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(value, leaves, allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
@@ -418,6 +436,88 @@ def test_nws_of_the_batch_itself(engine):
     assert loss(d.x, torch.ones(9, 4, device=d.x.device)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nws_of_wholly_related_labels(dtype, engine):
+    """A negative of weight 0 is none, even one on top of the anchor, at a temperature where the others are far away."""
+    x = torch.ones(16, 1, dtype=dtype, device=support.device(engine))
+    hot = torch.zeros(16, 300, dtype=torch.int64, device=x.device)
+    for i in range(16):
+        hot[i, i * i : i * i + 1 + i] = 1
+    loss = losses.NWSLoss(300, 1, torch.ones(300, 300), 0.01, beta=0.3).to(x.device)
+    loss.prototypes.data.fill_(-1.0)  # Z = log(labels not had) - 100
+    size = hot.sum(1).to(dtype)
+    z = torch.log(300 - size) - 100
+    want = (((size + 1) * z - 100 + 100 * size) / size).mean()  # positives of weight 1: itself, each of its prototypes
+    torch.testing.assert_close(loss(x, hot), want)
+    x.requires_grad_()
+    assert loss(x, 0 * hot).item() == 0 and torch.autograd.grad(loss(x, 0 * hot), x)[0].eq(0).all()
+
+
+def test_nws_takes_lists_of_many_labels():
+    """Sets of 2000 labels, some of a sample with none, are their multi-hot tensor, whatever is in a panel."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=g).double().requires_grad_()
+    of = [torch.randperm(2000, generator=g)[: i % 4].tolist() for i in range(30)] * 2
+    sets = losses.LabelSets.from_lists(of, 2000)
+    hot = torch.zeros(60, 2000).index_put((sets.owner, sets.label), torch.ones(len(sets.owner)))
+    related = torch.rand(2000, 2000, generator=g)
+    for kind in NWSAggregation:
+        loss = losses.NWSLoss(2000, 8, related, aggregation=kind)
+        torch.testing.assert_close(loss(x, sets), loss(x, hot))
+
+
+@pytest.mark.parametrize("kind", LabelSimilarity)
+def test_label_similarity(kind):
+    """Two labels that always meet, that never meet, that everybody has, and that nobody has."""
+    hot = torch.rand(30, 7, generator=torch.Generator().manual_seed(0)) < 0.3
+    hot[:, 1], hot[:, 2], hot[:, 4], hot[:, 5] = hot[:, 0], ~hot[:, 0], False, True
+    got, p = label_similarity(hot, kind), hot.double().mean(0).tolist()
+    for c in range(7):
+        for e in range(7):
+            both = (hot[:, c] & hot[:, e]).double().mean().item()
+            if c == e:
+                want = 1.0
+            elif both == 0:
+                want = 0.0
+            elif kind == LabelSimilarity.JACCARD:
+                want = both / (p[c] + p[e] - both)
+            else:
+                want = max(math.log(both / (p[c] * p[e])) / -math.log(both), 0.0)
+            assert abs(got[c, e].item() - want) < 1e-6, (c, e)
+    assert torch.equal(got, label_similarity(losses.LabelSets.of("labels", hot, 30, hot.device), kind))
+    everybody = torch.ones(3, 2)
+    assert torch.equal(label_similarity(everybody, kind), torch.ones(2, 2))
+    losses.NWSLoss(7, 5, got)
+
+
+def test_draws_of_other_centroids():
+    """Only centroids of no sample, each once, in the end each of them; all where fewer are left than are wanted."""
+    from flashpair.losses.contrast.proto_nce import draw_others
+
+    of, seen = torch.tensor([3, 3, 0, 8]), set()
+    for seed in range(40):
+        drawn, counts = draw_others(seed, 0, of, 10, 4)
+        assert counts.all() and len(set(drawn.tolist())) == 4
+        seen |= set(drawn.tolist())
+    assert seen == {1, 2, 4, 5, 6, 7, 9}
+    assert not torch.equal(draw_others(0, 0, of, 10, 4)[0], draw_others(0, 1, of, 10, 4)[0])
+    drawn, counts = draw_others(0, 0, of, 10, 50)
+    assert set(drawn[counts].tolist()) == seen and counts.sum() == 7
+
+
+def test_hybrid_without_its_contrastive_term(monkeypatch):
+    """No pass, the same value; what is no embedding is refused, and NaN seen, all the same."""
+    d, logits = views(), torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    loss = losses.HybridMultiLabelLoss(contrastive_weight=0.0)
+    want = losses.HybridMultiLabelLoss(contrastive_weight=1e-30)(logits, d.x, d.multi_hot)
+    monkeypatch.setattr(losses.MultiLabelContrastiveLoss, "forward", None)
+    assert torch.equal(loss(logits, d.x, d.multi_hot), want)
+    assert loss(logits, d.x * math.nan, d.multi_hot).isnan()
+    for bad in (d.x[:3], d.x[0], d.x.long()):
+        with pytest.raises((TypeError, ValueError), match="embeddings must"):
+            loss(logits, bad, d.multi_hot)
+
+
 def test_logit_losses():
     z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     y = torch.randint(2, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -667,6 +767,11 @@ BAD = [
     (lambda x: losses.NWSLoss(3, 5, torch.eye(2)), ValueError, r"label_similarity must be floating point of shape \(3"),
     (lambda x: losses.NWSLoss(3, 5, 2 * torch.eye(3)), ValueError, r"label_similarity must lie in \[0, 1\]"),
     (lambda x: losses.NWSLoss(3, 5, torch.eye(3), alpha=2.0), ValueError, "alpha"),
+    (lambda x: losses.NWSLoss(3, 5, torch.eye(3), aggregation="max"), TypeError, "aggregation must be one of NWSAggr"),
+    (lambda x: label_similarity(x[0]), ValueError, "labels must be LabelSets or a multi-hot tensor of"),
+    (lambda x: label_similarity(2 * torch.ones(4, 2)), ValueError, "labels must hold 0 and 1 only"),
+    (lambda x: label_similarity(torch.ones(4, 2), "npmi"), TypeError, "kind must be one of LabelSimilarity.JACCARD"),
+    (lambda x: losses.ProtoNCELoss(-1), ValueError, "negatives must be at least 0"),
     (lambda x: losses.NWSLoss(2, 5, torch.eye(2))(x, torch.zeros(4, 3)), ValueError, "labels must have num_labels=2"),
     (
         lambda x: losses.NWSLoss(2, 5, torch.eye(2))(x, torch.zeros(4, 2), None, x, torch.zeros(4, 2)), ValueError,

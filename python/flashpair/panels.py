@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from . import ops
+from .operator import operator
 from .terms import Precision
 
 
@@ -76,3 +78,27 @@ def float32_products(x: Tensor, precision: Precision) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = previous
+
+
+@operator("product")
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """(B, N) a (B, K) times b (K, N), a sparse if it is a constant; no autocast narrows it, nor its gradients."""
+    with ops.without_autocast(b), float32_products(b, Precision.IEEE):
+        return a @ b
+
+
+@product.fake
+def _(a, b):
+    return b.new_empty(a.shape[0], b.shape[1])
+
+
+def _product_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx, needs, grad):
+    a, b = ctx.saved_tensors
+    return product(grad, b.T) if needs[0] else None, product(a.T, grad) if needs[1] else None
+
+
+product.differentiable(_product_backward, _product_setup)

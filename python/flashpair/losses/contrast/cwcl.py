@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ... import checks
 from ...distributed.sharded import current
 from ...pairs import pair_similarity
+from ...panels import product
 from ...primitives import pair_reduce
 from ...request import statistics_dtype
 from ...terms import Axis, Guide, Reduction, Term
@@ -99,9 +100,9 @@ class CWCLLoss(InGroup, nn.Module):
     def _affine(self, first: Tensor, second: Tensor, frozen: Tensor) -> Tensor:
         """(B,) Σ_j w_ij <p_i, q_j> / Σ_j w_ij."""
         dtype = statistics_dtype(first)
-        with torch.autocast(first.device.type, enabled=False):
-            p, q, m = first.to(dtype), second.to(dtype), frozen.detach().to(dtype)
-            return (p * (m @ (m.T @ q) + q.sum(0))).sum(1) / (m @ m.sum(0) + len(m))
+        p, q, m = first.to(dtype), second.to(dtype), frozen.detach().to(dtype)
+        mass = product(m, m.sum(0)[:, None]).squeeze(1) + len(m)
+        return (p * (product(m, product(m.T, q)) + q.sum(0))).sum(1) / mass
 
     def _exponential(self, first: Tensor, second: Tensor, frozen: Tensor) -> Tensor:
         m = as_guide(frozen, first)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ... import checks
 from ...distributed.sharded import current
+from ...panels import product
 from ...request import statistics_dtype
 from ..arguments import check_matched, poisoned
 from ..clip import clip_loss
@@ -21,7 +21,7 @@ def cyclic_consistency(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     digits where the towers agree.
     """
     u, v = first + second, first - second
-    squares, crossed = (u.T @ u).mul(v.T @ v).sum(), u.T @ v
+    squares, crossed = (product(u.T, u) * product(v.T, v)).sum(), product(u.T, v)
     mixed = (crossed * crossed.T).sum()
     return (squares - mixed) / 2, (squares + mixed) / 2
 
@@ -69,7 +69,6 @@ class CyCLIPLoss(InGroup, nn.Module):
             return nothing(image_features, text_features)
         loss = clip_loss(image_features, text_features, logit_scale)
         dtype = statistics_dtype(image_features)
-        with torch.autocast(image_features.device.type, enabled=False):
-            cross, within = cyclic_consistency(image_features.to(dtype), text_features.to(dtype))
+        cross, within = cyclic_consistency(image_features.to(dtype), text_features.to(dtype))
         penalty = (self.cross * cross + self.within * within) / image_features.shape[0]
         return poisoned(loss + penalty, image_features, text_features)

@@ -12,6 +12,7 @@ from ... import checks
 from ...distributed.sharded import by_row, current
 from ...pairs import pair_similarity, segment_sum
 from ...primitives import pair_reduce
+from ...random import draw_seed, uniform
 from ...request import statistics_dtype
 from ...terms import Reduction, Similarity, Term
 from ..arguments import poisoned
@@ -28,11 +29,14 @@ class ProtoNCELoss(InGroup, nn.Module):
 
         loss = 1/M Σ_m mean_i [ LSE_c <z_i, u_c> / φ_c  -  <z_i, u_k> / φ_k ],   k the cluster of i in clustering m
 
-    z and u unit vectors, φ from `cluster_concentration`. Centroids and φ take no gradient. One pass a clustering, over
-    all centroids: PCL draws some of them as negatives. `MEOWLoss` plus this loss of its anchors is MEOW's; its code
-    adds the constant log(B / K).
+    z and u unit vectors, φ from `cluster_concentration`. Centroids and φ take no gradient. One pass a clustering. The c
+    are all centroids; or, as PCL has it, those of the batch's samples, one for each sample, and some of the others,
+    drawn in each call by torch's generator. `MEOWLoss` plus this loss of its anchors is MEOW's; its code adds the
+    constant log(B / K).
 
     Args:
+        negatives: how many centroids of no sample of the batch are drawn; all where there are fewer, where PCL's code
+            raises. Default: none are drawn, the c are all centroids.
         group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`; centroids and φ are held by
             all ranks alike. Default: none.
 
@@ -51,8 +55,11 @@ class ProtoNCELoss(InGroup, nn.Module):
 
     row_groups = None
 
-    def __init__(self, group=None) -> None:
+    def __init__(self, negatives: int | None = None, group=None) -> None:
         super().__init__(group=group)
+        if negatives is not None:
+            checks.count("negatives", negatives, low=0)
+        self.negatives = negatives
 
     def forward(
         self, embeddings: Tensor, clusters: Tensor, centroids: Sequence[Tensor], concentrations: Sequence[Tensor]
@@ -97,14 +104,26 @@ class ProtoNCELoss(InGroup, nn.Module):
         if rows == 0:
             return nothing(embeddings)
         dtype, index = statistics_dtype(embeddings), torch.arange(rows, device=embeddings.device)
-        total = 0.0
-        with torch.autocast(embeddings.device.type, enabled=False):
-            z = by_row(lambda v: F.normalize(v.to(dtype), dim=1, eps=1e-12), embeddings)
-            for of, u, phi in zip(clusters.unbind(0), centroids, concentrations, strict=True):
-                scaled = F.normalize(u.detach().to(dtype), dim=1, eps=1e-12) / phi.detach().to(dtype)[:, None]
-                (lse,) = pair_reduce(z, scaled, [Term(Reduction.LOGSUMEXP)])
-                total = total + (lse - pair_similarity(z, scaled, index, of)).mean()
-        return poisoned(total / len(clusters), embeddings, *centroids)
+        z = by_row(lambda v: F.normalize(v.to(dtype), dim=1, eps=1e-12), embeddings)
+        total, own = 0.0, 0.0  # own: (B, D) sum of a sample's centroids
+        seed = 0 if self.negatives is None else draw_seed()
+        for m, (of, u, phi) in enumerate(zip(clusters.unbind(0), centroids, concentrations, strict=True)):
+            scaled = F.normalize(u.detach().to(dtype), dim=1, eps=1e-12) / phi.detach().to(dtype)[:, None]
+            own, columns, weight = own + scaled[of], scaled, None
+            if self.negatives is not None:
+                others, counts = draw_others(seed, m, of, len(u), self.negatives)
+                columns, weight = torch.cat([scaled[of], scaled[others]]), F.pad(counts.to(dtype), (rows, 0), value=1.0)
+            total = total + pair_reduce(z, columns, [Term(Reduction.LOGSUMEXP, weight=weight)])[0]
+        loss = (total - pair_similarity(z, own, index, index)).mean() / len(clusters)
+        return poisoned(loss, embeddings, *centroids)
+
+
+def draw_others(seed: int, clustering: int, of: Tensor, count: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """((r,) centroids, (r,) bool) drawn among those that no sample has; False: there were not so many."""
+    each = torch.arange(count, device=of.device)
+    keys = uniform(seed, torch.full_like(each, clustering), each).index_fill(0, of, torch.inf)
+    drawn = keys.topk(min(wanted, count), largest=False)
+    return drawn.indices, drawn.values != torch.inf
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...distributed.sharded import current
+from ...eager import eagerly
 from ..arguments import check_matched, poisoned, without_gradient
 from ..group import InGroup
 from ..two_views import nothing
@@ -18,8 +19,9 @@ class MultiLabelLoss(InGroup, nn.Module):
 
     row_groups = (("embeddings", "labels"),)
 
+    @eagerly
     def forward(self, embeddings: Tensor, labels: Tensor | LabelSets) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch. `torch.compile` runs it as it is: how many labels are given is no size of a tensor.
 
         Args:
             embeddings: (B, D) float32, float64, bfloat16 or float16; normalised here.
@@ -53,6 +55,7 @@ class ReferenceLoss(MultiLabelLoss):
 
     row_groups = (("embeddings", "labels", "keys"),)
 
+    @eagerly
     def forward(
         self,
         embeddings: Tensor,
@@ -61,7 +64,7 @@ class ReferenceLoss(MultiLabelLoss):
         queue: Tensor | None = None,
         queue_labels: Tensor | LabelSets | None = None,
     ) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch. `torch.compile` runs it as it is: how many labels are given is no size of a tensor.
 
         Args:
             embeddings: (B, D) float32, float64, bfloat16 or float16; normalised here.

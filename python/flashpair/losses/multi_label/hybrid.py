@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...distributed.sharded import current
-from ..arguments import poisoned
+from ..arguments import check_rows, poisoned
 from ..group import InGroup
 from .base import MultiLabelLoss
 from .contrastive import MultiLabelContrastiveLoss
@@ -28,7 +28,7 @@ class HybridMultiLabelLoss(InGroup, nn.Module):
 
     Args:
         class_weights: v (C,), floating point and not negative. Default: 1 for all.
-        bce_weight, correlation_weight, contrastive_weight: b, r, k ≥ 0. Default 1 each.
+        bce_weight, correlation_weight, contrastive_weight: b, r, k ≥ 0. Default 1 each; with k = 0 no pair is compared.
         contrastive: a multi-label loss of embeddings without a group of its own. Default:
             `MultiLabelContrastiveLoss(LabelWeight.ANY)`.
         group: a process group, a DeviceMesh dimension or a `flashpair.distributed.Group`; class weights must be alike
@@ -77,7 +77,7 @@ class HybridMultiLabelLoss(InGroup, nn.Module):
         self.correlation = LabelCorrelationLoss()
 
     def forward(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch. `torch.compile` makes graphs of all but the contrastive loss.
 
         Args:
             logits: (B, C) floating point.
@@ -100,10 +100,14 @@ class HybridMultiLabelLoss(InGroup, nn.Module):
                 raise ValueError(f"logits must have {len(weights)} columns, one for each weight; got {logits.shape[1]}")
             checks.same_device("logits", logits, class_weights=weights)
             weights = weights.to(z.dtype)
-        contrastive = self.contrastive(embeddings, labels)  # checks before anything else is computed
+        loss = 0.0
+        if self.contrastive_weight:
+            loss = self.contrastive_weight * self.contrastive(embeddings, labels)  # checks before the rest is computed
+        else:
+            check_rows("embeddings", embeddings, len(labels), logits)
         bce = F.binary_cross_entropy_with_logits(z, present.to(z.dtype), weights, reduction="sum") / max(z.numel(), 1)
-        loss = self.bce_weight * bce + self.correlation_weight * self.correlation(logits, labels)
-        return poisoned(loss + self.contrastive_weight * contrastive, logits, embeddings)
+        loss = loss + self.bce_weight * bce + self.correlation_weight * self.correlation(logits, labels)
+        return poisoned(loss, logits, embeddings)
 
 
 def _check_weights(value: Tensor) -> None:

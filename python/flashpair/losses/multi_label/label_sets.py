@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...distributed.sharded import all_rows, current, even_sizes, offsets
 from ...pairs import accumulate
+from ...panels import product
 from ...workspace import workspace_bytes
 from .weights import OverlapWeight
 
@@ -135,17 +136,22 @@ class LabelSets:
         each = torch.arange(self.num_labels, device=self.owner.device)
         return LabelSets(each, each, self.num_labels, self.num_labels)
 
+    def together(self) -> Tensor:
+        """(C, C) float64, how many samples have both of two labels."""
+        table = self._by_label(torch.ones_like(self.owner, dtype=torch.float64))
+        return torch.sparse.mm(table, table.T.coalesce()).to_dense()
+
     def mixture(self, values: Tensor, weights: Tensor) -> Tensor:
         """(B, D) Σ over a sample's labels of weights (P,) times values (C, D), differentiable in the values."""
         at = torch.stack([self.owner, self.label])
         table = torch.sparse_coo_tensor(at, weights, (self.rows, self.num_labels), check_invariants=False)
-        return torch.sparse.mm(table, values)
+        return product(table, values)
 
     def sums(self, embeddings: Tensor) -> Tensor:
         """(C, D) sum of the embeddings (B, D) of each label's samples, differentiable."""
         at, ones = torch.stack([self.label, self.owner]), torch.ones_like(self.owner, dtype=embeddings.dtype)
         table = torch.sparse_coo_tensor(at, ones, (self.num_labels, self.rows), check_invariants=False)
-        return torch.sparse.mm(table, embeddings)
+        return product(table, embeddings)
 
     def sharing(
         self, others: LabelSets, dtype: torch.dtype, per: Sequence[tuple[Tensor, Tensor]] = (), beside: int = 0
@@ -198,7 +204,15 @@ class LabelSets:
         """(b, rows) Σ over each sample's labels of own (P,) times a table (b, C) given by its entries."""
         table = torch.zeros(size[::-1], dtype=values.dtype, device=values.device)
         table[label, row] = values
-        found = F.embedding_bag(self.label, table, self._first[:-1], mode="sum", per_sample_weights=own)
+        return self.bags(table, own)
+
+    def bags(self, table: Tensor, weights: Tensor | None = None, largest: bool = False) -> Tensor:
+        """(b, B) Σ over each sample's labels of weights (P,) times the rows of a table (C, b), or the largest of them.
+
+        Of no labels 0.
+        """
+        mode = "max" if largest else "sum"
+        found = F.embedding_bag(self.label, table, self._first[:-1], mode=mode, per_sample_weights=weights)
         return found.T.contiguous()
 
     def _by_label(self, values: Tensor) -> Tensor:
@@ -229,11 +243,16 @@ class LabelSets:
 
     def overlap(self, others: LabelSets, row: Tensor, dtype: torch.dtype) -> Tensor:
         """(b, N) how many labels each of the rows shares with each sample of `others`."""
+        local, label = self.of_rows(row)
+        ones = torch.ones(len(local), dtype=dtype, device=row.device)
+        return others._gathered(label, local, ones, (len(row), self.num_labels), None)
+
+    def of_rows(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """((P',) place in `row`, (P',) label) of the labels of some rows (b,)."""
         first, size = self._first[row], self.sizes[row]
         local = torch.arange(len(row), device=row.device).repeat_interleave(size)
         within = torch.arange(len(local), device=row.device) - (size.cumsum(0) - size)[local]
-        label, ones = self.label[first[local] + within], torch.ones(len(local), dtype=dtype, device=row.device)
-        return others._gathered(label, local, ones, (len(row), self.num_labels), None)
+        return local, self.label[first[local] + within]
 
     def weights(self, weigh: OverlapWeight, row: Tensor, dtype: torch.dtype) -> Tensor:
         """(b, B) `weigh(labels shared, size of the row's set, size of the column's)`, 0 for the row itself."""

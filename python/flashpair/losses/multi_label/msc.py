@@ -76,8 +76,7 @@ class MSCLoss(PrototypeLoss):
             return torch.where(p.row == p.other, 0.0, weights)
 
         x, chunks = unit_rows(embeddings), sets.sharing(sets, dtype, [(per, ones), (ones, per)])
-        with torch.autocast(x.device.type, enabled=False):
-            pull = pull_within(x, chunks, both) + (x * sets.mixture(unit_rows(prototypes), per)).sum()
+        pull = pull_within(x, chunks, both) + (x * sets.mixture(unit_rows(prototypes), per)).sum()
         # The weights of a sample sum to its number of labels.
         return (torch.where(size > 0, total, 0.0).sum() - scale * pull) / len(size)
 

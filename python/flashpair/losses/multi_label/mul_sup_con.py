@@ -80,10 +80,9 @@ class MulSupConLoss(ReferenceLoss):
         weights = usable / positives.clamp_min(1)
         labels, each = (segment_sum(v, sets.owner, sets.rows) for v in (usable, weights))
         x = unit_rows(embeddings)
-        with torch.autocast(x.device.type, enabled=False):
-            sums = sets.sums(x) if own else sum(of.sums(unit_rows(rows)) for rows, of in references)
-            mixed = sets.mixture(sums, weights)
-            pull = (x * (mixed - each[:, None] * x if own else mixed)).sum(1)
+        sums = sets.sums(x) if own else sum(of.sums(unit_rows(rows)) for rows, of in references)
+        mixed = sets.mixture(sums, weights)
+        pull = (x * (mixed - each[:, None] * x if own else mixed)).sum(1)
         losses = torch.where(labels > 0, labels * total.masked_fill(labels == 0, 0.0) - scale * pull, 0.0)
         if self.reduction == MulSupConReduction.PER_SAMPLE:
             return (losses / labels.clamp_min(1)).mean()
@@ -119,8 +118,7 @@ class MultiLabelProtoLoss(PrototypeLoss):
         dtype = statistics_dtype(embeddings)
         logits = Term(Reduction.LOGSUMEXP, scale=1 / self.temperature)
         (total,) = pair_reduce(embeddings, prototypes, [logits], normalize=True)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            x, p = unit_rows(embeddings), unit_rows(prototypes)
-            pull = (x * sets.mixture(p, torch.ones_like(sets.owner, dtype=dtype))).sum(1) / self.temperature
+        x, p = unit_rows(embeddings), unit_rows(prototypes)
+        pull = (x * sets.mixture(p, torch.ones_like(sets.owner, dtype=dtype))).sum(1) / self.temperature
         size = sets.sizes.to(dtype)
         return torch.where(size > 0, total - pull / size.clamp_min(1), 0.0).mean()
