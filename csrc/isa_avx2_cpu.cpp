@@ -9,6 +9,7 @@
 #include "engine.h"
 #include "order_cpu.h"
 #include "panel_cache_cpu.h"
+#include "subnormals_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

@@ -9,6 +9,7 @@
 #include "engine.h"
 #include "order_cpu.h"
 #include "panel_cache_cpu.h"
+#include "subnormals_cpu.h"
 
 #define FP_NAMESPACE portable
 #define FP_ENGINE portable_engine

@@ -29,13 +29,19 @@ class Buffer {
   T* data_ = nullptr;
 };
 
+// One call of a lambda.
+template <class F>
+void run_task(int64_t i, void* task) {
+  const FlushedSubnormals flushed;
+  (*static_cast<const F*>(task))(i);
+}
+
 // One call of a lambda per task.
 template <class F>
 void parallel_tasks(Parallel parallel, int64_t count, const F& task) {
-  if (count == 1) return task(0);
-  parallel(
-      count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); },
-      const_cast<void*>(static_cast<const void*>(&task)));
+  void* const context = const_cast<void*>(static_cast<const void*>(&task));
+  if (count == 1) return run_task<F>(0, context);
+  parallel(count, run_task<F>, context);
 }
 
 // The rows or the columns of S.

@@ -51,7 +51,7 @@ FP_INLINE void store_mask(Lane<T>* p, MaskVec<T> v) {
 }
 template <class T>
 FP_INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // compiled to a copy: what plus 0 would do to -0 and to subnormal numbers, minus 0 does not
 }
 template <class T>
 FP_INLINE MaskVec<T> all_lanes() {

@@ -151,7 +151,8 @@ class Walk {
       return;
     }
     const int64_t g = row_tiling_.groups;
-    if (g == 1) return block(0, 0, 0, wanted, body, visits, true, true);
+    if (g == 1)
+      return parallel_tasks(problem_.parallel, 1, [&](int64_t) { block(0, 0, 0, wanted, body, visits, true, true); });
     // Groups on the diagonal first, two a thread; then the rounds of a tournament of g players (one rests if g is odd).
     const int64_t players = g + g % 2;
     parallel_tasks(problem_.parallel, p, [&](int64_t t) {
