@@ -1,4 +1,4 @@
-"""Subnormal numbers: slow on some processors, so that the CPU backend's tasks flush them, and nothing else is affected."""
+"""Subnormal numbers are slow on some processors, so tasks of the CPU backend flush them; nothing else is affected."""
 
 from __future__ import annotations
 
