@@ -54,13 +54,13 @@ _TF32 = {
 }
 #: float32 in full runs on the ordinary cores, whose accumulators leave few registers for the epilogue.
 _IEEE = dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 16, 8, 2, parts=4, registers=128))
-#: An entry of an extreme is int64, twice the registers of a similarity.
+#: Ranks and places beside the accumulators of the larger tile would spill in TF32.
 _EXTREMES = {
-    "half": _HALF | dict.fromkeys((90, 100), TileConfig(128, 64, 64, 8, 4, parts=2)),
-    "tf32": _TF32 | dict.fromkeys((90, 100), TileConfig(128, 64, 32, 8, 3, parts=2)),
+    "half": _HALF,
+    "tf32": _TF32 | dict.fromkeys((90, 100), TileConfig(128, 64, 32, 8, 3, parts=2, registers=255)),
     "ieee": _IEEE,
 }
-#: So are the running K best.
+#: The running K best are int64, twice the registers of a similarity.
 _TOP_K = {
     "half": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 64, 8, 3, registers=255)),
     "tf32": dict.fromkeys(ARCHITECTURES, TileConfig(64, 64, 32, 8, 3, registers=255)),

@@ -5,14 +5,14 @@ import triton.language as tl
 
 from .. import extremes
 from .masks import keep_tile
-from .program import HEADER, REDUCTION, SAME_ONLY, SIDE, SLOT, TRIANGLE, WIDTH
+from .program import EVERY, HEADER, REDUCTION, SAME_ONLY, SIDE, SLOT, TILES, TRIANGLE, WIDTH
 from .tiles import (
-    columns_of,
+    along_columns,
+    along_rows,
     dot_tile,
     halves,
     labels_meet,
     partials_of,
-    rows_of,
     similarity_tile,
     store_owner,
     tile_of,
@@ -23,25 +23,56 @@ from .tiles import (
 MISSING = tl.constexpr(extremes.MISSING)
 _BEYOND = tl.constexpr(2**63 - 1)
 _LAST_COLUMN = tl.constexpr(extremes.LAST_COLUMN)
+_NOT_KEPT = tl.constexpr(-(2**31))
+_INFINITY = tl.constexpr(0x7F800000)  # its rank
 
 
 @triton.jit
-def entries(s, keep, columns, LARGEST: tl.constexpr):
-    """(BLOCK_B, span) int64 entries, MISSING where not kept."""
-    value = s if LARGEST else -s
-    nan = value != value
-    value = tl.where(nan, float("inf"), value) + 0.0  # + 0.0: -0 and 0 are equal
+def ranks(s, keep, LARGEST: tl.constexpr):
+    """(BLOCK_B, span) int32 in the order of the values, most extreme last; NaN is infinity, _NOT_KEPT below all."""
+    value = s + 0.0 if LARGEST else 0.0 - s  # with the zero, -0 and 0 are equal
+    value = tl.where(value != value, float("inf"), value)
     bits = value.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    place = (-(columns - _LAST_COLUMN)).to(tl.int64)
-    entry = (ordered.to(tl.int64) << 32) | (place << 1) | nan.to(tl.int64)
-    return tl.where(keep, entry, MISSING)
+    return tl.where(keep, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NOT_KEPT)
+
+
+@triton.jit
+def entries(rank, place, nan):
+    """int64 entries of ranks (int32) at places, MISSING where not kept."""
+    entry = (rank.to(tl.int64) << 32) | ((-(place - _LAST_COLUMN)).to(tl.int64) << 1) | nan.to(tl.int64)
+    return tl.where(rank == _NOT_KEPT, MISSING, entry)
+
+
+@triton.jit
+def best_entry(s, keep, places, LARGEST: tl.constexpr, AXIS: tl.constexpr):
+    """(owners,) int64: the largest entry along an axis: its rank first and then the place, in 32 bits each."""
+    rank = ranks(s, keep, LARGEST)
+    best = tl.max(rank, AXIS)
+    place = tl.min(tl.where(rank == tl.expand_dims(best, AXIS), places, _LAST_COLUMN), AXIS)
+    nan = best != best
+    if tl.max(best) == _INFINITY:
+        at_best = places == tl.expand_dims(place, AXIS)
+        nan = tl.max((at_best & (s != s)).to(tl.int32), AXIS) != 0
+    return entries(best, place, nan)
+
+
+@triton.jit
+def store_extreme(s, view, places, partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
+    """The most extreme entry of every owner of one evaluation."""
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    keep = keep_tile(s, view, PROGRAM, AT)
+    if side == 0:
+        entry = best_entry(s, keep, along_columns(places[1], view[2]), PROGRAM[AT + REDUCTION], 1)
+    else:
+        entry = best_entry(s, keep, along_rows(places[0], view[2]), PROGRAM[AT + REDUCTION], 0)
+    store_owner(partials, entry, PROGRAM[AT + SLOT], side)
 
 
 @triton.jit
 def extremes_epilogue(
     dots,  # (BLOCK_B, BLOCK_N / PARTS)
     inputs,
+    places,
     panel,
     outputs,
     tile_b,
@@ -57,13 +88,7 @@ def extremes_epilogue(
     partials = partials_of(outputs[0], outputs[1], panel, tile_b, tile_n, PART, PARTS, BLOCK_B, BLOCK_N)
     s, _ = similarity_tile(dots, view, PROGRAM)
     for n in tl.static_range((len(PROGRAM) - HEADER) // WIDTH):
-        keep = keep_tile(s, view, PROGRAM, HEADER + n * WIDTH)
-        if PROGRAM[HEADER + n * WIDTH + SIDE] == 0:
-            entry = entries(s, keep, columns_of(view), PROGRAM[HEADER + n * WIDTH + REDUCTION])
-        else:
-            entry = entries(s, keep, rows_of(view), PROGRAM[HEADER + n * WIDTH + REDUCTION])
-        extreme = tl.max(entry, 1 - PROGRAM[HEADER + n * WIDTH + SIDE])
-        store_owner(partials, extreme, PROGRAM[HEADER + n * WIDTH + SLOT], PROGRAM[HEADER + n * WIDTH + SIDE])
+        store_extreme(s, view, places, partials, PROGRAM, HEADER + n * WIDTH)
 
 
 @triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
@@ -81,6 +106,8 @@ def _extremes_kernel(
     scalars_ptr,  # (S,) float32
     row_vectors_ptr,  # (P, padded_b) float32
     column_vectors_ptr,  # (Q, padded_n) float32
+    x_places_ptr,  # (padded_b,) int32: the caller's rows
+    y_places_ptr,  # (padded_n,) int32: the caller's columns
     row_partials_ptr,  # (slots, tiles_n * PARTS, length_b) int64
     column_partials_ptr,  # (slots, tiles_b, length_n) int64
     N,
@@ -110,8 +137,9 @@ def _extremes_kernel(
         (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr),
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
+    places = (x_places_ptr, y_places_ptr)
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0):  # noqa: SIM102
+    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
         if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
             return
     dots = dot_tile(
@@ -120,19 +148,19 @@ def _extremes_kernel(
     )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr)
     if PARTS == 1:
-        extremes_epilogue(dots, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+        extremes_epilogue(dots, inputs, places, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
     else:
         left, right = halves(dots, BLOCK_B, BLOCK_N)
         if PARTS == 2:
-            extremes_epilogue(left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(left, inputs, places, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(right, inputs, places, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
         else:
             first, second = halves(left, BLOCK_B, BLOCK_N // 2)
             third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
-            extremes_epilogue(first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(first, inputs, places, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(second, inputs, places, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(third, inputs, places, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(fourth, inputs, places, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["N", "first_b", "end_b", "stripes"])
@@ -150,6 +178,8 @@ def _top_k_kernel(
     scalars_ptr,  # (S,) float32
     row_vectors_ptr,  # (P, padded_b) float32
     column_vectors_ptr,  # (Q, padded_n) float32
+    x_places_ptr,  # (padded_b,) int32; not read
+    y_places_ptr,  # (padded_n,) int32: the caller's columns
     top_ptr,  # (length_b, stripes, WIDTH_K) int64
     N,
     D,
@@ -193,7 +223,8 @@ def _top_k_kernel(
                 BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
             )  # fmt: skip
             s, _ = similarity_tile(dots, view, PROGRAM)
-            entry = entries(s, keep_tile(s, view, PROGRAM, HEADER), columns_of(view), PROGRAM[HEADER + REDUCTION])
+            rank = ranks(s, keep_tile(s, view, PROGRAM, HEADER), PROGRAM[HEADER + REDUCTION])
+            entry = entries(rank, along_columns(y_places_ptr, view[2]), s != s)
             last = tl.min(tl.where(order < K, best, _BEYOND), 1)
             if tl.max((tl.max(entry, 1) > last).to(tl.int32)) > 0:
                 merged = tl.full([BLOCK_B, WIDTH_K], MISSING, tl.int64)

@@ -15,7 +15,7 @@ from ..forward import Forward, set_neutral, statistics
 from ..operands import Operands, on_device, operands, padded_length
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
 from ..request import Request
-from ..terms import Extreme, Precision, Reduction, Score
+from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _extremes_kernel, _top_k_kernel
 from .program import (
@@ -79,7 +79,7 @@ def _is_lean(kernel: str, request: Request) -> bool:
     """Whether the epilogue of plain tiles is known to fit `TileConfig.plain`; compiled and read, not derived."""
     if any(term.score not in _SHORT_SCORES for term in request.terms):
         return False
-    if kernel == "stats":
+    if kernel in ("stats", "extremes"):
         return True
     parameters = [getattr(term, name) for term in request.terms for name in backward.DIFFERENTIABLE]
     vectors = any(isinstance(value, Tensor) and value.numel() > 1 for value in parameters)
@@ -275,15 +275,23 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     return [found[e] for e in range(len(request.extremes))]
 
 
+def _by_squares(request: Request, extremes: list[Extreme]) -> bool:
+    """Whether only the distances found need a root: they are in the order of their squares; thresholds are not."""
+    bounded = any(e.above is not None or e.below is not None for e in extremes)
+    return request.similarity == Similarity.EUCLIDEAN and not bounded
+
+
 def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
     B, N = request.shape
     device, count = request.x.device, len(extremes)
-    op = operands(request, {e.mask for e in extremes})
+    op = operands(request, {e.mask for e in extremes}, sort_many=True)
     extremes = [op.arranged_extreme(e) for e in extremes]
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes(extremes, request.symmetric, parameters)
     config = _config("extremes", request)
+    by_squares = _by_squares(request, extremes)
     inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
+    places = op.places()
     best = torch.full((count, B), MISSING, dtype=torch.int64, device=device)
     columns_of = int(request.symmetric)
 
@@ -305,17 +313,21 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
             if request.symmetric or op.same_only:
                 row_partials.fill_(MISSING)
                 column_partials.fill_(MISSING)
-            launch(
-                _extremes_kernel, tiles_b * tiles_n, config, *inputs, row_partials, column_partials,
-                *dimensions, first_b, first_n, end_b, end_n,
-                PROGRAM=program(request, op, codes, triangle=request.symmetric), **_arithmetic(request),
-            )  # fmt: skip
+            for kind in kinds_of_tiles(request, op):
+                launch(
+                    _extremes_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs, *places,
+                    row_partials, column_partials, *dimensions, first_b, first_n, end_b, end_n,
+                    PROGRAM=program(
+                        request, op, codes, triangle=request.symmetric, tiles=kind, squares=by_squares
+                    ),
+                    **_arithmetic(request),
+                )  # fmt: skip
             for partials, tiles, first, end in (
                 (row_partials, tiles_n * config.parts, first_b, end_b), (column_partials, tiles_b, first_n, end_n)
             )[: 1 + columns_of]:  # fmt: skip
                 panel = partials.view(count, tiles, end - first).amax(1)
                 best[:, first:end] = torch.maximum(best[:, first:end], panel)
-    return [decoded(best[e, :, None], extreme.largest, op) for e, extreme in enumerate(extremes)]
+    return [decoded(best[e, :, None], extreme.largest, by_squares, op) for e, extreme in enumerate(extremes)]
 
 
 def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
@@ -326,7 +338,9 @@ def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes([extreme], False, parameters)
     config = _config("top_k", request)
+    by_squares = _by_squares(request, [extreme])
     inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
+    places = op.places()
     k = extreme.k
     wide = triton.next_power_of_2(k)
     best = torch.full((B, k), MISSING, dtype=torch.int64, device=device)
@@ -337,9 +351,9 @@ def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
         for first_b, end_b in panels(B, step):
             top = empty_partials(1, 1, (end_b - first_b) * stripes * wide, device, torch.int64)
             launch(
-                _top_k_kernel, cdiv(end_b - first_b, config.block_b) * stripes, config, *inputs, top,
+                _top_k_kernel, cdiv(end_b - first_b, config.block_b) * stripes, config, *inputs, *places, top,
                 *dimensions, first_b, end_b, stripes,
-                PROGRAM=program(request, op, codes), K=k, WIDTH_K=wide, **_arithmetic(request),
+                PROGRAM=program(request, op, codes, squares=by_squares), K=k, WIDTH_K=wide, **_arithmetic(request),
             )  # fmt: skip
             best[first_b:end_b] = top.view(end_b - first_b, -1).sort(dim=1, descending=True).values[:, :k]
-    return decoded(best, extreme.largest, op)
+    return decoded(best, extreme.largest, by_squares, op)

@@ -16,7 +16,7 @@ from ..backward import Backward
 from ..forward import Forward
 from ..operands import ALONG_OTHERS, Operands, padded
 from ..request import FlatTerm, Request
-from ..terms import Extreme, Mask, Reduction
+from ..terms import Extreme, Mask, Reduction, Similarity
 
 #: Where a parameter comes from.
 ABSENT = tl.constexpr(0)
@@ -74,6 +74,9 @@ WEIGHT_SLOT = tl.constexpr(32)
 VALUE_SLOT = tl.constexpr(33)
 GUIDE = tl.constexpr(34)  # what the second product does
 WIDTH = tl.constexpr(35)
+
+#: In the place of a slot: the partner's sum along the rows is of both, which spares one down the columns.
+WITH_PARTNER = tl.constexpr(-2)
 
 THRESHOLD = tl.constexpr(1)  # numbered as in `flashpair.Guide`
 WEIGHED = tl.constexpr(2)
@@ -187,6 +190,18 @@ def _pair_up(codes: list[list[int]], symmetric_mask: bool) -> None:
                 break
 
 
+def _share_sums(codes: list[list[int]], terms: list[FlatTerm]) -> None:
+    """One sum for two partners whose scale or offset is one and the same number."""
+    for code, term in zip(codes, terms, strict=True):
+        if code[PARTNER.value] < 0 or code[SIDE.value] == 0:
+            continue
+        partner, its_term = codes[code[PARTNER.value]], terms[code[PARTNER.value]]
+        for name in ("scale", "offset"):
+            at = _SLOTS[name].value
+            if min(code[at], partner[at]) >= 0 and term.index[name] == its_term.index[name]:
+                code[at] = WITH_PARTNER.value
+
+
 def program(
     request: Request,
     op: Operands,
@@ -197,13 +212,14 @@ def program(
     row_sum: int = -1,
     column_sum: int = -1,
     tiles: int = EVERY.value,
+    squares: bool = False,
 ) -> tuple[int, ...]:
-    """A complete program from its evaluations."""
+    """A complete program from its evaluations; `squares`: the squares of its distances will do."""
     flags = (op.scaled, request.exclude_self, request.exclude is not None, op.same_only, triangle, store, scaled)
     labelled = any(mask in (Mask.SAME, Mask.DIFFERENT) for mask in codes[MASK.value :: WIDTH.value])
     guided = any(codes[GUIDE.value :: WIDTH.value])
     sums = (row_sum, column_sum, int(request.symmetric), tiles, int(labelled), int(guided))
-    return (int(request.similarity), *map(int, flags), *sums, *codes)
+    return (int(Similarity.SQUARED_EUCLIDEAN if squares else request.similarity), *map(int, flags), *sums, *codes)
 
 
 def kinds_of_tiles(request: Request, op: Operands) -> tuple[int, ...]:
@@ -234,7 +250,7 @@ def weights_codes(request: Request, plan: Backward, parameters: Parameters) -> t
 
     On a diagonal block every pair is visited twice, so mirrored evaluations add to the pair weights only.
     """
-    codes = []
+    codes, terms = [], []
     for mirrored in (False, True) if request.symmetric else (False,):
         for t, term in enumerate(plan.terms):
             if plan.cotangents[t] is None and not plan.with_value:
@@ -250,12 +266,15 @@ def weights_codes(request: Request, plan: Backward, parameters: Parameters) -> t
             for name, at in _SLOTS.items():
                 code[at.value] = plan.slots.of.get((t, name), -1)
             codes.append(code)
+            terms.append(term)
     _pair_up(codes, request.pair_mask is None and request.exclude is None)
     diagonal = [list(code) for code in codes]
     for code in diagonal:
         if code[MIRRORED.value]:
             for at in _SLOTS.values():
                 code[at.value] = -1
+    for evaluations in (codes, diagonal):
+        _share_sums(evaluations, terms)
     return _flat(codes), _flat(diagonal)
 
 

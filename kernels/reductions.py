@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .program import ABSENT, COMBINE, CONSTANT, GUIDE, LOGITS, OFFSET, OTHER, SCALE, SCORE, SIDE, WEIGHED, WEIGHT
-from .scores import log1p, score_value
+from .scores import exp, log1p, score_value
 from .tiles import parameter
 
 SUM = tl.constexpr(0)
@@ -24,7 +24,7 @@ SHARED_RANGE = tl.constexpr(44.0)
 @triton.jit
 def logaddexp(p, q):
     """log(exp(p) + exp(q)) that passes infinities on."""
-    e = tl.where(p == q, 1.0, tl.exp(-tl.abs(p - q)))
+    e = tl.where(p == q, 1.0, exp(-tl.abs(p - q)))
     return tl.maximum(p, q) + log1p(e)
 
 
@@ -94,7 +94,7 @@ def owner_logsumexp(e, keep, SIDE: tl.constexpr):
     """(m, mass, p): owners' logsumexp in one tile and the terms of its mass, offset by each owner's maximum."""
     e = tl.where(keep, e, -float("inf"))
     m = tl.max(e, 1 - SIDE)
-    p = tl.exp(e - along(finite_offset(m), SIDE))
+    p = exp(e - along(finite_offset(m), SIDE))
     return m, tl.sum(p, 1 - SIDE), p
 
 
@@ -105,7 +105,7 @@ def shared_logsumexp(e, keep, other_keep, SIDE: tl.constexpr):
     top = tl.max(tl.where(either, e, -float("inf")))
     bottom = tl.min(tl.where(either, e, float("inf")))
     if top - bottom <= SHARED_RANGE:
-        p = tl.exp(e - finite_offset(top))
+        p = exp(e - finite_offset(top))
         mass = tl.sum(tl.where(keep, p, 0.0), 1 - SIDE)
         other_mass = tl.sum(tl.where(other_keep, p, 0.0), SIDE)
         m = tl.where(mass == 0.0, -float("inf"), top)
@@ -191,9 +191,9 @@ def fold_entry(
             tile_mass = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
             new_m = tl.maximum(m, tl.max(tile_m, 0))
             shift = finite_offset(new_m)
-            old = tl.exp(m - shift).to(tl.float64)
+            old = exp(m - shift).to(tl.float64)
             # An empty tile counts for nothing, and 0 * inf must not make it count.
-            factor = tl.where(tile_mass == 0.0, 0.0, tl.exp(tile_m - shift[None, :])).to(tl.float64)
+            factor = tl.where(tile_mass == 0.0, 0.0, exp(tile_m - shift[None, :])).to(tl.float64)
             mass = tl.where(mass == 0.0, 0.0, mass * old) + tl.sum(tile_mass.to(tl.float64) * factor, 0)
             if REDUCTION == SOFTMAX_MEAN:
                 tile_t = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)

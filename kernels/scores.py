@@ -12,12 +12,35 @@ CIRCLE = tl.constexpr(5)
 SOFTCAP = tl.constexpr(6)
 LOG_COSH = tl.constexpr(7)
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """exp(x), 0 where it is below the smallest normal number: `tl.exp` takes three instructions more to keep those."""
+    return tl.exp2(x * LOG2_E)
+
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for e in [0, 1] with full relative accuracy."""
+    """log(1 + e) for e in [0, 1] to two units in the last place; a third of the instructions of `tl.log`."""
+    p = 5.23269426e-3 * e - 2.95052388e-2  # minimax of log(1 + e) / e, relative error 3e-8 before rounding
+    p = p * e + 7.82259519e-2
+    p = p * e - 1.36632458e-1
+    p = p * e + 1.91060068e-1
+    p = p * e - 2.48429822e-1
+    p = p * e + 3.33190968e-1
+    p = p * e - 4.99994931e-1
+    p = p * e + 9.99999970e-1
+    return p * e
+
+
+@triton.jit
+def sigmoid(z):
+    """1 / (1 + exp(-z))."""
+    e = exp(-tl.abs(z))
     u = 1.0 + e
-    return tl.log(u) + (e - (u - 1.0)) / u
+    return tl.where(z >= 0.0, 1.0, e) * tl.rsqrt(u * u)  # 1 / u, without what a quotient does for extreme divisors
 
 
 @triton.jit
@@ -34,7 +57,7 @@ def tanh(x):
     p = p * q - 5.37397155531e-2
     p = p * q + 1.33314422036e-1
     p = p * q - 3.33332819422e-1
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     large = 1.0 - 2.0 * e / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, x + x * q * p, tl.where(x < 0.0, -large, large))
 
@@ -44,7 +67,7 @@ def log_cosh(z):
     """log(cosh(z)): log(1 + sinh(z) ** 2) / 2 near 0, where the other form cancels."""
     small = tl.abs(z) < 0.625
     t = tanh(z)
-    log = log1p(tl.where(small, t * t / (1.0 - t * t), tl.exp(-2.0 * tl.abs(z))))
+    log = log1p(tl.where(small, t * t / (1.0 - t * t), exp(-2.0 * tl.abs(z))))
     return tl.where(small, 0.5 * log, (tl.abs(z) - 0.6931471805599453) + log)
 
 
@@ -54,7 +77,7 @@ def score_value(z, constant, SCORE: tl.constexpr):
     if SCORE == HINGE:
         value = relu(z)
     elif SCORE == SOFTPLUS:
-        value = relu(z) + log1p(tl.exp(-tl.abs(z)))
+        value = relu(z) + log1p(exp(-tl.abs(z)))
     elif SCORE == SQUARE:
         value = z * z
     elif SCORE == SQUARED_HINGE:
@@ -76,8 +99,7 @@ def score_slope(z, constant, SCORE: tl.constexpr):
     if SCORE == HINGE:
         slope = tl.where(z <= 0.0, 0.0, 1.0)
     elif SCORE == SOFTPLUS:
-        e = tl.exp(-tl.abs(z))
-        slope = tl.where(z >= 0.0, 1.0, e) / (1.0 + e)
+        slope = sigmoid(z)
     elif SCORE == SQUARE:
         slope = 2.0 * z
     elif SCORE == SQUARED_HINGE:
@@ -85,7 +107,7 @@ def score_slope(z, constant, SCORE: tl.constexpr):
     elif SCORE == CIRCLE:
         slope = relu(z + constant)
     elif SCORE == SOFTCAP:
-        e = tl.exp(-2.0 * tl.abs(z / constant))
+        e = exp(-2.0 * tl.abs(z / constant))
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     elif SCORE == LOG_COSH:
         slope = tanh(z)

@@ -38,9 +38,10 @@ from .program import (
     WEIGHT,
     WEIGHT_SLOT,
     WIDTH,
+    WITH_PARTNER,
 )
 from .reductions import LOGADDEXP, SHARED_RANGE, SOFTMAX_MEAN, SUM, affine, constant_of, exponent
-from .scores import IDENTITY, score_slope, score_value
+from .scores import IDENTITY, exp, score_slope, score_value, sigmoid
 from .tiles import (
     dot_tile,
     guide_tile,
@@ -74,7 +75,7 @@ def offset_share(view, PROGRAM: tl.constexpr, AT: tl.constexpr, FIELD: tl.conste
             difference = p - q
         else:
             difference = q - p
-        share = tl.where(p == q, 0.5, 1.0 / (1.0 + tl.exp(-difference)))
+        share = tl.where(p == q, 0.5, sigmoid(difference))
     else:
         share = 1.0
     return share
@@ -88,7 +89,7 @@ def own_probability(s, keep, view, PROGRAM: tl.constexpr, AT: tl.constexpr):
     else:
         e, keep = exponent(s, keep, view, PROGRAM, AT)
         lse = owner(view, PROGRAM, AT, LSE, 0.0)
-        p = tl.exp(e - tl.where(lse == -float("inf"), 0.0, lse))
+        p = exp(e - tl.where(lse == -float("inf"), 0.0, lse))
     return p, keep
 
 
@@ -148,23 +149,62 @@ def term_weights(s, keep, probability, view, partials, PROGRAM: tl.constexpr, AT
 
 
 @triton.jit
-def pair_probabilities(e, keep, other_keep, lse, other_lse):
-    """exp(e - lse) and exp(e - other_lse), from one exponential of pairs where the owners' logsumexps are close.
+def store_partnered(
+    u, v, both, keep, other_keep, lever, partials, PROGRAM: tl.constexpr, AT: tl.constexpr, FIELD: tl.constexpr
+):
+    """One parameter's sums over two evaluations: together along the rows where its gradient is one number for both."""
+    other: tl.constexpr = HEADER + PROGRAM[AT + PARTNER] * WIDTH
+    own_slot: tl.constexpr = PROGRAM[AT + FIELD]
+    other_slot: tl.constexpr = PROGRAM[other + FIELD]
+    side: tl.constexpr = PROGRAM[AT + SIDE]
+    if own_slot == WITH_PARTNER:
+        store_owner(partials, tl.sum(tl.where(keep | other_keep, both * lever, 0.0), 1), other_slot, 0)
+    elif other_slot == WITH_PARTNER:
+        store_owner(partials, tl.sum(tl.where(keep | other_keep, both * lever, 0.0), 1), own_slot, 0)
+    else:
+        if own_slot >= 0:
+            store_owner(partials, tl.sum(tl.where(keep, u * lever, 0.0), 1 - side), own_slot, side)
+        if other_slot >= 0:
+            store_owner(partials, tl.sum(tl.where(other_keep, v * lever, 0.0), side), other_slot, 1 - side)
+
+
+@triton.jit
+def partnered_weights(s, view, partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
+    """dL/ds of two logsumexps of one z, of rows and of columns, from one exponential where their owners' are close.
 
     With a, b the two and c below both, exp(e - b) = exp(e - a) exp(a - c) exp(c - b): the factors are of single owners.
     Where exp(e - a) is flushed, exp(e - b) is below exp(-43).
     """
     inf = float("inf")
+    other: tl.constexpr = HEADER + PROGRAM[AT + PARTNER] * WIDTH
+    keep = keep_tile(s, view, PROGRAM, AT)
+    other_keep = keep_tile(s, view, PROGRAM, other)
+    constant = constant_of(view, PROGRAM, AT)
+    z = affine(s, view, PROGRAM, AT)
+    e = score_value(z, constant, PROGRAM[AT + SCORE])
+    lse = owner(view, PROGRAM, AT, LSE, 0.0)
+    other_lse = owner(view, PROGRAM, other, LSE, 0.0)
     a = tl.where(lse == -inf, 0.0, lse)
     b = tl.where(other_lse == -inf, 0.0, other_lse)
+    g = owner(view, PROGRAM, AT, COTANGENT, 1.0)
+    other_g = owner(view, PROGRAM, other, COTANGENT, 1.0)
     top = tl.maximum(tl.max(a), tl.max(b))
     bottom = tl.minimum(tl.min(a), tl.min(b))
-    p = tl.exp(e - a)
+    slope = score_slope(z, constant, PROGRAM[AT + SCORE])
+    # The sum is made on either way: held apart until they meet, the two would spill.
     if top - bottom <= SHARED_RANGE:
-        other_p = p * tl.exp(a - bottom) * tl.exp(bottom - b)
+        p = exp(e - a)
+        u = tl.where(keep, p * g, 0.0)
+        v = tl.where(other_keep, p * (exp(a - bottom) * (exp(bottom - b) * other_g)), 0.0)
+        both = u + v
     else:
-        other_p = tl.exp(e - b)
-    return tl.where(keep, p, 0.0), tl.where(other_keep, other_p, 0.0)
+        u = tl.where(keep, exp(e - a) * g, 0.0)
+        v = tl.where(other_keep, exp(e - b) * other_g, 0.0)
+        both = u + v
+    u, v, both = u * slope, v * slope, both * slope
+    store_partnered(u, v, both, keep, other_keep, s, partials, PROGRAM, AT, SCALE_SLOT)
+    store_partnered(u, v, both, keep, other_keep, 1.0, partials, PROGRAM, AT, OFFSET_SLOT)
+    return both * owner(view, PROGRAM, AT, SCALE, 1.0)
 
 
 @triton.jit
@@ -202,18 +242,10 @@ def evaluated_weights(s, view, partials, PROGRAM: tl.constexpr, INDEX: tl.conste
 @triton.jit
 def kept_weights(s, view, partials, PROGRAM: tl.constexpr, at: tl.constexpr):
     """The same, where the mask keeps pairs."""
-    keep = keep_tile(s, view, PROGRAM, at)
     if PROGRAM[at + PARTNER] >= 0:
-        other: tl.constexpr = HEADER + PROGRAM[at + PARTNER] * WIDTH
-        other_keep = keep_tile(s, view, PROGRAM, other)
-        e, _ = exponent(s, keep, view, PROGRAM, at)
-        lse = owner(view, PROGRAM, at, LSE, 0.0)
-        other_lse = owner(view, PROGRAM, other, LSE, 0.0)
-        p, other_p = pair_probabilities(e, keep, other_keep, lse, other_lse)
-        ds = term_weights(s, keep, p, view, partials, PROGRAM, at)
-        ds += term_weights(s, other_keep, other_p, view, partials, PROGRAM, other)
+        ds = partnered_weights(s, view, partials, PROGRAM, at)
     else:
-        p, keep = own_probability(s, keep, view, PROGRAM, at)
+        p, keep = own_probability(s, keep_tile(s, view, PROGRAM, at), view, PROGRAM, at)
         ds = term_weights(s, keep, p, view, partials, PROGRAM, at)
     return ds
 

@@ -25,16 +25,15 @@ def shared_passes(extremes: list[Extreme]) -> list[list[int]]:
     return [group for group in (alone, [e for e in singles if e not in alone]) if group]
 
 
-def decoded(entries: Tensor, largest: bool, op: Operands) -> tuple[Tensor, Tensor]:
-    """int64 entries (B, k) → values float32 and columns int64, -1 where missing, in the caller's order."""
+def decoded(entries: Tensor, largest: bool, squares: bool, op: Operands) -> tuple[Tensor, Tensor]:
+    """int64 entries (B, k), of the squares of what is asked for or of itself → values float32 and columns int64, -1
+    where missing, in the caller's order."""
     missing = entries == MISSING
     ordered = (entries >> 32).to(torch.int32)
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     values = bits.view(torch.float32)
-    values = torch.where((entries & 1) == 1, torch.nan, values if largest else -values)
+    values = values if largest else -values
+    values = torch.where((entries & 1) == 1, torch.nan, values.sqrt() if squares else values)
     values = torch.where(missing, -torch.inf if largest else torch.inf, values)
-    columns = LAST_COLUMN - ((entries >> 1) & LAST_COLUMN)
-    if op.orders[1] is not None:
-        columns = op.orders[1][torch.where(missing, 0, columns)] if op.y.shape[0] else columns
-    indices = torch.where(missing, -1, columns)
+    indices = torch.where(missing, -1, LAST_COLUMN - ((entries >> 1) & LAST_COLUMN))
     return op.restore(values, 0, 0), op.restore(indices, 0, 0)

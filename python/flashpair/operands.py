@@ -138,6 +138,15 @@ class Operands:
             return values
         return torch.empty_like(values).index_copy_(dim, order, values)
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(padded B,), (padded N,) int32: where the caller has the rows and the columns."""
+        counts, device = (self.x.shape[0], self.y.shape[0]), self.x.device
+        rows, columns = (
+            padded(torch.arange(count, dtype=torch.int32, device=device) if order is None else order.to(torch.int32))
+            for count, order in zip(counts, self.orders, strict=True)
+        )
+        return rows, columns
+
     def arranged_terms(self, terms: list[FlatTerm]) -> list[FlatTerm]:
         """Terms with their vectors in the order of the operands."""
         if self.orders[0] is None:
@@ -172,8 +181,8 @@ def _arranged_guide(request: Request, orders: tuple[Tensor | None, Tensor | None
 def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Operands:
     """Operands of a pass with these masks; sorted by label where only pairs of equal labels count.
 
-    `sort_many`: also where a mask asks for labels and there are `ORDERED_PAIRS`; not for passes whose results depend on
-    the order of the columns, as the lowest of several best does.
+    `sort_many`: also where a mask asks for labels and there are `ORDERED_PAIRS`; a pass whose results depend on the
+    order of the columns, as the lowest of several best does, has to ask for `Operands.places`.
     """
     x, y, device = request.x, request.columns, request.x.device
     same_only = masks == {Mask.SAME}
