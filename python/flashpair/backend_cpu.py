@@ -12,8 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .request import GUIDE_COLUMNS, GUIDE_ROWS, HEADER, Request, count_slots, parameter_places, statistics_dtype
-from .terms import Axis
+from .request import (
+    GUIDE_COLUMNS,
+    GUIDE_ROWS,
+    HEADER,
+    Request,
+    count_slots,
+    count_terms,
+    parameter_places,
+    statistics_dtype,
+)
 
 MAX_FEATURES = 1 << 16
 
@@ -57,8 +65,9 @@ def release_workspace() -> int:
     return 0 if _load() else torch.ops.flashpair_cpu.release_workspace()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().to(statistics_dtype(x)).contiguous()
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as the extension reads it; asking first costs a tenth of a `to` that has nothing to do."""
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def _directed(request: Request) -> bool:
@@ -66,31 +75,26 @@ def _directed(request: Request) -> bool:
     return request.y is None and (request.pair_mask is not None or request.exclude is not None)
 
 
-def _arguments(request: Request) -> list:
-    """The flat arguments that all three native operators share, without the parameters."""
-    x = _wide(request.x)
-    y, ref_labels = request.y, request.ref_labels
+def _pairs(request: Request) -> list[Tensor | None]:
+    """The flat arguments of all three native operators that say which pairs there are."""
+    dtype = statistics_dtype(request.x)
+    x, y, ref_labels = _dense(request.x, dtype), request.y, request.ref_labels
     if _directed(request):
         y, ref_labels = x, request.labels
-    contiguous = lambda t: None if t is None else t.contiguous()  # noqa: E731
-    return [
-        x, None if y is None else _wide(y), contiguous(request.labels), contiguous(ref_labels),
-        contiguous(request.pair_mask), contiguous(request.exclude),
-    ]  # fmt: skip
+    found = [x, None if y is None else _dense(y, dtype)]
+    for given in (request.labels, ref_labels, request.pair_mask, request.exclude):
+        found.append(None if given is None else given.contiguous())
+    return found
 
 
-def _params(request: Request) -> list[Tensor]:
-    dtype = statistics_dtype(request.x)
-    return [p.detach().to(dtype).contiguous() for p in request.params]
-
-
-def _spec(request: Request) -> list[int]:
-    """The spec with a guide for the columns wherever the problem runs as a rectangular one."""
-    if not _directed(request):
-        return request.spec
-    spec = list(request.spec)
-    spec[GUIDE_COLUMNS] = spec[GUIDE_ROWS]
-    return spec
+def _arguments(request: Request) -> list:
+    """The flat arguments that `stats` and `weights` share."""
+    dtype, spec = statistics_dtype(request.x), request.spec
+    if _directed(request):  # a guide for the columns too
+        spec = list(spec)
+        spec[GUIDE_COLUMNS] = spec[GUIDE_ROWS]
+    params = [_dense(p, dtype) for p in request.params]
+    return [*_pairs(request), params, spec, request.consts, request.max_workspace_bytes]
 
 
 def stats(request: Request) -> tuple[Tensor, Tensor]:
@@ -100,41 +104,48 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
     row_slots, column_slots = count_slots(request.spec)
     rows = request.x.new_empty(row_slots, b, dtype=dtype)
     columns = request.x.new_empty(column_slots, n, dtype=dtype)
-    flat = (_params(request), _spec(request), request.consts, request.max_workspace_bytes)
-    torch.ops.flashpair_cpu.stats(*_arguments(request), *flat, rows, columns)
+    torch.ops.flashpair_cpu.stats(*_arguments(request), rows, columns)
     return rows, columns
 
 
-def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | None):
-    b, n = request.shape
-    dtype = statistics_dtype(request.x)
-    empty = lambda *shape: torch.empty(shape, dtype=dtype)  # noqa: E731
-    directed, absent = _directed(request), empty(0)
-    dx = empty(b, request.x.shape[1]) if needs.x else absent
-    dy = empty(n, request.x.shape[1]) if (needs.x if directed else needs.y) else absent
-    gradients = [dx, dy]
-    by_parameter: list[list[Tensor]] = [[] for _ in request.params]
-    for axis, places in parameter_places(request.spec):
-        owners, others = (b, n) if axis == Axis.ROWS else (n, b)
+@functools.lru_cache(maxsize=256)  # one entry for each loss of a program
+def _uses(spec: tuple[int, ...], params: int) -> list[list[tuple[int, int]]]:
+    """For each parameter where its gradients stand among the extension's, and the side that each runs along."""
+    used: list[list[tuple[int, int]]] = [[] for _ in range(params)]
+    for t, (axis, places) in enumerate(parameter_places(spec)):
         # Of scale, offset, other_offset and weight; thresholds have none.
-        for place, length in zip(places, (owners, owners, others, others), strict=False):
-            wanted = place >= 0 and needs.params[place]
-            gradients.append(empty(length) if wanted else absent)
-            if wanted:
-                by_parameter[place].append(gradients[-1])
-    flat = (_params(request), _spec(request), request.consts, request.max_workspace_bytes)
-    torch.ops.flashpair_cpu.weights(*_arguments(request), *flat, statistics, gradients, total)
+        for k, place in enumerate(places[:4]):
+            if place >= 0:
+                used[place].append((2 + 4 * t + k, axis if k < 2 else 1 - axis))
+    return used
+
+
+def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | None):
+    b, n = lengths = request.shape
+    dtype = statistics_dtype(request.x)
+    empty = functools.partial(torch.empty, dtype=dtype)
+    directed, absent, features = _directed(request), empty(0), request.x.shape[1]
+    dx = empty(b, features) if needs.x else absent
+    dy = empty(n, features) if (needs.x if directed else needs.y) else absent
+    gradients = [dx, dy] + [absent] * (4 * count_terms(request.spec))
+    by_parameter: list[list[Tensor]] = []  # one of each use
+    for uses, wanted in zip(_uses(tuple(request.spec), len(request.params)), needs.params, strict=True):
+        by_parameter.append([])
+        for place, side in uses if wanted else ():
+            gradients[place] = empty(lengths[side])
+            by_parameter[-1].append(gradients[place])
+    torch.ops.flashpair_cpu.weights(*_arguments(request), statistics, gradients, total)
     if directed and needs.x:
         dx += dy
     dparams = []
     for parameter, parts in zip(request.params, by_parameter, strict=True):
         if not parts:
             dparams.append(None)
-            continue
-        if parameter.dim() == 0:  # one number for all owners of all terms
-            parts = [(torch.cat(parts) if len(parts) > 1 else parts[0]).sum(dtype=torch.float64)]
-        dparams.append(functools.reduce(torch.add, parts))
-    return dx.to(request.x.dtype), dy.to(request.x.dtype), dparams
+        elif parameter.dim() == 0:  # one number for all owners of all terms
+            dparams.append((torch.cat(parts) if len(parts) > 1 else parts[0]).sum(dtype=torch.float64))
+        else:
+            dparams.append(functools.reduce(torch.add, parts))
+    return _dense(dx, request.x.dtype), _dense(dy, request.x.dtype), dparams
 
 
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
@@ -168,5 +179,5 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
                 value = bound.to(dtype).contiguous()
                 bounds.append(value.reshape(()) if value.numel() == 1 and b != 1 else value)
         found += [request.x.new_empty(b, extreme.k, dtype=dtype), torch.empty(b, extreme.k, dtype=torch.int64)]
-    torch.ops.flashpair_cpu.extremes(*_arguments(request), bounds, spec, consts, request.max_workspace_bytes, found)
+    torch.ops.flashpair_cpu.extremes(*_pairs(request), bounds, spec, consts, request.max_workspace_bytes, found)
     return list(zip(found[::2], found[1::2], strict=True))

@@ -88,32 +88,38 @@ def temperature(name: str, value: float | Tensor) -> None:
     number(name, value, low=0.0, open_low=True)
 
 
-def _parameter(name: str, value, length: int, device: torch.device, scalar: bool) -> None:
+def _parameter(of: str, at: int, field: str, value, length: int, device: torch.device, scalar: bool) -> None:
+    """`of[at].field`, a name that only errors need."""
     if isinstance(value, Tensor):
+        if value.is_floating_point() and value.device == device and value.dim() == 0 and scalar:
+            return
+        name = f"{of}[{at}].{field}"
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{name} must be on {device}; got {value.device}")
-        if value.dim() == 0 and scalar:
-            return
         if value.dim() != 1 or value.shape[0] != length:
             allowed = f"a number, a 0-d tensor or shape ({length},)" if scalar else f"shape ({length},)"
             raise ValueError(f"{name} must be {allowed}; got shape {tuple(value.shape)}")
     elif not scalar:
         if value is not None:
-            raise TypeError(f"{name} must be None or a tensor of shape ({length},); got {type(value).__name__}")
+            got = type(value).__name__
+            raise TypeError(f"{of}[{at}].{field} must be None or a tensor of shape ({length},); got {got}")
     elif value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}")
+            raise TypeError(f"{of}[{at}].{field} must be a number or a tensor; got {type(value).__name__}")
         if value != value:  # NaN, see `number`
-            raise ValueError(f"{name} must not be NaN")
+            raise ValueError(f"{of}[{at}].{field} must not be NaN")
 
 
-def _mask(name: str, mask: Mask, has_labels: bool, has_pair_mask: bool) -> None:
-    if mask in (Mask.SAME, Mask.DIFFERENT) and not has_labels:
-        raise ValueError(f"{name} is {Mask(mask).name}, which needs labels (and ref_labels when y is given)")
-    if mask in (Mask.GIVEN, Mask.NOT_GIVEN) and not has_pair_mask:
-        raise ValueError(f"{name} is {Mask(mask).name}, which needs pair_mask")
+_LABELLED, _GIVEN = (Mask.SAME, Mask.DIFFERENT), (Mask.GIVEN, Mask.NOT_GIVEN)
+
+
+def _mask(of: str, at: int, mask: Mask, has_labels: bool, has_pair_mask: bool) -> None:
+    if not has_labels and mask in _LABELLED:
+        raise ValueError(f"{of}[{at}].mask is {mask.name}, which needs labels (and ref_labels when y is given)")
+    if not has_pair_mask and mask in _GIVEN:
+        raise ValueError(f"{of}[{at}].mask is {mask.name}, which needs pair_mask")
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Term)}
@@ -140,26 +146,26 @@ def terms(
             raise TypeError(f"terms[{t}] must be a flashpair.Term; got {type(term).__name__}")
         for field, kind in _CLOSED_FIELDS:
             if not isinstance(getattr(term, field), kind):
-                raise TypeError(f"terms[{t}].{field} must be a flashpair.{kind.__name__}; got {getattr(term, field)!r}")
-        if term.guide != Guide.NONE:
+                closed(f"terms[{t}].{field}", getattr(term, field), kind)
+        if term.guide is not Guide.NONE:
             _guided(f"terms[{t}]", term, has_guide)
-        if term.mask != Mask.ALL:
-            _mask(f"terms[{t}].mask", term.mask, has_labels, has_pair_mask)
+        if term.mask is not Mask.ALL:
+            _mask("terms", t, term.mask, has_labels, has_pair_mask)
         owners, others = (rows, columns) if term.axis == Axis.ROWS else (columns, rows)
-        # What was not given needs no name in a message: a step checks a dozen of these.
+        # What was not given needs no name in a message.
         for field, absent in _OWNER_FIELDS:
             value = getattr(term, field)
             if value is not absent:
                 if value is None:
                     raise TypeError(f"terms[{t}].{field} must be a number or a tensor; got None")
-                _parameter(f"terms[{t}].{field}", value, owners, device, scalar=True)
+                _parameter("terms", t, field, value, owners, device, scalar=True)
         for field in ("other_offset", "weight"):
             value = getattr(term, field)
             if value is not None:
-                _parameter(f"terms[{t}].{field}", value, others, device, scalar=False)
+                _parameter("terms", t, field, value, others, device, scalar=False)
         if term.constant is not _DEFAULTS["constant"]:
             number(f"terms[{t}].constant", term.constant)
-        if term.score == Score.SOFTCAP and not SINGLE.tiny <= term.constant <= SINGLE.max:
+        if term.score is Score.SOFTCAP and not SINGLE.tiny <= term.constant <= SINGLE.max:
             raise ValueError(
                 f"terms[{t}].constant must be positive and finite (in float32) for SOFTCAP; got {term.constant}"
             )
@@ -227,13 +233,13 @@ def extremes(
             raise TypeError(f"extremes[{e}] must be a flashpair.Extreme; got {type(extreme).__name__}")
         if not isinstance(extreme.mask, Mask):
             raise TypeError(f"extremes[{e}].mask must be a flashpair.Mask; got {extreme.mask!r}")
-        _mask(f"extremes[{e}].mask", extreme.mask, has_labels, has_pair_mask)
+        _mask("extremes", e, extreme.mask, has_labels, has_pair_mask)
         if isinstance(extreme.k, bool) or not isinstance(extreme.k, int) or not 1 <= extreme.k <= MAX_K:
             raise ValueError(f"extremes[{e}].k must be an integer from 1 to {MAX_K}; got {extreme.k!r}")
         if extreme.k > columns > 0:
             raise ValueError(f"extremes[{e}].k must be at most the row length {columns}; got {extreme.k}")
         for field in ("above", "below"):
-            _parameter(f"extremes[{e}].{field}", getattr(extreme, field), rows, device, scalar=True)
+            _parameter("extremes", e, field, getattr(extreme, field), rows, device, scalar=True)
 
 
 def pair_mask(value: Tensor, rows: int, columns: int) -> None:

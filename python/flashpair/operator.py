@@ -49,18 +49,22 @@ class Operator:
             setup: `(ctx, arguments, results)` keeps what `backward` reads.
         """
         arguments, returns = self.overload._schema.arguments, self.overload._schema.returns
-        lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
-        if len(lists) > 1:
-            raise ValueError(f"{self.name} has {len(lists)} lists of tensors; at most one is allowed")
-        at, plain = (lists[0] if lists else None), len(arguments) - len(lists)
+        kinds = [str(a.type) for a in arguments]
+        if kinds.count("List[Tensor]") > 1:
+            raise ValueError(f"{self.name} has {kinds.count('List[Tensor]')} lists of tensors; at most one is allowed")
         gives_list = [str(r.type) for r in returns] == ["List[Tensor]"]
+        # Tensors come first, so `cut` is where the list or else the first number stands.
+        cut = next((i for i, kind in enumerate(kinds) if kind not in ("Tensor", "Optional[Tensor]")), len(kinds))
+        listed = kinds[cut : cut + 1] == ["List[Tensor]"]
+        if any("Tensor" in kind for kind in kinds[cut + listed :]):
+            raise ValueError(f"{self.name} must take its tensors first, then their list, then numbers; got {kinds}")
 
-        # torch.autograd.Function sees single tensors only: those of the list come last.
+        # torch.autograd.Function takes a while for each of its arguments: one for all that are no tensors.
         def flat(values) -> tuple:
-            return tuple(values) if at is None else (*values[:at], *values[at + 1 :], *values[at])
+            return (*values[:cut], *values[cut]) if listed else tuple(values[:cut])
 
         def nested(values: tuple, kind: type = tuple) -> tuple:
-            return values if at is None else (*values[:at], kind(values[plain:]), *values[at:plain])
+            return (*values[:cut], kind(values[cut:])) if listed else values
 
         def below_autograd(*values):
             with torch._C._AutoDispatchBelowAutograd():
@@ -68,8 +72,8 @@ class Operator:
 
         class Derivative(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, run, *values):
-                values = nested(values, list)
+            def forward(ctx, run, numbers, *tensors):
+                values = (*nested(tensors, list), *numbers)
                 results = run(*values)
                 if setup is not None:
                     setup(ctx, values, results)
@@ -77,14 +81,14 @@ class Operator:
 
             @staticmethod
             def backward(ctx, *grads):
-                return None, *flat(backward(ctx, nested(ctx.needs_input_grad[1:]), *grads))
+                return None, None, *flat(backward(ctx, nested(ctx.needs_input_grad[2:]), *grads))
 
         Derivative.__name__ = Derivative.__qualname__ = f"{self.name}_derivative"
 
         def kernel(run, *values):
             if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*values)):
                 return run(*values)
-            results = Derivative.apply(run, *flat(values))
+            results = Derivative.apply(run, values[cut + listed :], *flat(values))
             return list(results) if gives_list else results
 
         LIBRARY.impl(self.name, functools.partial(kernel, below_autograd), "Autograd")

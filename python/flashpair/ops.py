@@ -15,19 +15,19 @@ it to a backend module, which offers
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch
 from .operator import operator
-from .request import HEADER, PER_EXTREME, Request, count_slots, decode, statistics_dtype
-from .terms import Axis, Extreme, Mask, Reduction
+from .request import HEADER, PER_EXTREME, SLOTS, Request, count_slots, decode, statistics_dtype
+from .terms import Extreme, Mask, Reduction
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients a backward pass has to deliver."""
 
     x: bool
@@ -35,16 +35,21 @@ class Needs:
     params: tuple[bool, ...]  # per entry of Request.params
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def backend_module(name: str):
     return dispatch.named(name).load()
 
 
+def in_autocast() -> bool:
+    """Whether autocast is on, or may be when compiled code runs."""
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
 def without_autocast(x: Tensor):
     """Autocast off, where it is on: it would narrow the matrix products of a backend."""
-    device = x.device.type
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if in_autocast() else _AS_IT_IS
 
 
 def _statistics_shape(x: Tensor, y: Tensor | None, spec: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -85,24 +90,20 @@ def _stats_setup(ctx, inputs, output):
     x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes = inputs
     ctx.save_for_backward(x, y, labels, ref_labels, pair_mask, exclude, *output, *params)
     ctx.static = (spec, consts, backend, max_workspace_bytes)
+    ctx.set_materialize_grads(False)
 
 
 def _stats_backward(ctx, needs, grad_rows, grad_columns):
     x, y, labels, ref_labels, pair_mask, exclude, rows, columns, *params = ctx.saved_tensors
-    spec, consts, backend, max_workspace_bytes = ctx.static
+    grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
+    grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
     need_x, need_y, need_params = needs[0], needs[1], list(needs[6])
-    dx, dy, dparams = _call_weights(
+    dx, dy, *dparams = pair_weights(
         grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
-        spec, consts, backend, max_workspace_bytes, need_x, need_y, need_params,
+        *ctx.static, need_x, need_y, need_params,
     )  # fmt: skip
-    return dx, dy, None, None, None, None, dparams, None, None, None, None
-
-
-def _call_weights(*args):
-    need_x, need_y, need_params = args[-3:]
-    grads = pair_weights(*args)
-    dparams = [g if need else None for g, need in zip(grads[2:], need_params, strict=True)]
-    return grads[0] if need_x else None, grads[1] if need_y else None, dparams
+    dparams = [g if need else None for g, need in zip(dparams, need_params, strict=True)]
+    return dx if need_x else None, dy if need_y else None, None, None, None, None, dparams, None, None, None, None
 
 
 pair_stats.differentiable(_stats_backward, _stats_setup)
@@ -145,8 +146,14 @@ def _gradients(request: Request, needs: Needs, dx, dy, dparams) -> list[Tensor]:
     absent = lambda: request.x.new_empty(0)  # noqa: E731
     grads = [dx if needs.x else absent(), dy if needs.y else absent()]
     for parameter, gradient, need in zip(request.params, dparams, needs.params, strict=True):
-        grads.append(gradient.to(parameter.dtype).reshape(parameter.shape) if need else absent())
+        grads.append(like(gradient, parameter) if need else absent())
     return grads
+
+
+def like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in dtype and shape of its parameter; asking first costs a tenth of a cast that has nothing to do."""
+    gradient = gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
+    return gradient if gradient.shape == parameter.shape else gradient.reshape(parameter.shape)
 
 
 def gradients_fake(x, y, params, need_x, need_y, need_params) -> list[Tensor]:
@@ -220,17 +227,20 @@ class _Once(torch.autograd.Function):
 def _sum_setup(ctx, inputs, output):
     x, y, params = inputs[0], inputs[1], inputs[6]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], x, y, *params)
     ctx.needs = (*inputs[-3:-1], *inputs[-1])
 
 
 def _sum_backward(ctx, needs, total, *_):
+    if total is None:
+        return None, None, None, None, None, None, [None] * len(needs[6]), *[None] * 7
     count = len(ctx.needs)
     gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     # Scaled in the wide dtype: a gradient scaler's factor need not fit float16.
-    scaled = [
-        (g.to(total.dtype) * total).to(g.dtype) if need else None for g, need in zip(gradients, ctx.needs, strict=True)
-    ]
+    wanted = [g.to(total.dtype) for g, need in zip(gradients, ctx.needs, strict=True) if need]
+    wide = iter(torch._foreach_mul(wanted, total))
+    scaled = [like(next(wide), g) if need else None for g, need in zip(gradients, ctx.needs, strict=True)]
     if torch.is_grad_enabled():
         inputs = [t for t in inputs if t is not None]
         scaled = [g if g is None else _Once.apply(g, *inputs) for g in scaled]
@@ -281,15 +291,22 @@ def _(x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backen
 
 def statistics_of(terms, rows: Tensor, columns: Tensor) -> list[Tensor]:
     """What each term is asked for: (owners,), moments (slots, owners); counts and moments have no gradient."""
-    # (statistics, their vectors by one node of autograd for all terms, how many are taken)
-    sides = {axis: (stacked, stacked.unbind(0), [0]) for axis, stacked in ((Axis.ROWS, rows), (Axis.COLUMNS, columns))}
+    # By axis: the vectors, from one node of autograd for all terms, and how many of them are taken.
+    vectors, used = (_vectors(rows), _vectors(columns)), [0, 0]
     found = []
     for term in terms:
-        stacked, vectors, used = sides[term.axis]
-        first = used[0]
-        used[0] += term.reduction.slots
-        if term.reduction == Reduction.MOMENTS:
-            found.append(stacked.detach()[first : used[0]])
+        axis = int(term.axis)
+        first = used[axis]
+        used[axis] += SLOTS[int(term.reduction)]
+        if term.reduction is Reduction.MOMENTS:
+            found.append((columns if axis else rows).detach()[first : used[axis]])
         else:
-            found.append(vectors[first].detach() if term.reduction == Reduction.COUNT else vectors[first])
+            vector = vectors[axis][first]
+            found.append(vector.detach() if term.reduction is Reduction.COUNT else vector)
     return found
+
+
+def _vectors(statistics: Tensor) -> Sequence[Tensor]:
+    """The rows of (slots, owners); a single one as a view, which is cheaper than the two nodes of `unbind`."""
+    slots, owners = statistics.shape
+    return statistics.unbind(0) if slots > 1 else (statistics.view(owners),) if slots else ()

@@ -53,7 +53,7 @@ def _outside_autocast(primitive: Callable) -> Callable:
 
     @functools.wraps(primitive)
     def call(x, *args, **kwargs):
-        if not isinstance(x, Tensor):  # refused inside, or rows of all ranks
+        if not (isinstance(x, Tensor) and ops.in_autocast()):  # what is no tensor is refused inside
             return primitive(x, *args, **kwargs)
         with ops.without_autocast(x):
             return primitive(x, *args, **kwargs)

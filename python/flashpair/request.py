@@ -6,7 +6,7 @@ back. Checks of user input stand in `checks.py`; here everything is already know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,14 +18,16 @@ from .terms import Axis, Combine, Extreme, Guide, Mask, Precision, Reduction, Sc
 PARAMETERS = ("scale", "offset", "other_offset", "weight", "above", "below")
 #: And the numbers that stand for them where they are not given; None where they cannot be numbers.
 _ABSENT = tuple(zip(PARAMETERS, (1.0, 0.0, None, None, -torch.inf, torch.inf), strict=True))
-#: similarity, normalize, exclude_self, keep, precision, positions of the guide's two sides among the parameters (-1:
-#: none; the second also -1 where the columns are the rows)
+#: similarity, normalize, exclude_self, keep (a backward pass follows: S may be kept in the workspace), precision,
+#: positions of the guide's two sides among the parameters (-1: none; the second also -1 where the columns are the rows)
 HEADER = 7
-KEEP, GUIDE_ROWS, GUIDE_COLUMNS = 3, 5, 6
+SIMILARITY, NORMALIZE, EXCLUDE_SELF, KEEP, PRECISION, GUIDE_ROWS, GUIDE_COLUMNS = range(HEADER)
 #: reduction, score, mask, axis, combine, detach_weights, guide, then the parameters
 FIRST_PARAMETER = 7
 PER_TERM = FIRST_PARAMETER + len(PARAMETERS)
 PER_EXTREME = 5  # mask, largest, k, above, below
+#: `Reduction.slots` by number.
+SLOTS = tuple(reduction.slots for reduction in Reduction)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -65,11 +67,6 @@ class Request:
     ref_labels: Tensor | None  # (N,) int64; None with y None
     pair_mask: Tensor | None  # (B, N) bool
     exclude: Tensor | None  # (B,) int64, column that row i never meets, -1 for none
-    similarity: Similarity
-    normalize: bool
-    exclude_self: bool
-    keep: bool  # a backward pass will follow: S may be kept in the workspace
-    precision: Precision
     params: list[Tensor]
     spec: list[int]  # as it crossed the operator boundary, for backends that decode it themselves
     consts: list[float]
@@ -83,6 +80,22 @@ class Request:
             self._terms = decode_terms(self.spec, self.consts, self.params)
             _slots(self._terms)
         return self._terms
+
+    @property
+    def similarity(self) -> Similarity:
+        return Similarity(self.spec[SIMILARITY])
+
+    @property
+    def normalize(self) -> bool:
+        return bool(self.spec[NORMALIZE])
+
+    @property
+    def exclude_self(self) -> bool:
+        return bool(self.spec[EXCLUDE_SELF])
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.spec[PRECISION])
 
     @property
     def symmetric(self) -> bool:
@@ -160,7 +173,7 @@ def encode(
 def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
     """Inverse of `encode` for the terms."""
     terms = []
-    for t in range((len(spec) - HEADER) // PER_TERM):
+    for t in range(count_terms(spec)):
         fields = spec[HEADER + t * PER_TERM : HEADER + (t + 1) * PER_TERM]
         scale, offset, above, below, constant = consts[5 * t : 5 * t + 5]
         index = dict(zip(PARAMETERS, fields[FIRST_PARAMETER:], strict=True))
@@ -190,7 +203,12 @@ def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> 
     return terms
 
 
-def parameter_places(spec: list[int]) -> Iterator[tuple[int, list[int]]]:
+def count_terms(spec: Sequence[int]) -> int:
+    """Number of terms of a flat request."""
+    return (len(spec) - HEADER) // PER_TERM
+
+
+def parameter_places(spec: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """(axis, position in the params of each of `PARAMETERS`, -1 for a number) of every term, from the ints alone."""
     for at in range(HEADER, len(spec), PER_TERM):
         yield spec[at + 3], spec[at + FIRST_PARAMETER : at + PER_TERM]
@@ -199,28 +217,11 @@ def parameter_places(spec: list[int]) -> Iterator[tuple[int, list[int]]]:
 def count_slots(spec: list[int]) -> tuple[int, int]:
     """Number of statistic vectors (rows, columns) of a flat request, from its ints alone."""
     used = [0, 0]
-    for t in range((len(spec) - HEADER) // PER_TERM):
-        at = HEADER + t * PER_TERM
-        used[spec[at + 3]] += Reduction(spec[at]).slots
+    for at in range(HEADER, len(spec), PER_TERM):
+        used[spec[at + 3]] += SLOTS[spec[at]]
     return used[0], used[1]
 
 
 def decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes) -> Request:
     """The flat arguments of an operator → Request."""
-    return Request(
-        x,
-        y,
-        labels,
-        ref_labels,
-        pair_mask,
-        exclude,
-        Similarity(spec[0]),
-        bool(spec[1]),
-        bool(spec[2]),
-        bool(spec[3]),
-        Precision(spec[4]),
-        list(params),
-        spec,
-        consts,
-        max_workspace_bytes,
-    )
+    return Request(x, y, labels, ref_labels, pair_mask, exclude, list(params), spec, consts, max_workspace_bytes)

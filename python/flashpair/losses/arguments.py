@@ -22,7 +22,7 @@ def as_scalar(name: str, value: float | Tensor) -> float | Tensor:
             raise ValueError(f"{name} must be a number or a tensor with one element; got shape {tuple(value.shape)}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {value.dtype}")
-        return value.reshape(())
+        return value if value.dim() == 0 else value.reshape(())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor; got {type(value).__name__}")
     if not -math.inf < value < math.inf:
@@ -79,7 +79,7 @@ def check_rows(name: str, value: Tensor, rows: int, like: Tensor) -> None:
 def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
     """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
     total = sum_of_entries([e for e in embeddings if e is not None], loss.dtype)
-    return loss * (0.0 * total + 1.0)
+    return loss * total.softmax(0) if isinstance(total, Tensor) else loss  # of one number: 1, or NaN
 
 
 def as_guide(value: Tensor, x: Tensor) -> Tensor:

@@ -47,13 +47,13 @@ def clip_loss(
     rows, columns, diagonal, *extra = pair_reduce(
         image_features, text_features, terms, labels=labels, ref_labels=labels
     )
-    gaps = F.softplus(rows - diagonal, threshold=40) + F.softplus(columns - diagonal, threshold=40)
-    loss = poisoned(gaps.sum() * (0.5 / max(batch, 1)), image_features, text_features)
+    gaps = F.softplus(torch.stack([rows, columns]) - diagonal, threshold=40)  # (2, B)
+    loss = poisoned(gaps.mean() if batch else gaps.sum(), image_features, text_features)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * as_scalar("logit_bias", logit_bias)  # a softmax does not see a shift
     if local_value:
-        shown = gaps[own_rows(image_features)]
-        loss = with_value_of(loss, 0.5 * shown.sum() / max(shown.shape[0], 1))
+        shown = gaps[:, own_rows(image_features)]
+        loss = with_value_of(loss, 0.5 * shown.sum() / max(shown.shape[1], 1))
     return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
 
 

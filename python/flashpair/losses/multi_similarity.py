@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def multi_similarity_loss(
         statistics=return_stats,
     )
     # From 40 on softplus(z) is z to the last digit of a double.
-    rows = F.softplus(positive, threshold=40) / alpha + F.softplus(negative, threshold=40) / beta
+    rows = torch.add(F.softplus(positive, threshold=40) / alpha, F.softplus(negative, threshold=40), alpha=1 / beta)
     rule = reducer_rule(MeanReducer() if reducer is None else reducer)
     return problem.finish(reduce_values(rows, rule, labels=problem.anchor_labels))
 

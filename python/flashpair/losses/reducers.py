@@ -100,18 +100,28 @@ def reduce_values(
     """
     if rule.per_anchor is not None:  # the losses are those of anchors already
         rule = rule.per_anchor
-    keep = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
+    if rule.low == 0 and rule.high is None:  # what does not exist is not above zero either
+        values = (values if valid is None else torch.where(valid, values, 0.0)).relu()
+        return values.sum() / values.detach().count_nonzero().clamp_min(1)
+    keep = valid
     if rule.low is not None:
-        keep = keep & ~(values.detach() <= rule.low)
+        keep = _both(keep, ~(values.detach() <= rule.low))
     if rule.high is not None:
-        keep = keep & ~(values.detach() >= rule.high)
-    values = values * anchor_weights(rule, labels, values)
-    total = torch.where(keep, values, 0.0).sum()
+        keep = _both(keep, ~(values.detach() >= rule.high))
+    if rule.class_weights is not None:
+        values = values * anchor_weights(rule, labels, values)
+    if keep is None and rule.mean and values.shape[0]:
+        return values.mean()
+    total = (values if keep is None else torch.where(keep, values, 0.0)).sum()
     if rule.divisor:
         return (
             total if divisor is None else torch.where(divisor == 0, 0.0, total / torch.where(divisor == 0, 1, divisor))
         )
-    return total / keep.sum().clamp_min(1) if rule.mean else total
+    return total / keep.sum().clamp_min(1) if rule.mean and keep is not None else total
+
+
+def _both(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a & b
 
 
 def reduce_sums(

@@ -54,8 +54,7 @@ def sup_con_loss(
     if reduction == SupConReduction.ALL_ANCHORS:
         losses = torch.where(positives > 0, anchors, 0.0)
         return problem.finish(temperature / base_temperature * losses.sum() / max(losses.shape[0], 1))
-    both_signs = (positives > 0).any() & (negatives > 0).any()
-    losses = torch.where((positives > 0) & both_signs, anchors, 0.0)
+    losses = torch.where((positives > 0) & negatives.any(), anchors, 0.0)
     rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
     return problem.finish(reduce_values(losses, rule, labels=problem.anchor_labels))
 
