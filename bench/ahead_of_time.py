@@ -25,7 +25,7 @@ TYPES = {
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 MISSING = -(2**63)
-KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel")
+KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel")
 
 
 @dataclasses.dataclass

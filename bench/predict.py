@@ -49,6 +49,8 @@ class Gpu:
     bandwidth: float = 3.35e12
     gemm: float = 600e12  # FLOP/s of the vendor's products
     leaving: float = 1e-6  # seconds of a program that finds its tile is not its own
+    small_programs: int = 32  # of one warp, on a multiprocessor
+    sorting: float = 5e-5  # seconds to list the tiles that a launch serves
     rest: float = 0.5e-3  # seconds a step: norms, folds, launches
 
 
@@ -158,7 +160,11 @@ def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, g
         served = {EVERY.value: served, PLAIN.value: served - mixed, MIXED.value: mixed}[kind]
         served = mixed if program[SAME_ONLY.value] else served
         seconds = served / (gpu.multiprocessors * gpu.clock)
-        leaving = 1e3 * (programs - served) * gpu.leaving / (gpu.multiprocessors * at_once)
+        # The few tiles that such a launch serves are listed by small programs, many on a multiprocessor at once.
+        listed = kind == MIXED.value or program[SAME_ONLY.value]
+        at_once_to_leave = gpu.small_programs if listed else at_once
+        leaving = 1e3 * (programs - served * (not listed)) * gpu.leaving / (gpu.multiprocessors * at_once_to_leave)
+        leaving += 1e3 * gpu.sorting * listed
         tensor = 2 * pairs * width / gpu.flop
         issue = max(instructions * warps / gpu.issue / gpu.issue_share, special * warps / gpu.special)
         cycles = max(tensor / gpu.flop_share, issue) if at_once > 1 else tensor / gpu.flop_share + issue

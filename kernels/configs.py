@@ -44,7 +44,7 @@ _HALF = {
     80: TileConfig(128, 64, 32, 8, 3, parts=2),
     89: TileConfig(128, 64, 32, 8, 3, parts=2),
     90: TileConfig(128, 128, 64, 8, 4, parts=4, plain=_TWO_AT_ONCE),
-    100: TileConfig(128, 128, 64, 8, 4, parts=4, plain=_TWO_AT_ONCE),
+    100: TileConfig(128, 128, 64, 8, 4, parts=4, registers=255, plain=_TWO_AT_ONCE),
 }
 _TF32 = {
     80: TileConfig(128, 64, 32, 8, 3, parts=2),

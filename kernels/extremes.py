@@ -10,6 +10,7 @@ from .tiles import (
     along_columns,
     along_rows,
     dot_tile,
+    grouped,
     halves,
     labels_meet,
     partials_of,
@@ -91,6 +92,48 @@ def extremes_epilogue(
         store_extreme(s, view, places, partials, PROGRAM, HEADER + n * WIDTH)
 
 
+@triton.jit
+def extremes_tile(
+    index,  # of the tile among those of the panel
+    inputs,
+    embeddings,  # (x_ptr, y_ptr, D, stride_xb, stride_yn)
+    places,
+    panel,
+    outputs,
+    PROGRAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile: its products, its epilogue part by part."""
+    x_ptr, y_ptr, D, stride_xb, stride_yn = embeddings
+    tile_b, tile_n = tile_of(index, panel, GROUP, BLOCK_B, BLOCK_N)
+    start_b = panel[0] + tile_b * BLOCK_B
+    start_n = panel[1] + tile_n * BLOCK_N
+    dots = dot_tile(
+        x_ptr, y_ptr, start_b, start_n, panel[2], panel[3], D, stride_xb, stride_yn,
+        BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
+    )  # fmt: skip
+    if PARTS == 1:
+        extremes_epilogue(dots, inputs, places, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+    else:
+        left, right = halves(dots, BLOCK_B, BLOCK_N)
+        if PARTS == 2:
+            extremes_epilogue(left, inputs, places, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(right, inputs, places, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+        else:
+            first, second = halves(left, BLOCK_B, BLOCK_N // 2)
+            third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
+            extremes_epilogue(first, inputs, places, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(second, inputs, places, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(third, inputs, places, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            extremes_epilogue(fourth, inputs, places, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
 def _extremes_kernel(
     x_ptr,  # (B, D), D whole blocks
@@ -116,6 +159,7 @@ def _extremes_kernel(
     stride_yn,
     padded_b,  # length of vectors along the rows, a multiple of every tile
     padded_n,
+    listed_ptr,  # (1 + tiles,) int32: how many tiles are to be served, and which; read if LISTED
     first_b,  # the panel's rows: first_b to end_b
     first_n,
     end_b,
@@ -128,39 +172,32 @@ def _extremes_kernel(
     PARTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
     """k = 1: all extremes of a pass share each tile of S."""
-    tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
-    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
     inputs = (
         (x_norms_ptr, y_norms_ptr, padded_b, padded_n),
         (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr),
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
+    embeddings = (x_ptr, y_ptr, D, stride_xb, stride_yn)
     places = (x_places_ptr, y_places_ptr)
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
-        if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
-            return
-    dots = dot_tile(
-        x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
-    )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr)
-    if PARTS == 1:
-        extremes_epilogue(dots, inputs, places, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+    if LISTED:
+        for n in range(tl.program_id(0), tl.load(listed_ptr), tl.num_programs(0)):
+            extremes_tile(
+                tl.load(listed_ptr + 1 + n), inputs, embeddings, places, panel, outputs, PROGRAM,
+                BLOCK_B, BLOCK_N, BLOCK_D, GROUP, PARTS, INPUT_PRECISION, UPCAST,
+            )  # fmt: skip
     else:
-        left, right = halves(dots, BLOCK_B, BLOCK_N)
-        if PARTS == 2:
-            extremes_epilogue(left, inputs, places, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(right, inputs, places, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
-        else:
-            first, second = halves(left, BLOCK_B, BLOCK_N // 2)
-            third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
-            extremes_epilogue(first, inputs, places, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(second, inputs, places, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(third, inputs, places, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            extremes_epilogue(fourth, inputs, places, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+        if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
+            if visited(tl.program_id(0), inputs, panel, PROGRAM, GROUP, BLOCK_B, BLOCK_N) == 0:
+                return
+        extremes_tile(
+            tl.program_id(0), inputs, embeddings, places, panel, outputs, PROGRAM,
+            BLOCK_B, BLOCK_N, BLOCK_D, GROUP, PARTS, INPUT_PRECISION, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "first_b", "end_b", "stripes"])
@@ -203,7 +240,7 @@ def _top_k_kernel(
 ):
     """The K most extreme entries of a row tile within one stripe of columns, sorted, kept in registers."""
     length_b = end_b - first_b
-    tile_b, stripe = tile_of(tl.program_id(0), tl.cdiv(length_b, BLOCK_B), stripes, GROUP)
+    tile_b, stripe = grouped(tl.program_id(0), tl.cdiv(length_b, BLOCK_B), stripes, GROUP)
     at_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     inputs = (
         (x_norms_ptr, y_norms_ptr, padded_b, padded_n),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,13 @@ from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _extremes_kernel, _top_k_kernel
 from .program import (
+    GUIDED,
+    HEADER,
+    LABELLED,
+    MIXED,
+    SAME_ONLY,
+    SYMMETRIC,
+    TILES,
     Parameters,
     extremes_codes,
     kinds_of_tiles,
@@ -29,8 +37,12 @@ from .program import (
 )
 from .reductions import _fold_kernel
 from .stats import _stats_kernel
+from .tiles import _visited_kernel
 from .weights import _weights_kernel
 
+#: Tiles of a panel from which on the few that a launch serves are listed first. A program that only finds that its tile
+#: is not served takes the place of one that works, on a multiprocessor that holds one or two.
+LISTED_TILES = 2048
 #: Programs that fill a GPU; decides into how many stripes a top-k pass cuts its columns.
 _ENOUGH_PROGRAMS = 512
 
@@ -135,6 +147,50 @@ def _fold(partials: Tensor, state: Tensor, tiles: int, length: int, first: int, 
         )  # fmt: skip
 
 
+def _listed(op: Operands, config: configs.TileConfig, code: tuple[int, ...], panel: tuple[int, ...]) -> Tensor | None:
+    """(1 + tiles,) int32: how many tiles of a panel a launch serves, and which; None: each tile has a program."""
+    tiles = cdiv(panel[2] - panel[0], config.block_b) * cdiv(panel[3] - panel[1], config.block_n)
+    few = code[TILES.value] == MIXED.value or code[SAME_ONLY.value]
+    if tiles < LISTED_TILES or not few or code[GUIDED.value]:  # the epilogue of two products has no register to spare
+        return None
+    wanted = torch.empty(tiles, dtype=torch.int32, device=op.x.device)
+    launch(
+        _visited_kernel, tiles, None, op.x_labels, op.y_labels, wanted, *panel, PROGRAM=code[: HEADER.value],
+        BLOCK_B=config.block_b, BLOCK_N=config.block_n, GROUP=config.group, num_warps=1,
+    )  # fmt: skip
+    order = wanted.argsort(descending=True, stable=True)
+    return torch.cat([wanted.sum(dtype=torch.int32).view(1), order.to(torch.int32)])
+
+
+def _serve(
+    kernel,
+    op: Operands,
+    config: configs.TileConfig,
+    code: tuple[int, ...],  # the program
+    panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
+    *args,
+    **constants,
+) -> None:
+    """Start a kernel over the tiles of a panel that its program serves."""
+    length_b, length_n = panel[2] - panel[0], panel[3] - panel[1]
+    apart = not code[SYMMETRIC.value] and not code[LABELLED.value]
+    if code[TILES.value] == MIXED.value and apart and length_b % config.block_b == length_n % config.block_n == 0:
+        return  # all tiles are plain
+    listed = _listed(op, config, code, panel)
+    tiles = cdiv(length_b, config.block_b) * cdiv(length_n, config.block_n)
+    launch(
+        kernel, tiles if listed is None else min(tiles, _programs(op.x.device)),
+        configs.of_tiles(config, code[TILES.value]), *args, op.x_labels if listed is None else listed, *panel,
+        PROGRAM=code, LISTED=listed is not None, **constants,
+    )  # fmt: skip
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs that walk a list of tiles: two to a multiprocessor."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
@@ -172,11 +228,10 @@ def _stats_panels(request: Request, plan: Forward) -> None:
                     if count:
                         set_neutral(partials.view(count, -1), entries[side])
             for kind in kinds_of_tiles(request, op):
-                launch(
-                    _stats_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs,
-                    row_partials, column_partials, *dimensions, *guide, first_b, first_n, end_b, end_n,
-                    PROGRAM=program(request, op, codes, triangle=request.symmetric, tiles=kind), **_arithmetic(request),
-                    **_guide_precision(request),
+                code = program(request, op, codes, triangle=request.symmetric, tiles=kind)
+                _serve(
+                    _stats_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
+                    column_partials, *dimensions, *guide, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
             _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0])
             _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1])
@@ -237,16 +292,14 @@ def _weights_panels(request: Request, plan: Backward) -> None:
                 for buffer in (row_partials, column_partials, panel):
                     buffer.zero_()
             for kind in kinds_of_tiles(request, op):
-                launch(
-                    _weights_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs,
-                    row_partials, column_partials, panel, packed[1] if plan.scale is None else plan.scale,
-                    *dimensions, *guide, stride_w, first_b, first_n, end_b, end_n,
-                    PROGRAM=program(
-                        request, op, visible, store=store, scaled=plan.scale is not None,
-                        row_sum=plan.row_sum, column_sum=column_sum, tiles=kind,
-                    ),
-                    **_arithmetic(request),
-                    **_guide_precision(request),
+                code = program(
+                    request, op, visible, store=store, scaled=plan.scale is not None,
+                    row_sum=plan.row_sum, column_sum=column_sum, tiles=kind,
+                )  # fmt: skip
+                _serve(
+                    _weights_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
+                    column_partials, panel, packed[1] if plan.scale is None else plan.scale, *dimensions, *guide,
+                    stride_w, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
             for side, partials, tiles, length, first, weight_sum in (
                 (0, row_partials, tiles_n * config.parts, length_b, first_b, plan.row_sum),
@@ -314,13 +367,12 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
                 row_partials.fill_(MISSING)
                 column_partials.fill_(MISSING)
             for kind in kinds_of_tiles(request, op):
-                launch(
-                    _extremes_kernel, tiles_b * tiles_n, configs.of_tiles(config, kind), *inputs, *places,
-                    row_partials, column_partials, *dimensions, first_b, first_n, end_b, end_n,
-                    PROGRAM=program(
-                        request, op, codes, triangle=request.symmetric, tiles=kind, squares=by_squares
-                    ),
-                    **_arithmetic(request),
+                code = program(
+                    request, op, codes, triangle=request.symmetric, tiles=kind, squares=by_squares
+                )  # fmt: skip
+                _serve(
+                    _extremes_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, *places,
+                    row_partials, column_partials, *dimensions, **_arithmetic(request),
                 )  # fmt: skip
             for partials, tiles, first, end in (
                 (row_partials, tiles_n * config.parts, first_b, end_b), (column_partials, tiles_b, first_n, end_n)

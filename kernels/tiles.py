@@ -25,12 +25,19 @@ EUCLIDEAN = tl.constexpr(2)
 
 
 @triton.jit
-def tile_of(pid, tiles_b, tiles_n, GROUP: tl.constexpr):
-    """(row tile, column tile) of a program: GROUP row tiles walk the columns together, so that both stay in L2."""
+def grouped(index, tiles_b, tiles_n, GROUP: tl.constexpr):
+    """(row tile, column tile): GROUP row tiles walk the columns together, so that both stay in L2."""
     width = GROUP * tiles_n
-    first = (pid // width) * GROUP
+    first = (index // width) * GROUP
     size = tl.minimum(tiles_b - first, GROUP)
-    return first + (pid % width) % size, (pid % width) // size
+    return first + (index % width) % size, (index % width) // size
+
+
+@triton.jit
+def tile_of(index, panel, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row tile, column tile) of a tile of the panel."""
+    first_b, first_n, end_b, end_n = panel
+    return grouped(index, tl.cdiv(end_b - first_b, BLOCK_B), tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
 
 
 @triton.jit
@@ -237,9 +244,13 @@ def is_plain(view, PROGRAM: tl.constexpr):
 
 
 @triton.jit
-def visited(view, PROGRAM: tl.constexpr):
+def visited(
+    index, inputs, panel, PROGRAM: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """False where a tile is not of the kind that is served, lies below the diagonal of a self-similarity, or holds no
     pair of equal labels where only those count."""
+    tile_b, tile_n = tile_of(index, panel, GROUP, BLOCK_B, BLOCK_N)
+    view = view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N)
     wanted = view[2][0] < view[4][0]
     if PROGRAM[TILES] != EVERY:
         wanted = wanted & (is_plain(view, PROGRAM) == (PROGRAM[TILES] == PLAIN))
@@ -249,6 +260,27 @@ def visited(view, PROGRAM: tl.constexpr):
     if PROGRAM[SAME_ONLY]:
         wanted = wanted & labels_meet(view)
     return wanted
+
+
+@triton.jit(do_not_specialize=["first_b", "first_n", "end_b", "end_n"])
+def _visited_kernel(
+    x_labels_ptr,  # (padded_b,) int32
+    y_labels_ptr,  # (padded_n,) int32
+    wanted_ptr,  # (tiles,) int32: 0 or 1
+    first_b,  # the panel's rows: first_b to end_b
+    first_n,
+    end_b,
+    end_n,
+    PROGRAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Which tiles of a panel a launch has to serve."""
+    inputs = ((), (), (x_labels_ptr, y_labels_ptr))
+    index = tl.program_id(0)
+    wanted = visited(index, inputs, (first_b, first_n, end_b, end_n), PROGRAM, GROUP, BLOCK_B, BLOCK_N)
+    tl.store(wanted_ptr + index, wanted.to(tl.int32))
 
 
 @triton.jit

@@ -293,6 +293,56 @@ def weights_epilogue(
             store_owner(partials, tl.sum(stored.to(tl.float32), 0), PROGRAM[COLUMN_SUM_SLOT], 1)
 
 
+@triton.jit
+def weights_tile(
+    index,  # of the tile among those of the panel
+    inputs,
+    embeddings,  # (x_ptr, y_ptr, D, stride_xb, stride_yn)
+    guide,  # (u_ptr, v_ptr, E, stride_ub, stride_vn)
+    panel,
+    outputs,
+    PROGRAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    GUIDE_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile: its products, its epilogue part by part."""
+    x_ptr, y_ptr, D, stride_xb, stride_yn = embeddings
+    tile_b, tile_n = tile_of(index, panel, GROUP, BLOCK_B, BLOCK_N)
+    start_b = panel[0] + tile_b * BLOCK_B
+    start_n = panel[1] + tile_n * BLOCK_N
+    dots = dot_tile(
+        x_ptr, y_ptr, start_b, start_n, panel[2], panel[3], D, stride_xb, stride_yn,
+        BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
+    )  # fmt: skip
+    t = guide_tile(
+        guide, dots, start_b, start_n, panel[2], panel[3], PROGRAM,
+        BLOCK_B, BLOCK_N, BLOCK_D, GUIDE_PRECISION, UPCAST,
+    )  # fmt: skip
+    if PARTS == 1:
+        weights_epilogue(dots, t, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+    else:
+        left, right = halves(dots, BLOCK_B, BLOCK_N)
+        t_left, t_right = halves(t, BLOCK_B, BLOCK_N)
+        if PARTS == 2:
+            weights_epilogue(left, t_left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(right, t_right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
+        else:
+            first, second = halves(left, BLOCK_B, BLOCK_N // 2)
+            t_first, t_second = halves(t_left, BLOCK_B, BLOCK_N // 2)
+            third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
+            t_third, t_fourth = halves(t_right, BLOCK_B, BLOCK_N // 2)
+            weights_epilogue(first, t_first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(second, t_second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(third, t_third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
+            weights_epilogue(fourth, t_fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["N", "first_b", "first_n", "end_b", "end_n"])
 def _weights_kernel(
     x_ptr,  # (B, D), D whole blocks
@@ -324,6 +374,7 @@ def _weights_kernel(
     stride_ub,
     stride_vn,
     stride_w,  # length_n rounded up to a multiple of 16, so that stores are wide
+    listed_ptr,  # (1 + tiles,) int32: how many tiles are to be served, and which; read if LISTED
     first_b,  # the panel's rows: first_b to end_b
     first_n,
     end_b,
@@ -337,41 +388,28 @@ def _weights_kernel(
     INPUT_PRECISION: tl.constexpr,
     GUIDE_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
-    tiles_b = tl.cdiv(end_b - first_b, BLOCK_B)
-    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tl.cdiv(end_n - first_n, BLOCK_N), GROUP)
     inputs = (
         (x_norms_ptr, y_norms_ptr, padded_b, padded_n),
         (numbers, scalars_ptr, row_vectors_ptr, column_vectors_ptr),
         (x_labels_ptr, y_labels_ptr, x_exclude_ptr, y_exclude_ptr, pair_mask_ptr, N),
     )
+    embeddings = (x_ptr, y_ptr, D, stride_xb, stride_yn)
+    guide = (u_ptr, v_ptr, E, stride_ub, stride_vn)
     panel = (first_b, first_n, end_b, end_n)
-    if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
-        if visited(view_of(inputs, panel, tile_b, tile_n, 0, 1, BLOCK_B, BLOCK_N), PROGRAM) == 0:
-            return
-    dots = dot_tile(
-        x_ptr, y_ptr, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N, end_b, end_n, D, stride_xb, stride_yn,
-        BLOCK_B, BLOCK_N, BLOCK_D, INPUT_PRECISION, UPCAST,
-    )  # fmt: skip
-    t = guide_tile(
-        (u_ptr, v_ptr, E, stride_ub, stride_vn), dots, first_b + tile_b * BLOCK_B, first_n + tile_n * BLOCK_N,
-        end_b, end_n, PROGRAM, BLOCK_B, BLOCK_N, BLOCK_D, GUIDE_PRECISION, UPCAST,
-    )  # fmt: skip
     outputs = (row_partials_ptr, column_partials_ptr, weights_ptr, weight_scale_ptr, stride_w)
-    if PARTS == 1:
-        weights_epilogue(dots, t, inputs, panel, outputs, tile_b, tile_n, 0, 1, PROGRAM, BLOCK_B, BLOCK_N)
+    if LISTED:
+        for n in range(tl.program_id(0), tl.load(listed_ptr), tl.num_programs(0)):
+            weights_tile(
+                tl.load(listed_ptr + 1 + n), inputs, embeddings, guide, panel, outputs, PROGRAM,
+                BLOCK_B, BLOCK_N, BLOCK_D, GROUP, PARTS, INPUT_PRECISION, GUIDE_PRECISION, UPCAST,
+            )  # fmt: skip
     else:
-        left, right = halves(dots, BLOCK_B, BLOCK_N)
-        t_left, t_right = halves(t, BLOCK_B, BLOCK_N)
-        if PARTS == 2:
-            weights_epilogue(left, t_left, inputs, panel, outputs, tile_b, tile_n, 0, 2, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(right, t_right, inputs, panel, outputs, tile_b, tile_n, 1, 2, PROGRAM, BLOCK_B, BLOCK_N)
-        else:
-            first, second = halves(left, BLOCK_B, BLOCK_N // 2)
-            t_first, t_second = halves(t_left, BLOCK_B, BLOCK_N // 2)
-            third, fourth = halves(right, BLOCK_B, BLOCK_N // 2)
-            t_third, t_fourth = halves(t_right, BLOCK_B, BLOCK_N // 2)
-            weights_epilogue(first, t_first, inputs, panel, outputs, tile_b, tile_n, 0, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(second, t_second, inputs, panel, outputs, tile_b, tile_n, 1, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(third, t_third, inputs, panel, outputs, tile_b, tile_n, 2, 4, PROGRAM, BLOCK_B, BLOCK_N)
-            weights_epilogue(fourth, t_fourth, inputs, panel, outputs, tile_b, tile_n, 3, 4, PROGRAM, BLOCK_B, BLOCK_N)
+        if (PROGRAM[TRIANGLE] != 0) or (PROGRAM[SAME_ONLY] != 0) or (PROGRAM[TILES] != EVERY):  # noqa: SIM102
+            if visited(tl.program_id(0), inputs, panel, PROGRAM, GROUP, BLOCK_B, BLOCK_N) == 0:
+                return
+        weights_tile(
+            tl.program_id(0), inputs, embeddings, guide, panel, outputs, PROGRAM,
+            BLOCK_B, BLOCK_N, BLOCK_D, GROUP, PARTS, INPUT_PRECISION, GUIDE_PRECISION, UPCAST,
+        )  # fmt: skip

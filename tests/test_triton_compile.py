@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashpair
 from flashpair import Extreme, Mask, Precision, Reduction, Score, Term, mine, ops, pair_sum
+from flashpair.request import PRECISION
 from flashpair.workspace import MINIMUM_BYTES
 
 pytest.importorskip("triton", reason="no Triton wheel for this platform")
@@ -47,11 +48,18 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 @pytest.fixture
 def record(monkeypatch):
-    """Runs something on the backend without a device and returns its launches."""
+    """Runs something on the backend without a device and returns its launches, few tiles listed as in large panels."""
     decode = ops.decode
 
     def run(function, architecture: int = 90, precision: Precision = Precision.IEEE) -> list[Launch]:
-        monkeypatch.setattr(ops, "decode", lambda *args: dataclasses.replace(decode(*args), precision=precision))
+        def decoded(*args):
+            request = decode(*args)
+            spec = list(request.spec)
+            spec[PRECISION] = int(precision)
+            return dataclasses.replace(request, spec=spec)
+
+        monkeypatch.setattr(ops, "decode", decoded)
+        monkeypatch.setattr(launch, "LISTED_TILES", 1)
         return ahead_of_time.record(function, architecture)
 
     return run

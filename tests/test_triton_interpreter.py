@@ -57,6 +57,10 @@ def test_in_a_process_of_its_own():
     own_process.run(__file__, TRITON_INTERPRET="1")
 
 
+#: Tiles of a panel from which on those that a launch serves are listed: always, never.
+LISTED = [1, 1 << 30]
+
+
 def _poisoned(*shape, **options):
     """torch.empty, filled with what must never be read."""
     out = torch.zeros(*shape, **options)
@@ -139,10 +143,12 @@ def test_self_similarity_around_a_tile(name, size):
 
 
 @interpreted
+@pytest.mark.parametrize("listed", LISTED)
 @pytest.mark.parametrize("labels", ["few", "one", "distinct", "many"])
 @pytest.mark.parametrize("side", ["rectangle", "self"])
-def test_terms_of_equal_labels_only(side, labels):
+def test_terms_of_equal_labels_only(side, labels, listed, monkeypatch):
     """The rows are sorted by label on the way and everything comes back in the caller's order."""
+    monkeypatch.setattr(launch, "LISTED_TILES", listed)
 
     def run(d):
         return pair_reduce(
@@ -168,18 +174,21 @@ SORTED = only(
 
 
 @interpreted
-@pytest.mark.parametrize("labels", ["few", "many"])
+@pytest.mark.parametrize(("labels", "listed"), zip(("few", "many"), LISTED, strict=True))
 @pytest.mark.parametrize(("program", "side"), on_sides(SORTED))
-def test_many_pairs_are_sorted_by_label(program, side, labels, monkeypatch):
+def test_many_pairs_are_sorted_by_label(program, side, labels, listed, monkeypatch):
     """Which makes most tiles plain; everything comes back in the caller's order."""
+    monkeypatch.setattr(launch, "LISTED_TILES", listed)
     monkeypatch.setattr(operands, "ORDERED_PAIRS", 0)
     data = make(*_shape(side, 50, 70), 5, labels, grid=program.grid, precision=torch.float32)
     support.compare(program.run, data, "triton", torch.float32)
 
 
 @interpreted
+@pytest.mark.parametrize("listed", LISTED)
 @pytest.mark.parametrize("k", [1, 3])
-def test_sorting_leaves_ties_to_the_lowest_column(k, monkeypatch):
+def test_sorting_leaves_ties_to_the_lowest_column(k, listed, monkeypatch):
+    monkeypatch.setattr(launch, "LISTED_TILES", listed)
     monkeypatch.setattr(operands, "ORDERED_PAIRS", 0)
     x, labels = torch.ones(40, 4), 9 - torch.arange(40) // 4
     with use_backend("triton"):
@@ -379,8 +388,10 @@ def test_scaling_keeps_small_float16_weights():
 
 
 @interpreted
-def test_tiles_without_pairs_are_not_multiplied(monkeypatch):
+@pytest.mark.parametrize("listed", LISTED)
+def test_tiles_without_pairs_are_not_multiplied(listed, monkeypatch):
     """Below the diagonal of a self-similarity, and where no label of the rows is one of the columns."""
+    monkeypatch.setattr(launch, "LISTED_TILES", listed)
     products = []
     for module in (stats, weights, extremes):
         real = module.dot_tile
