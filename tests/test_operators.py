@@ -33,6 +33,7 @@ from flashpair import (
     pair_similarity,
     pair_sum,
     pairs,
+    panels,
     use_backend,
 )
 from flashpair.operator import operator
@@ -107,6 +108,15 @@ def test_opcheck_mine(side, layout, backend):
     spec = [*arguments[7], int(Mask.SAME), 1, 2, -1, 0, int(Mask.ALL), 0, 3, -1, -1]
     consts = [-torch.inf, torch.inf, 0.1, torch.inf]
     torch.library.opcheck(ops.pair_mine.overload, (*arguments[:6], [data.row_offset], spec, consts, *arguments[9:]))
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_opcheck_product(wanted):
+    a, b = (torch.rand(*shape, requires_grad=w) for shape, w in zip(((3, 4), (4, 5)), wanted, strict=True))
+    torch.library.opcheck(panels.product.overload, (a, b))
+    assert torch.autograd.gradcheck(
+        panels.product, [t.detach().double().requires_grad_(t.requires_grad) for t in (a, b)]
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True])
