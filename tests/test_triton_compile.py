@@ -210,13 +210,12 @@ def test_an_architecture_takes_the_next_lower_entry(monkeypatch):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_sizes_share_a_compilation(program, record):
-    """Neither B nor N is compiled in: other sizes, ragged or not, start the same binaries."""
+    """Neither B nor N is compiled in: other sizes start the same binaries, whole tiles none but those of ragged ones."""
 
-    def sources(b: int, n: int) -> list[str]:
-        found = [launched.source().hash() for launched in record(_run(program, "half", 64, b, n))]
-        return sorted(set(found))
+    def sources(b: int, n: int) -> set[str]:
+        return {launched.source().hash() for launched in record(_run(program, "half", 64, b, n))}
 
-    assert sources(128, 256) == sources(130, 77) == sources(301, 272)
+    assert sources(128, 256) <= sources(130, 77) == sources(301, 272)
     for launched in record(_run(program, "half", 64)):
         source = launched.source()
         sizes = {"N", "first_b", "first_n", "end_b", "end_n", "tiles", "length", "first", "state_length", "stripes"}
