@@ -210,7 +210,7 @@ def test_an_architecture_takes_the_next_lower_entry(monkeypatch):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_sizes_share_a_compilation(program, record):
-    """Neither B nor N is compiled in: other sizes start the same binaries, whole tiles none but those of ragged ones."""
+    """Neither B nor N is compiled in: other sizes start the same binaries, whole tiles a part of them."""
 
     def sources(b: int, n: int) -> set[str]:
         return {launched.source().hash() for launched in record(_run(program, "half", 64, b, n))}
