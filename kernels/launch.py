@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import backward
-from ..backward import Backward, add_panel
+from ..backward import Backward, accumulate, add_panel
 from ..extremes import MISSING, decoded, shared_passes
 from ..forward import Forward, set_neutral, statistics
 from ..operands import Operands, on_device, operands, padded_length
@@ -19,6 +20,7 @@ from ..request import Request
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _extremes_kernel, _top_k_kernel
+from .products import _visited_product_kernel
 from .program import (
     GUIDED,
     HEADER,
@@ -147,19 +149,27 @@ def _fold(partials: Tensor, state: Tensor, tiles: int, length: int, first: int, 
         )  # fmt: skip
 
 
-def _listed(op: Operands, config: configs.TileConfig, code: tuple[int, ...], panel: tuple[int, ...]) -> Tensor | None:
-    """(1 + tiles,) int32: how many tiles of a panel a launch serves, and which; None: each tile has a program."""
-    tiles = cdiv(panel[2] - panel[0], config.block_b) * cdiv(panel[3] - panel[1], config.block_n)
-    few = code[TILES.value] == MIXED.value or code[SAME_ONLY.value]
-    if tiles < LISTED_TILES or not few or code[GUIDED.value]:  # the epilogue of two products has no register to spare
-        return None
-    wanted = torch.empty(tiles, dtype=torch.int32, device=op.x.device)
+@dataclass
+class Visits:
+    """Which tiles of a panel a launch serves."""
+
+    listed: Tensor  # (1 + tiles,) int32: how many, and which
+    map: Tensor  # (tiles_b, tiles_n) int32: 1 where served
+    bounds: tuple[Tensor, Tensor]  # (2, tiles_b), (2, tiles_n) int32, as `_visited_kernel` writes them
+
+
+def _visits(op: Operands, config: configs.TileConfig, code: tuple[int, ...], panel: tuple[int, ...]) -> Visits:
+    tiles_b, tiles_n = cdiv(panel[2] - panel[0], config.block_b), cdiv(panel[3] - panel[1], config.block_n)
+    tiles = tiles_b * tiles_n
+    lengths = (1 + tiles, tiles, 2 * tiles_b, 2 * tiles_n)
+    aligned = [round_up(length, 4) for length in lengths]
+    zeros = torch.zeros(sum(aligned), dtype=torch.int32, device=op.x.device).split(aligned)
+    listed, visits, *bounds = (z[:length] for z, length in zip(zeros, lengths, strict=True))
     launch(
-        _visited_kernel, tiles, None, op.x_labels, op.y_labels, wanted, *panel, PROGRAM=code[: HEADER.value],
-        BLOCK_B=config.block_b, BLOCK_N=config.block_n, GROUP=config.group, num_warps=1,
+        _visited_kernel, tiles, None, op.x_labels, op.y_labels, listed, visits, *bounds, *panel,
+        PROGRAM=code[: HEADER.value], BLOCK_B=config.block_b, BLOCK_N=config.block_n, GROUP=config.group, num_warps=1,
     )  # fmt: skip
-    order = wanted.argsort(descending=True, stable=True)
-    return torch.cat([wanted.sum(dtype=torch.int32).view(1), order.to(torch.int32)])
+    return Visits(listed, visits.view(tiles_b, tiles_n), tuple(b.view(2, -1) for b in bounds))
 
 
 def _serve(
@@ -169,6 +179,7 @@ def _serve(
     code: tuple[int, ...],  # the program
     panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
     *args,
+    visits: Visits | None = None,  # where they are known
     **constants,
 ) -> None:
     """Start a kernel over the tiles of a panel that its program serves."""
@@ -176,12 +187,15 @@ def _serve(
     apart = not code[SYMMETRIC.value] and not code[LABELLED.value]
     if code[TILES.value] == MIXED.value and apart and length_b % config.block_b == length_n % config.block_n == 0:
         return  # all tiles are plain
-    listed = _listed(op, config, code, panel)
     tiles = cdiv(length_b, config.block_b) * cdiv(length_n, config.block_n)
+    few = code[TILES.value] == MIXED.value or code[SAME_ONLY.value]
+    # The epilogue of two products has no register to spare for a list.
+    listed = few and tiles >= LISTED_TILES and not code[GUIDED.value]
+    if listed and visits is None:
+        visits = _visits(op, config, code, panel)
     launch(
-        kernel, tiles if listed is None else min(tiles, _programs(op.x.device)),
-        configs.of_tiles(config, code[TILES.value]), *args, op.x_labels if listed is None else listed, *panel,
-        PROGRAM=code, LISTED=listed is not None, **constants,
+        kernel, min(tiles, _programs(op.x.device)) if listed else tiles, configs.of_tiles(config, code[TILES.value]),
+        *args, visits.listed if listed else op.x_labels, *panel, PROGRAM=code, LISTED=listed, **constants,
     )  # fmt: skip
 
 
@@ -289,17 +303,20 @@ def _weights_panels(request: Request, plan: Backward) -> None:
             stride_w = round_up(length_n, 16)
             panel = workspace[: length_b * stride_w] if store else workspace
             if op.same_only:
-                for buffer in (row_partials, column_partials, panel):
-                    buffer.zero_()
+                row_partials.zero_()
+                column_partials.zero_()
+            visits = None
             for kind in kinds_of_tiles(request, op):
                 code = program(
                     request, op, visible, store=store, scaled=plan.scale is not None,
                     row_sum=plan.row_sum, column_sum=column_sum, tiles=kind,
                 )  # fmt: skip
+                if op.same_only and store:
+                    visits = _visits(op, config, code, (first_b, first_n, end_b, end_n))
                 _serve(
                     _weights_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
                     column_partials, panel, packed[1] if plan.scale is None else plan.scale, *dimensions, *guide,
-                    stride_w, **_arithmetic(request), **_guide_precision(request),
+                    stride_w, visits=visits, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
             for side, partials, tiles, length, first, weight_sum in (
                 (0, row_partials, tiles_n * config.parts, length_b, first_b, plan.row_sum),
@@ -310,7 +327,29 @@ def _weights_panels(request: Request, plan: Backward) -> None:
                 _fold(partials, plan.states[side], tiles, length, first, entries)
             if store:
                 w = panel.view(length_b, stride_w)[:, :length_n]
-                add_panel(plan, w, first_b, first_n, mirror=symmetric and not on_diagonal)
+                multiply = accumulate if visits is None else _visited_product(request, config, visits)
+                add_panel(plan, w, first_b, first_n, symmetric and not on_diagonal, multiply)
+
+
+def _visited_product(
+    request: Request, config: configs.TileConfig, visits: Visits
+) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
+    """`backward.accumulate` for a panel of which only the visited tiles were written."""
+
+    def multiply(out: Tensor, w: Tensor, operand: Tensor, transposed: bool) -> None:
+        block, blocks = (config.block_n, config.block_b) if transposed else (config.block_b, config.block_n)
+        own_tiles, tiles = visits.map.shape[::-1] if transposed else visits.map.shape
+        bounds = visits.bounds[int(transposed)]
+        features = 64
+        launch(
+            _visited_product_kernel, own_tiles * cdiv(out.shape[1], features), None, w, operand, out, visits.map,
+            bounds[0], bounds[1], w.stride(0), operand.stride(0), out.stride(0), out.shape[1], out.shape[0],
+            operand.shape[0], tiles, own_tiles, TRANSPOSED=transposed, BLOCK=block, BLOCKS=blocks,
+            BLOCK_K=min(blocks, 128 // operand.element_size()), BLOCK_F=features, num_warps=4, num_stages=3,
+            **_arithmetic(request),
+        )  # fmt: skip
+
+    return multiply
 
 
 # --- extremes -------------------------------------------------------------------------------------------------------

@@ -156,8 +156,9 @@ def _gradients(request: Request, cotangents, statistics, needs, with_value: bool
     return total.to(dtype), dx, dy, dparams
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b in the dtype of out, float32 or float64."""
+def accumulate(out: Tensor, w: Tensor, operand: Tensor, transposed: bool) -> None:
+    """out += w @ operand, or wᵀ @ operand, in the dtype of out, float32 or float64."""
+    a, b = w.T if transposed else w, operand
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
@@ -172,15 +173,16 @@ def add_panel(
     first_b: int,
     first_n: int,
     mirror: bool,  # the panel also stands for its mirror image: a self-similarity off the diagonal
+    multiply: Callable[[Tensor, Tensor, Tensor, bool], None] = accumulate,
 ) -> None:
     """Multiply the pair weights of one panel into the gradients."""
     rows, columns = slice(first_b, first_b + w.shape[0]), slice(first_n, first_n + w.shape[1])
     if plan.dx is not None:
-        accumulate(plan.dx[rows], w, plan.y[columns])
+        multiply(plan.dx[rows], w, plan.y[columns], False)
         if mirror:
-            accumulate(plan.dx[columns], w.T, plan.x[rows])
+            multiply(plan.dx[columns], w, plan.x[rows], True)
     if plan.dy is not None:
-        accumulate(plan.dy[columns], w.T, plan.x[rows])
+        multiply(plan.dy[columns], w, plan.x[rows], True)
 
 
 def _half_scale(
