@@ -1,4 +1,4 @@
-"""Pair weights of a panel of which few tiles were visited, multiplied into a gradient; the vendor multiplies full panels."""
+"""Pair weights of a panel with few visited tiles, multiplied into a gradient; the vendor multiplies full panels."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def _visited_product_kernel(
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out += W operand, or Wᵀ operand; a program has the owners of a tile and some features, and goes from tile to tile."""
+    """out += W operand, or Wᵀ operand; a program has the owners of one tile and some features, and walks the others."""
     tile = tl.program_id(0) % own_tiles
     own = tile * BLOCK + tl.arange(0, BLOCK)
     feature = tl.program_id(0) // own_tiles * BLOCK_F + tl.arange(0, BLOCK_F)
