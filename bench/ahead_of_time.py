@@ -27,7 +27,7 @@ TYPES = {
 MISSING = -(2**63)
 KERNELS = (
     "_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel",
-    "_visited_product_kernel",
+    "_visited_product_kernel", "_norms_kernel", "_gradient_kernel",
 )  # fmt: skip
 
 
@@ -97,9 +97,9 @@ class Recorder:
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             assert sorted(arguments) == sorted(self.kernel.arg_names)
-            for value in args:
-                if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
-                    value.fill_(MISSING)  # what mining finds in nothing
+            for name in ("row_partials_ptr", "column_partials_ptr", "top_ptr"):
+                if name in arguments and arguments[name].dtype == torch.int64:
+                    arguments[name].fill_(MISSING)  # what mining finds in nothing
             self.launches.append(Launch(self.kernel, grid, arguments, options))
 
         return start

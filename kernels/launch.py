@@ -14,9 +14,10 @@ from .. import backward
 from ..backward import Backward, accumulate, add_panel
 from ..extremes import MISSING, decoded, shared_passes
 from ..forward import Forward, set_neutral, statistics
-from ..operands import Operands, on_device, operands, padded_length
+from ..operands import Operands, on_device, operands
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
 from ..request import Request
+from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _extremes_kernel, _top_k_kernel
@@ -38,6 +39,7 @@ from .program import (
     written_slots,
 )
 from .reductions import _fold_kernel
+from .rowwise import _gradient_kernel, _norms_kernel
 from .stats import _stats_kernel
 from .tiles import _visited_kernel
 from .weights import _weights_kernel
@@ -139,13 +141,21 @@ def _arithmetic(request: Request) -> dict:
     return {"INPUT_PRECISION": "ieee" if _kind(request) == "ieee" else "tf32", "UPCAST": upcast}
 
 
-def _fold(partials: Tensor, state: Tensor, tiles: int, length: int, first: int, entries: tuple[int, ...]) -> None:
+def _fold(
+    partials: Tensor,
+    state: Tensor,
+    tiles: int,
+    length: int,
+    first: int,
+    entries: tuple[int, ...],
+    fresh: bool = False,  # nothing was merged yet, and the state holds anything
+) -> None:
     """Merge one panel's partials (slots, tiles, length) into the state (slots, owners) from `first` on."""
     if entries:
         block = 128
         launch(
             _fold_kernel, cdiv(length, block), None, partials, state, tiles, length, first, state.shape[1],
-            ENTRIES=entries, BLOCK_T=8, BLOCK=block,
+            ENTRIES=entries, FRESH=fresh, BLOCK_T=8, BLOCK=block,
         )  # fmt: skip
 
 
@@ -205,13 +215,67 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _by_rows(rows: int, D: int) -> tuple[int, dict[str, int]]:
+    """(programs, shape of a program's tile)."""
+    block_d = min(triton.next_power_of_2(max(D, 16)), 1024)
+    shape = {"ROWS": max(1, 2048 // block_d), "BLOCK_D": block_d}
+    return cdiv(rows, shape["ROWS"]), shape
+
+
+def _norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
+    """`rowwise.norms`."""
+    length = padded_length(x.shape[0])
+    if not normalize and not squared:
+        return x.new_empty(2, 1, dtype=torch.float32)  # not read
+    out = x.new_empty(2, length, dtype=torch.float32)
+    programs, shape = _by_rows(length, x.shape[1])
+    launch(
+        _norms_kernel, programs, None, x, out, x, x.stride(0), 0, x.shape[1], x.shape[0], length,
+        NORMALIZE=normalize, SQUARED=squared, UNIT=False, **shape,
+    )  # fmt: skip
+    return out
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """`rowwise.unit_rows`."""
+    out = x.new_empty(x.shape)
+    programs, shape = _by_rows(*x.shape)
+    launch(
+        _norms_kernel, programs, None, x, x, out, x.stride(0), out.stride(0), x.shape[1], x.shape[0], 0,
+        NORMALIZE=True, SQUARED=False, UNIT=True, **shape,
+    )  # fmt: skip
+    return out
+
+
+def _gradient(
+    d: Tensor, operand: Tensor, raw: Tensor, normalize: bool, weight_sums: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """`rowwise.gradient`."""
+    out = raw.new_empty(raw.shape)
+    programs, shape = _by_rows(*raw.shape)
+    launch(
+        _gradient_kernel, programs, None, d, operand, raw, d if weight_sums is None else weight_sums,
+        d if scale is None else scale, out, d.stride(0), operand.stride(0), raw.stride(0), out.stride(0),
+        raw.shape[1], raw.shape[0],
+        NORMALIZE=normalize, DISTANCE=weight_sums is not None, SCALED=scale is not None, **shape,
+    )  # fmt: skip
+    return out
+
+
+#: How the passes around these kernels read their operands.
+_OWN = {"plain_tiles": True, "rowwise": Rowwise(_norms, _unit_rows, _gradient)}
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
 @on_device
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics of all terms: rows (R, B) and columns (C, N), float32."""
-    return statistics(request, _stats_panels, sort_many=True)
+    return statistics(request, _stats_panels, **_OWN)
 
 
 def _stats_panels(request: Request, plan: Forward) -> None:
@@ -229,6 +293,9 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 
     panel_b, panel_n = panel_shape(B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost)
     skips = request.symmetric or op.same_only
+    one = panel_b >= B and panel_n >= N
+    if not one:
+        plan.set_neutral()
     for first_b, end_b in panels(B, panel_b):
         for first_n, end_n in panels(N, panel_n):
             if request.symmetric and end_n <= first_b:
@@ -247,8 +314,9 @@ def _stats_panels(request: Request, plan: Forward) -> None:
                     _stats_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
                     column_partials, *dimensions, *guide, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0])
-            _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1])
+            _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0], one)
+            first_of_columns = one and not request.symmetric
+            _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1], first_of_columns)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -257,13 +325,13 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 @on_device
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
     """Gradients (dx, dy, [dparam, ...]) from the cotangents of the statistics."""
-    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels, sort_many=True)
+    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels, **_OWN)
 
 
 @on_device
 def sums(request: Request, needs):
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
-    return backward.sums(request, needs, stats, _weights_panels, sort_many=True)
+    return backward.sums(request, needs, stats, _weights_panels, **_OWN)
 
 
 def _weights_panels(request: Request, plan: Backward) -> None:
@@ -376,7 +444,7 @@ def _by_squares(request: Request, extremes: list[Extreme]) -> bool:
 def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
     B, N = request.shape
     device, count = request.x.device, len(extremes)
-    op = operands(request, {e.mask for e in extremes}, sort_many=True)
+    op = operands(request, {e.mask for e in extremes}, **_OWN)
     extremes = [op.arranged_extreme(e) for e in extremes]
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes(extremes, request.symmetric, parameters)
@@ -424,7 +492,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
 def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     B, N = request.shape
     device = request.x.device
-    op = operands(request, {extreme.mask})
+    op = operands(request, {extreme.mask}, **_OWN)
     extreme = op.arranged_extreme(extreme)
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes([extreme], False, parameters)

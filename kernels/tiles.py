@@ -264,8 +264,8 @@ def visited(
 
 @triton.jit(do_not_specialize=["first_b", "first_n", "end_b", "end_n"])
 def _visited_kernel(
-    x_labels_ptr,  # (padded_b,) int32
-    y_labels_ptr,  # (padded_n,) int32
+    x_labels_ptr,  # (padded_b,) int64
+    y_labels_ptr,  # (padded_n,) int64
     listed_ptr,  # (1 + tiles,) int32: how many tiles, and which, in no order; the count begins at 0
     visits_ptr,  # (tiles_b, tiles_n) int32: 1 where a tile is visited; zeros before, as the next two
     row_bounds_ptr,  # (2, tiles_b) int32: tiles_n less the first column tile visited, the last one plus 1
