@@ -24,10 +24,9 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
-MISSING = -(2**63)
 KERNELS = (
     "_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel",
-    "_visited_product_kernel", "_norms_kernel", "_gradient_kernel",
+    "_visited_product_kernel", "_norms_kernel", "_gradient_kernel", "_best_kernel", "_decode_kernel",
 )  # fmt: skip
 
 
@@ -97,9 +96,9 @@ class Recorder:
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             assert sorted(arguments) == sorted(self.kernel.arg_names)
-            for name in ("row_partials_ptr", "column_partials_ptr", "top_ptr"):
-                if name in arguments and arguments[name].dtype == torch.int64:
-                    arguments[name].fill_(MISSING)  # what mining finds in nothing
+            if "indices_ptr" in arguments:  # what mining finds in nothing
+                arguments["indices_ptr"].fill_(-1)
+                arguments["values_ptr"].fill_(-torch.inf)
             self.launches.append(Launch(self.kernel, grid, arguments, options))
 
         return start

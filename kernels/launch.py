@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backward
 from ..backward import Backward, accumulate, add_panel
-from ..extremes import MISSING, decoded, shared_passes
+from ..extremes import MISSING, shared_passes
 from ..forward import Forward, set_neutral, statistics
 from ..operands import Operands, on_device, operands
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
@@ -20,7 +20,7 @@ from ..request import Request
 from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
-from .extremes import _extremes_kernel, _top_k_kernel
+from .extremes import _best_kernel, _decode_kernel, _extremes_kernel, _top_k_kernel
 from .products import _visited_product_kernel
 from .program import (
     GUIDED,
@@ -254,6 +254,8 @@ def _gradient(
     d: Tensor, operand: Tensor, raw: Tensor, normalize: bool, weight_sums: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     """`rowwise.gradient`."""
+    if not normalize and weight_sums is None and scale is None:
+        return d.to(raw.dtype)
     out = raw.new_empty(raw.shape)
     programs, shape = _by_rows(*raw.shape)
     launch(
@@ -452,7 +454,6 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
     by_squares = _by_squares(request, extremes)
     inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
     places = op.places()
-    best = torch.full((count, B), MISSING, dtype=torch.int64, device=device)
     columns_of = int(request.symmetric)
 
     def cost(rows: int, columns: int) -> int:
@@ -462,6 +463,10 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
     panel_b, panel_n = (1, 1)
     if B and N:
         panel_b, panel_n = panel_shape(B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost)
+    one = 0 < B <= panel_b and 0 < N <= panel_n
+    best = torch.empty(count, B, dtype=torch.int64, device=device)
+    if not one:
+        best.fill_(MISSING)
     for first_b, end_b in panels(B, panel_b):
         for first_n, end_n in panels(N, panel_n):
             if request.symmetric and end_n <= first_b:
@@ -481,12 +486,31 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
                     _extremes_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, *places,
                     row_partials, column_partials, *dimensions, **_arithmetic(request),
                 )  # fmt: skip
-            for partials, tiles, first, end in (
-                (row_partials, tiles_n * config.parts, first_b, end_b), (column_partials, tiles_b, first_n, end_n)
-            )[: 1 + columns_of]:  # fmt: skip
-                panel = partials.view(count, tiles, end - first).amax(1)
-                best[:, first:end] = torch.maximum(best[:, first:end], panel)
-    return [decoded(best[e, :, None], extreme.largest, by_squares, op) for e, extreme in enumerate(extremes)]
+            _merge(row_partials, best, tiles_n * config.parts, length_b, first_b, one)
+            if request.symmetric:
+                _merge(column_partials, best, tiles_b, length_n, first_n, False)
+    return [_decoded(best[e, :, None], extreme.largest, by_squares, op) for e, extreme in enumerate(extremes)]
+
+
+def _merge(partials: Tensor, best: Tensor, tiles: int, length: int, first: int, fresh: bool) -> None:
+    """Merge one panel's entries (count, tiles, length) into the best (count, rows) from `first` on."""
+    block = 128
+    launch(
+        _best_kernel, cdiv(length, block), None, partials, best, tiles, length, first, best.shape[1],
+        COUNT=best.shape[0], FRESH=fresh, BLOCK_T=8, BLOCK=block,
+    )  # fmt: skip
+
+
+def _decoded(entries: Tensor, largest: bool, squares: bool, op: Operands) -> tuple[Tensor, Tensor]:
+    """`extremes.decoded`."""
+    values, indices = entries.new_empty(entries.shape, dtype=torch.float32), entries.new_empty(entries.shape)
+    order, block = op.orders[0], 256
+    launch(
+        _decode_kernel, cdiv(entries.numel(), block), None, entries, entries if order is None else order, values,
+        indices, entries.numel(), K=entries.shape[1], LARGEST=largest, SQUARES=squares, ORDERED=order is not None,
+        BLOCK=block,
+    )  # fmt: skip
+    return values, indices
 
 
 def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
@@ -515,4 +539,4 @@ def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
                 PROGRAM=program(request, op, codes, squares=by_squares), K=k, WIDTH_K=wide, **_arithmetic(request),
             )  # fmt: skip
             best[first_b:end_b] = top.view(end_b - first_b, -1).sort(dim=1, descending=True).values[:, :k]
-    return decoded(best, extreme.largest, by_squares, op)
+    return _decoded(best, extreme.largest, by_squares, op)
