@@ -6,6 +6,7 @@ import triton.language as tl
 from .. import extremes
 from .masks import keep_tile
 from .program import EVERY, HEADER, REDUCTION, SAME_ONLY, SIDE, SLOT, TILES, TRIANGLE, WIDTH
+from .reductions import was_visited
 from .tiles import (
     along_columns,
     along_rows,
@@ -200,7 +201,7 @@ def _extremes_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tiles", "length", "first", "rows"])
+@triton.jit(do_not_specialize=["tiles", "length", "first", "rows", "first_b", "first_n", "end_n"])
 def _best_kernel(
     partial_ptr,  # (COUNT, tiles, length) int64
     best_ptr,  # (COUNT, rows) int64
@@ -208,8 +209,13 @@ def _best_kernel(
     length,
     first,  # position of the panel among the rows
     rows,
+    first_b,  # the panel; read if TRIANGLE
+    first_n,
+    end_n,
     COUNT: tl.constexpr,
     FRESH: tl.constexpr,  # nothing was found yet: the best are not read
+    SIDE: tl.constexpr,  # as in `reductions._fold_kernel`
+    TRIANGLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -225,6 +231,7 @@ def _best_kernel(
         for start in range(0, tiles, BLOCK_T):
             tile = tl.cast(tiles, tl.int64) * e + start + t
             mask = (start + t < tiles)[:, None] & (at < length)[None, :]
+            mask = mask & was_visited((start + t)[:, None], at[None, :], (first_b, first_n, end_n), SIDE, TRIANGLE)
             found = tl.load(partial_ptr + tile[:, None] * length + at[None, :], mask=mask, other=MISSING)
             best = tl.maximum(best, tl.max(found, 0))
         tl.store(place, best, mask=at < length)

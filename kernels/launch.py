@@ -141,21 +141,27 @@ def _arithmetic(request: Request) -> dict:
     return {"INPUT_PRECISION": "ieee" if _kind(request) == "ieee" else "tf32", "UPCAST": upcast}
 
 
+def _triangle(request: Request, config: configs.TileConfig) -> tuple[int, ...]:
+    """What tells a fold which tiles a pass over a triangle visited."""
+    return (config.block_b, config.block_n, config.parts) if request.symmetric else ()
+
+
 def _fold(
+    side: int,
     partials: Tensor,
     state: Tensor,
     tiles: int,
-    length: int,
-    first: int,
+    panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
     entries: tuple[int, ...],
     fresh: bool = False,  # nothing was merged yet, and the state holds anything
+    triangle: tuple[int, ...] = (),
 ) -> None:
-    """Merge one panel's partials (slots, tiles, length) into the state (slots, owners) from `first` on."""
+    """Merge one panel's partials (slots, tiles, length) into the state (slots, owners) of a side."""
+    first, length, block = panel[side], panel[2 + side] - panel[side], 128
     if entries:
-        block = 128
         launch(
-            _fold_kernel, cdiv(length, block), None, partials, state, tiles, length, first, state.shape[1],
-            ENTRIES=entries, FRESH=fresh, BLOCK_T=8, BLOCK=block,
+            _fold_kernel, cdiv(length, block), None, partials, state, tiles, length, first, state.shape[1], panel[0],
+            panel[1], panel[3], ENTRIES=entries, FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
         )  # fmt: skip
 
 
@@ -294,7 +300,7 @@ def _stats_panels(request: Request, plan: Forward) -> None:
         return 4 * (slots[0] * across * rows + slots[1] * down * columns)
 
     panel_b, panel_n = panel_shape(B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost)
-    skips = request.symmetric or op.same_only
+    triangle = _triangle(request, config)
     one = panel_b >= B and panel_n >= N
     if not one:
         plan.set_neutral()
@@ -306,7 +312,7 @@ def _stats_panels(request: Request, plan: Forward) -> None:
             tiles_b, tiles_n = cdiv(length_b, config.block_b), cdiv(length_n, config.block_n)
             row_partials = empty_partials(slots[0], tiles_n * config.parts, length_b, op.x.device)
             column_partials = empty_partials(slots[1], tiles_b, length_n, op.x.device)
-            if skips:
+            if op.same_only:
                 for partials, count, side in ((row_partials, slots[0], 0), (column_partials, slots[1], 1)):
                     if count:
                         set_neutral(partials.view(count, -1), entries[side])
@@ -316,9 +322,10 @@ def _stats_panels(request: Request, plan: Forward) -> None:
                     _stats_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
                     column_partials, *dimensions, *guide, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0], one)
-            first_of_columns = one and not request.symmetric
-            _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1], first_of_columns)
+            panel = (first_b, first_n, end_b, end_n)
+            _fold(0, row_partials, plan.states[0], tiles_n * config.parts, panel, entries[0], one, triangle)
+            fresh = one and not request.symmetric
+            _fold(1, column_partials, plan.states[1], tiles_b, panel, entries[1], fresh, triangle)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -388,13 +395,12 @@ def _weights_panels(request: Request, plan: Backward) -> None:
                     column_partials, panel, packed[1] if plan.scale is None else plan.scale, *dimensions, *guide,
                     stride_w, visits=visits, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            for side, partials, tiles, length, first, weight_sum in (
-                (0, row_partials, tiles_n * config.parts, length_b, first_b, plan.row_sum),
-                (1, column_partials, tiles_b, length_n, first_n, column_sum),
-            ):
+            for side, partials, tiles, weight_sum in (
+                (0, row_partials, tiles_n * config.parts, plan.row_sum), (1, column_partials, tiles_b, column_sum)
+            ):  # fmt: skip
                 written = written_slots(visible, side) + ((weight_sum,) if weight_sum >= 0 else ())
                 entries = tuple(v for slot in written for v in (int(Reduction.SUM), slot))
-                _fold(partials, plan.states[side], tiles, length, first, entries)
+                _fold(side, partials, plan.states[side], tiles, (first_b, first_n, end_b, end_n), entries)
             if store:
                 w = panel.view(length_b, stride_w)[:, :length_n]
                 multiply = accumulate if visits is None else _visited_product(request, config, visits)
@@ -454,7 +460,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
     by_squares = _by_squares(request, extremes)
     inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
     places = op.places()
-    columns_of = int(request.symmetric)
+    columns_of, triangle = int(request.symmetric), _triangle(request, config)
 
     def cost(rows: int, columns: int) -> int:
         across, down = cdiv(columns, config.block_n) * config.parts, cdiv(rows, config.block_b)
@@ -475,7 +481,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
             tiles_b, tiles_n = cdiv(length_b, config.block_b), cdiv(length_n, config.block_n)
             row_partials = empty_partials(count, tiles_n * config.parts, length_b, device, torch.int64)
             column_partials = empty_partials(count * columns_of, tiles_b, length_n, device, torch.int64)
-            if request.symmetric or op.same_only:
+            if op.same_only:
                 row_partials.fill_(MISSING)
                 column_partials.fill_(MISSING)
             for kind in kinds_of_tiles(request, op):
@@ -486,18 +492,27 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
                     _extremes_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, *places,
                     row_partials, column_partials, *dimensions, **_arithmetic(request),
                 )  # fmt: skip
-            _merge(row_partials, best, tiles_n * config.parts, length_b, first_b, one)
+            panel = (first_b, first_n, end_b, end_n)
+            _merge(0, row_partials, best, tiles_n * config.parts, panel, one, triangle)
             if request.symmetric:
-                _merge(column_partials, best, tiles_b, length_n, first_n, False)
+                _merge(1, column_partials, best, tiles_b, panel, False, triangle)
     return [_decoded(best[e, :, None], extreme.largest, by_squares, op) for e, extreme in enumerate(extremes)]
 
 
-def _merge(partials: Tensor, best: Tensor, tiles: int, length: int, first: int, fresh: bool) -> None:
-    """Merge one panel's entries (count, tiles, length) into the best (count, rows) from `first` on."""
-    block = 128
+def _merge(
+    side: int,
+    partials: Tensor,
+    best: Tensor,
+    tiles: int,
+    panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
+    fresh: bool,
+    triangle: tuple[int, ...],
+) -> None:
+    """Merge one panel's entries (count, tiles, length) into the best (count, rows) of a side."""
+    first, length, block = panel[side], panel[2 + side] - panel[side], 128
     launch(
-        _best_kernel, cdiv(length, block), None, partials, best, tiles, length, first, best.shape[1],
-        COUNT=best.shape[0], FRESH=fresh, BLOCK_T=8, BLOCK=block,
+        _best_kernel, cdiv(length, block), None, partials, best, tiles, length, first, best.shape[1], panel[0],
+        panel[1], panel[3], COUNT=best.shape[0], FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
     )  # fmt: skip
 
 

@@ -466,6 +466,16 @@ def test_mine(k, side, dtype, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("k", [1, 3])
+def test_distances_are_compared_by_their_squares(k):
+    """And their roots are returned, unless a bound asks for the distances themselves."""
+    data = make(*_shape("rectangle", 20, 40), 5, grid=True, precision=torch.float32).to(torch.float32, grad=False)
+    for bound in (None, 1.013):
+        wanted = [Extreme(k=k, largest=largest, above=bound) for largest in (True, False)]
+        _assert_mined(data, wanted, similarity=Similarity.EUCLIDEAN)
+
+
+@interpreted
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("k", [1, 9])
 def test_mine_not_finite(k, largest):
