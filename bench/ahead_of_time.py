@@ -6,11 +6,12 @@ really launches. Needs Triton; a GPU is not asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +26,8 @@ TYPES = {
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 MISSING = -(2**63)
+#: Shared memory that one program may have, bytes.
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel")
 
 
@@ -49,6 +52,10 @@ class Launch:
         block_b, block_n, block_d, parts = (self.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D", "PARTS"))
         warps, stages = self.options["num_warps"], self.options["num_stages"]
         return f"{block_b}x{block_n}x{block_d} in {parts}, {warps} warps, {stages} stages"
+
+    def start(self) -> None:
+        """Once more, on the same arguments."""
+        self.kernel[self.grid](**self.arguments, **self.options)
 
     def source(self) -> ASTSource:
         """The specialisation that Triton makes of these arguments."""
@@ -79,35 +86,46 @@ def _type(value):
 
 
 class Recorder:
-    """Stands for a kernel and writes down its launches."""
+    """Stands for a kernel and writes down its launches; starts them too where that is wanted."""
 
-    def __init__(self, kernel, launches: list[Launch]):
-        self.kernel, self.launches = kernel, launches
+    def __init__(self, kernel, launches: list[Launch], starts: bool = False):
+        self.kernel, self.launches, self.starts = kernel, launches, starts
 
     def __getitem__(self, grid: tuple[int, ...]):
         def start(*args, **constants):
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             assert sorted(arguments) == sorted(self.kernel.arg_names)
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+            if self.starts:
+                self.launches[-1].start()
+                return
             for value in args:
                 if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
                     value.fill_(MISSING)  # what mining finds in nothing
-            self.launches.append(Launch(self.kernel, grid, arguments, options))
 
         return start
+
+
+@contextlib.contextmanager
+def recording(starts: bool = False) -> Iterator[list[Launch]]:
+    """The launches inside the block, instead of their work; `starts`: beside it."""
+    from flashpair.kernels import launch as launchers
+
+    launches: list[Launch] = []
+    stand_ins = {name: Recorder(getattr(launchers, name), launches, starts) for name in KERNELS}
+    with patch.multiple(launchers, **stand_ins):
+        yield launches
 
 
 def record(function: Callable[[], object], architecture: int = 90) -> list[Launch]:
     """Launches of a call of flashpair on CPU tensors, as on a GPU of this architecture."""
     from flashpair.kernels import configs
-    from flashpair.kernels import launch as launchers
 
     from flashpair import backend_triton, use_backend
 
-    launches: list[Launch] = []
-    stand_ins = {name: Recorder(getattr(launchers, name), launches) for name in KERNELS}
     with (
-        patch.multiple(launchers, **stand_ins),
+        recording() as launches,
         patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
         patch.object(configs, "architecture", lambda device: architecture),
         use_backend("triton"),
@@ -157,3 +175,19 @@ def compiled(launched: Launch, architecture: int) -> Compiled:
         spilled, cubin = found["STACK"] + found["LOCAL"], binary.asm["cubin"]
         seen[key] = Compiled(binary.asm["ptx"], binary.metadata.shared, found["REG"], spilled, cubin)
     return seen[key]
+
+
+def objection(launches: list[Launch], architecture: int) -> str:
+    """What is against these launches on an architecture: they do not compile, spill, or need too much shared memory."""
+    for launched in launches:
+        try:
+            found = compiled(launched, architecture)
+        except Exception as error:  # of any stage of the compiler
+            lines = str(error).strip().splitlines() or [""]
+            return f"{launched.name} does not compile: {type(error).__name__}: {lines[-1][:120]}"
+        if found.spilled:
+            return f"{launched.name} spills {found.spilled} bytes"
+        if found.shared > SHARED_MEMORY[architecture]:
+            most = SHARED_MEMORY[architecture] >> 10
+            return f"{launched.name} needs {found.shared >> 10} KiB of shared memory, {most} are there"
+    return ""

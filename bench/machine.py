@@ -46,6 +46,13 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+def tuned_hash() -> str:
+    """Twelve digits over the measured tiles in use (docs/triton.md); "-" without any."""
+    own = os.environ.get("FLASHPAIR_TUNED")
+    files = [path for path in (ROOT / "kernels" / "tuned.json", *([Path(own)] if own else [])) if path.exists()]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12] if files else "-"
+
+
 def _output(*command: str) -> str:
     """What a program prints; empty where it fails or there is none."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -68,7 +75,7 @@ def gpu_slug() -> str:
 
 @functools.cache
 def gpu_software() -> dict[str, str]:
-    """Driver, CUDA of torch and compiler: what the speed of a GPU depends on besides our sources."""
+    """Driver, CUDA of torch, compiler, measured tiles: what the speed of a GPU depends on besides our sources."""
     import torch
 
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
@@ -77,6 +84,7 @@ def gpu_software() -> dict[str, str]:
         "driver": driver[0].strip() if driver else "unknown",
         "cuda": torch.version.cuda or "-",
         "nvcc": compiler[1] if compiler else "-",
+        "tuned": tuned_hash(),
     }
 
 

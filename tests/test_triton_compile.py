@@ -36,11 +36,9 @@ from flashpair.kernels.program import PLAIN, TILES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import ahead_of_time
-from ahead_of_time import Launch, compiled
+from ahead_of_time import SHARED_MEMORY, Launch, compiled
 
 ALL = os.environ.get("FLASHPAIR_COMPILE_ALL", "0") not in ("0", "")
-#: Shared memory that one block may have, bytes.
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 # --- what would be launched -------------------------------------------------------------------------------------------
