@@ -259,7 +259,7 @@ CASES = (
     ),
     Case(
         "nearest", labelled(4, RANDOM), flash_nearest, dense.dense_nearest,
-        {"faiss": Peer(peers.faiss_nearest, 0.0)}, directions=(FORWARD,),
+        {"faiss": Peer(peers.faiss_nearest, 0.0), "cuvs": Peer(peers.cuvs_nearest, 0.0)}, directions=(FORWARD,),
     ),
     head_case("arcface", flash_arc_face, dense.dense_arc_face, {PEER: Peer(peers.metric_learning_arc_face)}),
     head_case("linear-cross-entropy", flash_linear, dense.dense_linear, LINEAR_PEERS),
@@ -302,6 +302,7 @@ def gpu_jobs() -> list[Job]:
     rest = [(b, d) for d in (512, 128, 1024) for b in (16384, 4096, 32768, 1024)]
     jobs += [Job(name, b, d, half, compiled=False) for b, d in rest for name in names]
     jobs += [Job(name, 32768, 512, half, compiled=False, direction=FORWARD) for name in names]
+    jobs += [Job("nearest", 32768, 512, "float16", compiled=False, direction=FORWARD)]  # the width of cuVS
     first: dict[tuple, Job] = {}
     for job in jobs:
         first.setdefault((job.case, job.batch, job.width, job.dtype, job.direction), job)

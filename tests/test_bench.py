@@ -188,6 +188,30 @@ def test_contestants_are_gated_and_timed(tmp_path):
     assert rows["cross-batch-memory", "forward"]["columns"] == 16 * 96
 
 
+def test_cuvs_is_called_as_documented(monkeypatch):
+    """By a stand-in of its exact index: build(dataset, metric=), search(index, queries, k), device arrays."""
+    import dense
+    import inputs
+    import peers
+
+    class BruteForce:
+        def build(dataset, metric):
+            assert metric == "inner_product" and not dataset.requires_grad
+            return dataset
+
+        def search(index, queries, k):
+            found = (queries @ index.T).topk(k)
+            return found.values.numpy(), found.indices.numpy()
+
+    made = inputs.labelled(4, inputs.RANDOM)(96, 8)
+    with pytest.raises(peers.CannotRun, match="runs on NVIDIA GPUs only"):
+        peers.cuvs_nearest(made)
+    monkeypatch.setattr(peers, "installed", lambda *a: BruteForce)
+    torch.testing.assert_close(peers.cuvs_nearest(made), dense.dense_nearest(made).detach())
+    with pytest.raises(peers.CannotRun, match="serves float32 and float16 only"):
+        peers.cuvs_nearest(made.to(torch.bfloat16))
+
+
 def test_a_wrong_contestant_is_reported_and_never_timed(monkeypatch):
     import cases
     import gate
