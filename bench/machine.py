@@ -99,6 +99,13 @@ def processor() -> str:
     return f"{name} ({widest})" if widest else name
 
 
+def bfloat16_instructions() -> str:
+    """What the processor multiplies bfloat16 with; "-" where it has nothing of its own."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return next((isa for isa in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if isa in flags), "-")
+
+
 @functools.cache
 def fma_peak(threads: int) -> float | None:
     """GFLOP/s of float32 multiply-adds in registers on this many threads; None where nothing compiles `peak.cpp`."""
@@ -142,7 +149,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "pytorch-metric-learning": installed("pytorch-metric-learning"),
-        **(gpu_software() if device == "cuda" else {}),
+        **(gpu_software() if device == "cuda" else {"bfloat16": bfloat16_instructions()}),
         "commit": commit(),
         "sources": source_hash(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -144,6 +144,24 @@ def test_a_sweep_that_was_cut_short_is_reported(tmp_path, monkeypatch, capsys):
     assert "| clip | 4096x128 | 1.0 | - | **3.00x** |" in text and "inf_cl: No module named 'inf_cl' (clip)" in text
 
 
+def test_narrow_rows_of_a_cpu_say_so():
+    """Beside those of float32: in the table of README, in its details, and what the processor has for them."""
+    rows = [
+        measured("clip", {"flashpair": 1.0, "dense": 3.0 + wide}, batch=4096, width=128)
+        | {"backend": "cpu", "allocator": "warm", "dtype": dtype, "bfloat16": "amx_bf16"}
+        for wide, dtype in enumerate(("bfloat16", "float32"))
+    ]
+    for row in rows:
+        del row["driver"]  # of a GPU's rows only
+    text = "\n".join(report.speed_section(rows, "now"))
+    assert "| clip | 4096x128 bfloat16 | 1.0 | - | **3.00x** |" in text
+    assert "| clip | 4096x128 | 1.0 | - | **4.00x** |" in text
+    narrow, wide = sorted(report.provenance(rows), key=len, reverse=True)
+    assert "backend cpu, bfloat16 by amx_bf16, commit abc" in narrow and "backend cpu, commit abc" in wide
+    details = "\n".join(report.speed_details(rows, "now"))
+    assert "| clip | 4096x128 | bfloat16 | forward+backward | warm | flashpair |" in details
+
+
 def test_results_of_other_kinds_are_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     for name in ("speed", "memory", "family", "contrast", "distributed", "nvidia-nothing"):
