@@ -45,6 +45,7 @@ def provenance(rows: list[dict]) -> list[str]:
             software = (
                 f"driver {r['driver']}, torch {r['torch']} (CUDA {r['cuda']}), triton {r['triton']}, nvcc {r['nvcc']}"
             )
+            software += f", measured tiles {r['tuned']}" if r.get("tuned", "-") != "-" else ""
         else:
             software = f"{r['threads']} threads, torch {r['torch']}, backend {r['backend']}"
             software += f", bfloat16 by {r['bfloat16']}" if r.get("dtype") == "bfloat16" and "bfloat16" in r else ""

@@ -123,6 +123,8 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
     assert "8.00 (8.00-8.00), 5.3 U, 75%" in text  # 8 ms in units of 1.5 ms; 4 products
     assert "- inf_cl: No module named 'inf_cl' (2 rows)" in text
     assert "driver 580, torch 2.11.0 (CUDA 13.0), triton 3.6.0, nvcc 13.0" in text
+    assert "nvcc 13.0, measured tiles 0123, commit" in report.provenance([rows[0] | {"tuned": "0123"}])[0]
+    assert report.provenance([rows[0] | {"tuned": "-"}]) == report.provenance(rows[:1])
     goal = next(line for line in text.splitlines() if "at most 10 ms" in line)
     assert "| met | stale |" in goal
     assert (tmp_path / "nvidia-nothing-100-80gb.png").stat().st_size > 1000
