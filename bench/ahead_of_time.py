@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import re
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from flashpair import Precision
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -118,13 +121,23 @@ def recording(starts: bool = False) -> Iterator[list[Launch]]:
         yield launches
 
 
-def record(function: Callable[[], object], architecture: int = 90) -> list[Launch]:
-    """Launches of a call of flashpair on CPU tensors, as on a GPU of this architecture."""
+def record(function: Callable[[], object], architecture: int = 90, precision: Precision | None = None) -> list[Launch]:
+    """Launches of a call of flashpair on CPU tensors, as on a GPU of this architecture, in this precision if given."""
     from flashpair.kernels import configs
 
-    from flashpair import backend_triton, use_backend
+    from flashpair import backend_triton, ops, use_backend
+    from flashpair.request import PRECISION
+
+    decode = ops.decode
+
+    def decoded(*args):
+        request = decode(*args)
+        spec = list(request.spec)
+        spec[PRECISION] = int(precision)
+        return dataclasses.replace(request, spec=spec)
 
     with (
+        patch.object(ops, "decode", decode if precision is None else decoded),
         recording() as launches,
         patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
         patch.object(configs, "architecture", lambda device: architecture),
@@ -181,10 +194,12 @@ def objection(launches: list[Launch], architecture: int) -> str:
     """What is against these launches on an architecture: they do not compile, spill, or need too much shared memory."""
     for launched in launches:
         try:
-            found = compiled(launched, architecture)
+            with contextlib.redirect_stdout(io.StringIO()):  # where the assembler fails, Triton prints all it was given
+                found = compiled(launched, architecture)
         except Exception as error:  # of any stage of the compiler
-            lines = str(error).strip().splitlines() or [""]
-            return f"{launched.name} does not compile: {type(error).__name__}: {lines[-1][:120]}"
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            told = next((line for line in lines if line.startswith("ptxas fatal")), lines[0])
+            return f"{launched.name} does not compile: {told[:160]}"
         if found.spilled:
             return f"{launched.name} spills {found.spilled} bytes"
         if found.shared > SHARED_MEMORY[architecture]:

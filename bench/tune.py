@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -79,6 +80,10 @@ class Task:
         values = (self.kernel, self.kind, self.architecture, configs.width_of(self.shape[2]))
         return dict(zip(KEY, values, strict=True))
 
+    @property
+    def precision(self) -> Precision:
+        return Precision.TF32 if self.kind == "tf32" else Precision.IEEE
+
     def __str__(self) -> str:
         return f"{self.kernel} {self.kind} {'x'.join(map(str, self.shape))} {self.dtype}"
 
@@ -108,7 +113,7 @@ def make(task: Task, rows: int, columns: int, device: str) -> Data:
     x, y = (F.normalize(torch.randn(n, task.shape[2], generator=generator)) for n in (rows, columns))
     x, y = (t.to(device, dtype).requires_grad_(task.kernel == "weights") for t in (x, y))
     labels, ref_labels = (torch.arange(n, device=device) % classes for n in (rows, columns))
-    return Data(x, y, labels, ref_labels, Precision.TF32 if task.kind == "tf32" else Precision.IEEE)
+    return Data(x, y, labels, ref_labels, task.precision)
 
 
 def towers(d: Data) -> Sequence[Tensor]:
@@ -166,13 +171,15 @@ def _parts(rows: int, columns: int, warps: int) -> int:
 
 
 def shapes(c, kernel: str) -> Iterator:
-    """Of tiles whose accumulators take 32 to 128 registers of a thread."""
-    for rows in (64, 128, 256):
-        for columns in (64, 128, 256):
-            for warps in (4, 8):
-                if 32 <= rows * columns / (32 * warps) <= 128:
-                    parts = c.parts if kernel == "top_k" else _parts(rows, columns, warps)
-                    yield replace(c, block_b=rows, block_n=columns, warps=warps, parts=parts)
+    """Of tiles whose accumulators take 32 to 128 registers of a thread; more than 64 leave none for a second tile."""
+    from flashpair.kernels.configs import ONE_AT_ONCE
+
+    for rows, columns, warps in itertools.product((64, 128, 256), (64, 128, 256), (4, 8)):
+        accumulators = rows * columns / (32 * warps)
+        if 32 <= accumulators <= 128:
+            parts = c.parts if kernel == "top_k" else _parts(rows, columns, warps)
+            plain = ONE_AT_ONCE if c.plain and accumulators > 64 else c.plain
+            yield replace(c, block_b=rows, block_n=columns, warps=warps, parts=parts, plain=plain)
 
 
 def parts(c, kernel: str) -> Iterator:
@@ -219,7 +226,7 @@ def launches_of(task: Task, config, call: Callable[[], object]) -> list[ahead_of
     from flashpair.kernels import configs
 
     with configs.override(config):
-        found = ahead_of_time.record(call, task.architecture)
+        found = ahead_of_time.record(call, task.architecture, task.precision)
     return [launched for launched in found if launched.name == f"_{task.kernel}_kernel"]
 
 
@@ -234,48 +241,51 @@ def compiler_against(task: Task, config) -> str:
     return ahead_of_time.objection(found, task.architecture)
 
 
-def others_against(task: Task, config) -> str:
-    """The same of the losses that would take the configuration too."""
+def case_against(task: Task, config, name: str) -> str:
+    """The same of a loss that would take the configuration too."""
     from cases import CASES
 
-    for case in CASES:
-        if case.name not in SHARED_BY[task.kernel]:
-            continue
-        inputs = case.make(COMPILED[0], task.shape[2]).to(getattr(torch, task.dtype))
+    case = next(case for case in CASES if case.name == name)
+    inputs = case.make(COMPILED[0], task.shape[2]).to(getattr(torch, task.dtype))
 
-        def call(case=case, inputs=inputs) -> None:
-            loss = case.flashpair(inputs)
-            if loss.requires_grad:
-                loss.backward()
+    def call() -> None:
+        loss = case.flashpair(inputs)
+        if loss.requires_grad:
+            loss.backward()
 
-        found = ahead_of_time.objection(launches_of(task, config, call), task.architecture)
-        if found:
-            return f"{case.name}: {found}"
-    return ""
+    found = ahead_of_time.objection(launches_of(task, config, call), task.architecture)
+    return f"{name}: {found}" if found else ""
 
 
 class Compilers:
-    """Processes that compile candidates side by side; what they compiled is then in Triton's cache."""
+    """Processes that compile side by side; what they compiled is then in Triton's cache."""
 
     def __init__(self) -> None:
         self.pool: ProcessPoolExecutor | None = None
 
     def against(self, task: Task, configs: list) -> list[str]:
         """What the compiler says against each candidate."""
+        return self._answers([(compiler_against, task, config) for config in configs])
+
+    def others_against(self, task: Task, config) -> str:
+        """What it says against a candidate for the losses that share the row."""
+        return next(filter(None, self._answers([(case_against, task, config, c) for c in SHARED_BY[task.kernel]])), "")
+
+    def _answers(self, calls: list[tuple]) -> list[str]:
         if self.pool is None:
             workers = max(len(os.sched_getaffinity(0)) - 1, 1)
             self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context(CONTEXT))
-        waiting = [self.pool.submit(compiler_against, task, config) for config in configs]
+        waiting = [self.pool.submit(*call) for call in calls]
         try:
             return [future.result() for future in waiting]
-        except BrokenProcessPool:  # one has ended its process, and all others wait for ever
+        except BrokenProcessPool:  # one has ended its process, and all others would wait for ever
             self.pool = None
-            return [self._alone(task, config) for config in configs]
+            return [self._alone(call) for call in calls]
 
-    def _alone(self, task: Task, config) -> str:
+    def _alone(self, call: tuple) -> str:
         with ProcessPoolExecutor(1, multiprocessing.get_context(CONTEXT)) as pool:
             try:
-                return pool.submit(compiler_against, task, config).result()
+                return pool.submit(*call).result()
             except BrokenProcessPool:
                 return "ends the compiler's process"
 
@@ -505,7 +515,7 @@ def tune(task: Task, device: str, timer, compilers: Compilers, path: Path | None
             said = zip(candidates, compilers.against(task, candidates), strict=True)
             return [reason or trials.against(config) for config, reason in said]
 
-        found = search(task, against, partial(others_against, task), trials.sample, release=trials.release)
+        found = search(task, against, partial(compilers.others_against, task), trials.sample, release=trials.release)
     except Exception as error:
         print(f"  not tuned: {reason_of(error)}", flush=True)
         return False
