@@ -218,7 +218,8 @@ def link_package() -> Path:
 
 
 def environment(gpu: Gpu, site: Path) -> dict[str, str]:
-    elsewhere = ("FLASHPAIR_BACKEND", "FLASHPAIR_CUDA_LIBRARY", "TRITON_INTERPRET")  # not what is to be tested
+    # Not what is to be tested.
+    elsewhere = ("FLASHPAIR_BACKEND", "FLASHPAIR_CUDA_LIBRARY", "FLASHPAIR_TUNED", "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if k not in elsewhere}
     path = os.pathsep.join(filter(None, [str(site), kept.get("PYTHONPATH", "")]))
     settings = {"FLASHPAIR_BUILD_CUDA": "1", "FLASHPAIR_BUILD_NATIVE": "0", "TORCH_CUDA_ARCH_LIST": gpu.capability}

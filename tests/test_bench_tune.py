@@ -213,6 +213,20 @@ def test_the_compiler_drops_what_does_not_fit(monkeypatch, capfd):
 
 
 @compiled
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_losses_that_share_a_row_are_compiled_with_it(kernel, monkeypatch):
+    """In its arithmetic and with its tile; what they say names the loss."""
+    of = task(kernel, "tf32")
+    seen: list[ahead_of_time.Launch] = []
+    monkeypatch.setattr(ahead_of_time, "objection", lambda launches, architecture: (seen.extend(launches), "spills")[1])
+    for name in tune.SHARED_BY[kernel]:
+        before = len(seen)
+        assert tune.case_against(of, replace(of.start, group=3), name) == f"{name}: spills" and len(seen) > before
+    assert {launched.name for launched in seen} == {f"_{kernel}_kernel"}
+    assert {(launched.arguments["GROUP"], launched.arguments["INPUT_PRECISION"]) for launched in seen} == {(3, "tf32")}
+
+
+@compiled
 def test_a_candidate_that_ends_the_compiler_is_dropped_alone(monkeypatch):
     """Its process ends; the others are compiled after all."""
     of = task("top_k")
