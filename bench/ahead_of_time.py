@@ -29,8 +29,6 @@ TYPES = {
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 MISSING = -(2**63)
-#: Shared memory that one program may have, bytes.
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel")
 
 
@@ -89,23 +87,33 @@ def _type(value):
 
 
 class Recorder:
-    """Stands for a kernel and writes down its launches; starts them too where that is wanted."""
+    """Stands for a kernel and writes down its launches."""
 
-    def __init__(self, kernel, launches: list[Launch], starts: bool = False):
-        self.kernel, self.launches, self.starts = kernel, launches, starts
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]):
         def start(*args, **constants):
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             assert sorted(arguments) == sorted(self.kernel.arg_names)
-            self.launches.append(Launch(self.kernel, grid, arguments, options))
-            if self.starts:
-                self.launches[-1].start()
-                return
             for value in args:
                 if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
                     value.fill_(MISSING)  # what mining finds in nothing
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+        return start
+
+
+class Starter(Recorder):
+    """Writes launches down before they start."""
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        write_down = super().__getitem__(grid)
+
+        def start(*args, **constants):
+            write_down(*args, **constants)
+            self.launches[-1].start()
 
         return start
 
@@ -116,7 +124,8 @@ def recording(starts: bool = False) -> Iterator[list[Launch]]:
     from flashpair.kernels import launch as launchers
 
     launches: list[Launch] = []
-    stand_ins = {name: Recorder(getattr(launchers, name), launches, starts) for name in KERNELS}
+    kind = Starter if starts else Recorder
+    stand_ins = {name: kind(getattr(launchers, name), launches) for name in KERNELS}
     with patch.multiple(launchers, **stand_ins):
         yield launches
 
@@ -188,6 +197,10 @@ def compiled(launched: Launch, architecture: int) -> Compiled:
         spilled, cubin = found["STACK"] + found["LOCAL"], binary.asm["cubin"]
         seen[key] = Compiled(binary.asm["ptx"], binary.metadata.shared, found["REG"], spilled, cubin)
     return seen[key]
+
+
+#: Shared memory that one program may have, bytes.
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 def objection(launches: list[Launch], architecture: int) -> str:
