@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ..operands import MAX_BLOCK
 from .program import PLAIN
 
 
@@ -107,7 +106,7 @@ VARIABLE = "FLASHPAIR_TUNED"
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 REGISTERS = 65536  # of a multiprocessor
 
-_BLOCKS = tuple(block for block in (16, 32, 64, 128, 256) if block <= MAX_BLOCK)
+_BLOCKS = (16, 32, 64, 128, 256)  # vectors along the sides are padded to whole tiles of these
 _STAGES, _REGISTERS = range(1, 9), range(24, 256)
 #: What the fields of a row may be. Crowded passes keep the table: no one program stands for all of them.
 _KEY = {

@@ -19,7 +19,7 @@ from bench_support import GPU, command
 from flashpair import Reduction, Score, Term, pair_sum
 
 pytest.importorskip("triton", reason="no Triton wheel for this platform")
-from flashpair.kernels import configs
+from flashpair.kernels import configs, launch
 
 import ahead_of_time  # isort: skip
 import gpu  # isort: skip
@@ -179,6 +179,10 @@ def test_a_file_that_is_none_is_named(tuned_files, monkeypatch, tmp_path):
     monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "nowhere.json"))
     with pytest.raises(ValueError, match=r"FLASHPAIR_TUNED: .*nowhere.json holds no tuned tiles: .*No such file"):
         configs.choose("stats", "half", 90, 512)
+
+
+def test_vectors_are_padded_to_whole_tiles_of_every_row():
+    assert all(launch.padded_length(n) % block == 0 for n in (1, 255, 257) for block in configs._TILE["block_b"])
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
