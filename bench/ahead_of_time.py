@@ -28,8 +28,10 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
-MISSING = -(2**63)
-KERNELS = ("_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel")
+KERNELS = (
+    "_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel",
+    "_visited_product_kernel", "_norms_kernel", "_gradient_kernel", "_best_kernel", "_decode_kernel",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -45,10 +47,15 @@ class Launch:
 
     @property
     def has_product(self) -> bool:
-        return "BLOCK_D" in self.arguments
+        return "INPUT_PRECISION" in self.arguments
+
+    @property
+    def of_pairs(self) -> bool:
+        """A product that makes similarities."""
+        return self.has_product and "PROGRAM" in self.arguments
 
     def tile(self) -> str:
-        if not self.has_product:
+        if not self.of_pairs:
             return ""
         block_b, block_n, block_d, parts = (self.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D", "PARTS"))
         warps, stages = self.options["num_warps"], self.options["num_stages"]
@@ -97,9 +104,9 @@ class Recorder:
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             assert sorted(arguments) == sorted(self.kernel.arg_names)
-            for value in args:
-                if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
-                    value.fill_(MISSING)  # what mining finds in nothing
+            if "indices_ptr" in arguments:  # what mining finds in nothing
+                arguments["indices_ptr"].fill_(-1)
+                arguments["values_ptr"].fill_(-torch.inf)
             self.launches.append(Launch(self.kernel, grid, arguments, options))
 
         return start
@@ -160,13 +167,19 @@ def record_products(function: Callable[[], object], architecture: int = 90) -> t
     """The same, and the FLOP of the gradient's products, which the launchers leave to the vendor's library."""
     from flashpair.kernels import launch as launchers
 
+    from flashpair.backward import accumulate
+
     flop = 0
 
-    def counted(plan, w: torch.Tensor, first_b: int, first_n: int, mirror: bool) -> None:
+    def counted(plan, w: torch.Tensor, first_b: int, first_n: int, mirror: bool, multiply) -> None:
         nonlocal flop
-        products = (plan.dx is not None) * (1 + mirror) + (plan.dy is not None)
-        flop += products * 2 * w.numel() * plan.x.shape[1]
+        if multiply is accumulate:
+            products = (plan.dx is not None) * (1 + mirror) + (plan.dy is not None)
+            flop += products * 2 * w.numel() * plan.x.shape[1]
+        else:
+            add_panel(plan, w, first_b, first_n, mirror, multiply)
 
+    add_panel = launchers.add_panel
     with patch.object(launchers, "add_panel", counted):
         return record(function, architecture), flop
 

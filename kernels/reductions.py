@@ -130,6 +130,16 @@ def owner_moments(s, keep, SIDE: tl.constexpr):
 
 
 @triton.jit
+def running(ptrs, inside, NEUTRAL: tl.constexpr, FRESH: tl.constexpr):
+    """(BLOCK,) float64 of the running statistics; what is neutral where nothing was merged yet."""
+    if FRESH:
+        value = tl.full(inside.shape, NEUTRAL, tl.float64)
+    else:
+        value = tl.load(ptrs, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
 def fold_entry(
     partial_ptr,
     state_ptr,
@@ -140,6 +150,7 @@ def fold_entry(
     state_length,
     REDUCTION: tl.constexpr,
     SLOT: tl.constexpr,
+    FRESH: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Merge one statistic's partials; one tile of tiles at a time, in their order."""
@@ -148,18 +159,18 @@ def fold_entry(
     step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
     inside = at < length
     if (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
-        total = tl.load(state, mask=inside, other=0.0)
+        total = running(state, inside, 0.0, FRESH)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
             total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
         tl.store(state, total, mask=inside)
     elif REDUCTION == MOMENTS:
-        count = tl.load(state, mask=inside, other=0.0)
-        mean = tl.load(state + state_length, mask=inside, other=0.0)
-        spread = tl.load(state + 2 * state_length, mask=inside, other=0.0)
-        low = tl.load(state + 3 * state_length, mask=inside, other=0.0)
-        high = tl.load(state + 4 * state_length, mask=inside, other=0.0)
+        count = running(state, inside, 0.0, FRESH)
+        mean = running(state + state_length, inside, 0.0, FRESH)
+        spread = running(state + 2 * state_length, inside, 0.0, FRESH)
+        low = running(state + 3 * state_length, inside, float("inf"), FRESH)
+        high = running(state + 4 * state_length, inside, -float("inf"), FRESH)
         for start in range(0, tiles, 1):
             offset = step * SLOT + tl.cast(start, tl.int64) * length + at
             c = tl.load(partial_ptr + offset, mask=inside, other=0.0).to(tl.float64)
@@ -179,11 +190,11 @@ def fold_entry(
         tl.store(state + 3 * state_length, low, mask=inside)
         tl.store(state + 4 * state_length, high, mask=inside)
     else:
-        m = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-        mass = tl.load(state + state_length, mask=inside, other=0.0)
+        m = running(state, inside, -float("inf"), FRESH).to(tl.float32)
+        mass = running(state + state_length, inside, 0.0, FRESH)
         weighted = mass
         if REDUCTION == SOFTMAX_MEAN:
-            weighted = tl.load(state + 2 * state_length, mask=inside, other=0.0)
+            weighted = running(state + 2 * state_length, inside, 0.0, FRESH)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
@@ -214,6 +225,7 @@ def _fold_kernel(
     first,  # position of the panel in the state
     state_length,
     ENTRIES: tl.constexpr,  # (reduction, slot, ...)
+    FRESH: tl.constexpr,  # nothing was merged yet: the state is not read
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -222,5 +234,5 @@ def _fold_kernel(
     for n in tl.static_range(len(ENTRIES) // 2):
         fold_entry(
             partial_ptr, state_ptr, at, tiles, length, first, state_length,
-            ENTRIES[2 * n], ENTRIES[2 * n + 1], BLOCK_T,
+            ENTRIES[2 * n], ENTRIES[2 * n + 1], FRESH, BLOCK_T,
         )  # fmt: skip

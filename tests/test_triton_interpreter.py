@@ -143,16 +143,22 @@ def test_self_similarity_around_a_tile(name, size):
 
 
 @interpreted
-@pytest.mark.parametrize("listed", LISTED)
-@pytest.mark.parametrize("labels", ["few", "one", "distinct", "many"])
+@pytest.mark.parametrize(
+    ("sort", "panels"), [("sorted", "whole"), ("sorted", "panels"), ("as they come", "panels")], ids=str
+)
+@pytest.mark.parametrize(("listed", "labels"), zip(LISTED * 2, ["few", "one", "distinct", "many"], strict=True))
 @pytest.mark.parametrize("side", ["rectangle", "self"])
-def test_terms_of_equal_labels_only(side, labels, listed, monkeypatch):
-    """The rows are sorted by label on the way and everything comes back in the caller's order."""
+def test_terms_of_equal_labels_only(side, labels, listed, sort, panels, monkeypatch):
+    """The rows are sorted by label on the way, unless pairs are excluded; the gradients read no tile without a pair."""
     monkeypatch.setattr(launch, "LISTED_TILES", listed)
+    if panels == "panels":
+        monkeypatch.setattr(launch, "panel_shape", lambda *args, square=False, **_: (32, 32) if square else (32, 64))
 
     def run(d):
+        exclude = None if sort == "sorted" else torch.arange(len(d.x)) // 2
         return pair_reduce(
             **d.pairs,
+            exclude=exclude,
             terms=[
                 Term(
                     Reduction.LOGSUMEXP, mask=Mask.SAME, scale=d.row_scale, offset=d.row_offset, weight=d.column_weight
@@ -165,6 +171,20 @@ def test_terms_of_equal_labels_only(side, labels, listed, monkeypatch):
 
     data = make(*_shape(side, 37, 41), 7, labels, precision=torch.float32)
     support.compare(run, data, "triton", torch.float32, ill_conditioned=True)
+
+
+@interpreted
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_tiles_between_visited_ones_are_not_read(side):
+    """Of the column tiles of 32, the first and the last hold pairs of equal labels; excluded pairs forbid sorting."""
+
+    def run(d):
+        labels = torch.tensor([0, 1, 0]).repeat_interleave(32)
+        columns = {} if side == "self" else {"y": d.y, "ref_labels": labels}
+        terms = [Term(Reduction.LOGSUMEXP, mask=Mask.SAME, scale=d.row_scale)]
+        return pair_reduce(d.x, terms=terms, labels=labels, exclude=torch.arange(96) - 1, **columns)
+
+    support.compare(run, make(*_shape(side, 96, 96), 7, precision=torch.float32), "triton", torch.float32)
 
 
 SORTED = only(
