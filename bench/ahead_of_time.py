@@ -6,11 +6,13 @@ really launches. Needs Triton; a GPU is not asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +20,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from flashpair import Precision
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -56,6 +60,10 @@ class Launch:
         block_b, block_n, block_d, parts = (self.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D", "PARTS"))
         warps, stages = self.options["num_warps"], self.options["num_stages"]
         return f"{block_b}x{block_n}x{block_d} in {parts}, {warps} warps, {stages} stages"
+
+    def start(self) -> None:
+        """Once more, on the same arguments."""
+        self.kernel[self.grid](**self.arguments, **self.options)
 
     def source(self) -> ASTSource:
         """The specialisation that Triton makes of these arguments."""
@@ -104,17 +112,49 @@ class Recorder:
         return start
 
 
-def record(function: Callable[[], object], architecture: int = 90) -> list[Launch]:
-    """Launches of a call of flashpair on CPU tensors, as on a GPU of this architecture."""
-    from flashpair.kernels import configs
+class Starter(Recorder):
+    """Writes launches down before they start."""
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        write_down = super().__getitem__(grid)
+
+        def start(*args, **constants):
+            write_down(*args, **constants)
+            self.launches[-1].start()
+
+        return start
+
+
+@contextlib.contextmanager
+def recording(starts: bool = False) -> Iterator[list[Launch]]:
+    """The launches inside the block, instead of their work; `starts`: beside it."""
     from flashpair.kernels import launch as launchers
 
-    from flashpair import backend_triton, use_backend
-
     launches: list[Launch] = []
-    stand_ins = {name: Recorder(getattr(launchers, name), launches) for name in KERNELS}
+    kind = Starter if starts else Recorder
+    stand_ins = {name: kind(getattr(launchers, name), launches) for name in KERNELS}
+    with patch.multiple(launchers, **stand_ins):
+        yield launches
+
+
+def record(function: Callable[[], object], architecture: int = 90, precision: Precision | None = None) -> list[Launch]:
+    """Launches of a call of flashpair on CPU tensors, as on a GPU of this architecture, in this precision if given."""
+    from flashpair.kernels import configs
+
+    from flashpair import backend_triton, ops, use_backend
+    from flashpair.request import PRECISION
+
+    decode = ops.decode
+
+    def decoded(*args):
+        request = decode(*args)
+        spec = list(request.spec)
+        spec[PRECISION] = int(precision)
+        return dataclasses.replace(request, spec=spec)
+
     with (
-        patch.multiple(launchers, **stand_ins),
+        patch.object(ops, "decode", decode if precision is None else decoded),
+        recording() as launches,
         patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
         patch.object(configs, "architecture", lambda device: architecture),
         use_backend("triton"),
@@ -125,8 +165,9 @@ def record(function: Callable[[], object], architecture: int = 90) -> list[Launc
 
 def record_products(function: Callable[[], object], architecture: int = 90) -> tuple[list[Launch], int]:
     """The same, and the FLOP of the gradient's products, which the launchers leave to the vendor's library."""
-    from flashpair.backward import accumulate
     from flashpair.kernels import launch as launchers
+
+    from flashpair.backward import accumulate
 
     flop = 0
 
@@ -169,3 +210,25 @@ def compiled(launched: Launch, architecture: int) -> Compiled:
         spilled, cubin = found["STACK"] + found["LOCAL"], binary.asm["cubin"]
         seen[key] = Compiled(binary.asm["ptx"], binary.metadata.shared, found["REG"], spilled, cubin)
     return seen[key]
+
+
+#: Shared memory that one program may have, bytes.
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+def objection(launches: list[Launch], architecture: int) -> str:
+    """What is against these launches on an architecture: they do not compile, spill, or need too much shared memory."""
+    for launched in launches:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # where the assembler fails, Triton prints all it was given
+                found = compiled(launched, architecture)
+        except Exception as error:  # of any stage of the compiler
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            told = next((line for line in lines if line.startswith("ptxas fatal")), lines[0])
+            return f"{launched.name} does not compile: {told[:160]}"
+        if found.spilled:
+            return f"{launched.name} spills {found.spilled} bytes"
+        if found.shared > SHARED_MEMORY[architecture]:
+            most = SHARED_MEMORY[architecture] >> 10
+            return f"{launched.name} needs {found.shared >> 10} KiB of shared memory, {most} are there"
+    return ""

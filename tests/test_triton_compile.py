@@ -8,7 +8,6 @@ more architectures, and prints what the compiler said.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -23,8 +22,7 @@ from programs import BY_NAME
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashpair
-from flashpair import Extreme, Mask, Precision, Reduction, Score, Term, mine, ops, pair_reduce, pair_sum
-from flashpair.request import PRECISION
+from flashpair import Extreme, Mask, Precision, Reduction, Score, Term, mine, pair_reduce, pair_sum
 from flashpair.workspace import MINIMUM_BYTES
 
 pytest.importorskip("triton", reason="no Triton wheel for this platform")
@@ -36,11 +34,9 @@ from flashpair.kernels.program import PLAIN, TILES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import ahead_of_time
-from ahead_of_time import Launch, compiled
+from ahead_of_time import SHARED_MEMORY, Launch, compiled
 
 ALL = os.environ.get("FLASHPAIR_COMPILE_ALL", "0") not in ("0", "")
-#: Shared memory that one block may have, bytes.
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 # --- what would be launched -------------------------------------------------------------------------------------------
@@ -49,18 +45,10 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 @pytest.fixture
 def record(monkeypatch):
     """Runs something on the backend without a device and returns its launches, few tiles listed as in large panels."""
-    decode = ops.decode
 
     def run(function, architecture: int = 90, precision: Precision = Precision.IEEE) -> list[Launch]:
-        def decoded(*args):
-            request = decode(*args)
-            spec = list(request.spec)
-            spec[PRECISION] = int(precision)
-            return dataclasses.replace(request, spec=spec)
-
-        monkeypatch.setattr(ops, "decode", decoded)
         monkeypatch.setattr(launch, "LISTED_TILES", 1)
-        return ahead_of_time.record(function, architecture)
+        return ahead_of_time.record(function, architecture, precision)
 
     return run
 
