@@ -279,6 +279,41 @@ def test_launchers_never_wait(program, kind, record, monkeypatch):
     assert record(_run(program, kind, 40))
 
 
+class _Work(TorchDispatchMode):
+    """Counts the operators that launch something on a device."""
+
+    NOTHING = {"alias", "as_strided", "detach", "empty", "expand", "new_empty", "select", "slice", "split_with_sizes",
+               "t", "transpose", "unsqueeze", "view"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.NOTHING:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("program", "most"), [("clip", 14), ("siglip", 17), ("supcon", 13), ("multi_similarity", 26), ("batch_hard", 15)]
+)
+def test_passes_over_one_panel_ask_pytorch_for_little(program, most, record, monkeypatch):
+    """Forward and backward; at small sizes a step takes as long as its launches."""
+    work = _Work()
+
+    def counted(function, *args):
+        with work:
+            return function(*args)
+
+    for name in ("stats", "weights", "sums", "mine"):
+        monkeypatch.setattr(launch, name, functools.partial(counted, getattr(launch, name)))
+    monkeypatch.setattr(launch, "add_panel", lambda *args: None)  # two products
+    record(_run(program, "half", 64, 512, 768))
+    assert len(work.names) <= most, work.names
+
+
 @pytest.mark.parametrize("budget", [MINIMUM_BYTES, 16 << 20])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_buffers_fit_the_workspace(program, budget, record):
