@@ -235,6 +235,7 @@ def architecture(device: torch.device) -> int:
     return 89 if major == 8 and minor > 0 else max(below, default=80)
 
 
+@functools.cache
 def of_tiles(config: TileConfig, kind: int) -> TileConfig:
     """The configuration of one kind of tiles; their shape is that of all, since they share the partials."""
     if kind != PLAIN.value or config.plain is None:
