@@ -279,11 +279,15 @@ def test_launchers_never_wait(program, kind, record, monkeypatch):
     assert record(_run(program, kind, 40))
 
 
+#: Operators that launch nothing on a device.
+_NO_WORK = (
+    "alias", "as_strided", "detach", "empty", "expand", "new_empty", "select", "slice", "split_with_sizes", "t",
+    "transpose", "unsqueeze", "view",
+)  # fmt: skip
+
+
 class _Work(TorchDispatchMode):
     """Counts the operators that launch something on a device."""
-
-    NOTHING = {"alias", "as_strided", "detach", "empty", "expand", "new_empty", "select", "slice", "split_with_sizes",
-               "t", "transpose", "unsqueeze", "view"}  # fmt: skip
 
     def __init__(self):
         super().__init__()
@@ -291,7 +295,7 @@ class _Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in self.NOTHING:
+        if name not in _NO_WORK:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
