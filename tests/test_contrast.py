@@ -49,22 +49,6 @@ def test_float32(case, engine):
         assert (got[name] - value).abs().max().item() <= 8 * lost + 3e-6 * max(value.abs().max().item(), 1), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-def test_backward_inside_autocast(case, engine):
-    """As outside: no product of a backward pass is narrowed, nor those of the parameters' gradients."""
-    if engine not in support.FUSED:
-        pytest.skip("the specification is plain autograd, which autocast reaches")
-    found = []
-    for inside in (False, True):
-        torch.manual_seed(7)
-        d, loss = moved(views(b=20), torch.float32, support.device(engine)), case.make(None)
-        value = case.call(loss, d)
-        leaves = [d.x, d.y, *(loss.parameters() if isinstance(loss, torch.nn.Module) else [])]
-        with torch.autocast(d.x.device.type, torch.bfloat16, enabled=inside):
-            found.append(torch.autograd.grad(value, leaves, allow_unused=True))
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_small_batches(case, rows, engine):
