@@ -229,9 +229,15 @@ def ages(d: Views) -> Tensor:
     return (2 * d.x[:, 0].detach()).round().long()
 
 
-def define_sup_re_mix(d: Views, gap: int, mix_negatives: bool = True) -> Tensor:
+def real_ages(d: Views) -> Tensor:
+    """(B,) real targets that follow from the row, some of them equal."""
+    y = 1.3 * d.x[:, 0].detach()
+    return torch.where(d.x[:, 1].detach() > 0.5, y, (4 * y).round() / 4)
+
+
+def define_sup_re_mix(d: Views, gap: float, mix_negatives: bool = True, target=ages, w=lambda far: far + 1) -> Tensor:
     """Every mixture made, as the authors' code does."""
-    z, y, b, t = unit(d.x), ages(d).tolist(), len(d.x), 0.5
+    z, y, b, t = unit(d.x), target(d).tolist(), len(d.x), 0.5
     seed = draw_seed() if mix_negatives else 0
     terms = []
     for i in range(b):
@@ -247,7 +253,7 @@ def define_sup_re_mix(d: Views, gap: int, mix_negatives: bool = True) -> Tensor:
                 others.append(((share * z[i] + (1 - share) * z[k]).detach(), (1 - share) * abs(y[i] - y[k])))
         candidates = [(v, 0) for v in positives] + others
         if positives:
-            total = torch.log(sum((apart + 1) * torch.exp(z[i] @ v / t) for v, apart in candidates))
+            total = torch.log(sum(w(apart) * torch.exp(z[i] @ v / t) for v, apart in candidates))
             terms.append(total - mean([z[i] @ v / t for v in positives]))
     return sum(terms, 0 * z.sum()) / b
 
@@ -509,6 +515,27 @@ CASES = [
     Case(
         "SupReMixLoss unmixed", lambda g: losses.SupReMixLoss(0.5, 1, mix_negatives=False, group=g),
         lambda loss, d: loss(d.x, ages(d)), lambda d: define_sup_re_mix(d, 1, False), True,
+    ),
+    *(
+        Case(
+            f"SupReMixLoss {weight.value}",
+            lambda g, weight=weight: losses.SupReMixLoss(0.5, 2.5, 6.0, weight=weight, group=g),
+            lambda loss, d: loss(d.x, ages(d)), lambda d, w=w: define_sup_re_mix(d, 2.5, w=w), True,
+        )
+        for weight, w in (
+            (losses.SupReMixWeight.NONE, lambda far: 1.0),
+            (losses.SupReMixWeight.L1, lambda far: 1 / (far + 1)),
+            (losses.SupReMixWeight.L2, lambda far: 1 / (far**2 + 1)),
+            (losses.SupReMixWeight.L2_INV, lambda far: far**2 + 1),
+        )
+    ),
+    Case(
+        "SupReMixLoss real", lambda g: losses.SupReMixLoss(0.5, 0.8, 6.0, group=g),
+        lambda loss, d: loss(d.x, real_ages(d)), lambda d: define_sup_re_mix(d, 0.8, target=real_ages), True,
+    ),
+    Case(
+        "SupReMixLoss real positives", lambda g: losses.SupReMixLoss(0.5, 2.0, mix_negatives=False, group=g),
+        lambda loss, d: loss(d.x, real_ages(d)), lambda d: define_sup_re_mix(d, 2.0, False, real_ages), True,
     ),
     Case(
         "MECOLoss", lambda g: after_a_batch(losses.MECOLoss(0.3, group=g)),

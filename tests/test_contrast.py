@@ -255,17 +255,48 @@ def test_cluster_concentration(engine):
     assert phi.min() == 0.003 and phi[:2].min() > 0.3
 
 
-def test_mixtures_do_not_depend_on_the_panels(engine, monkeypatch):
-    """Value and gradients of two rows a panel; the random batch has mixed positives, another seed other negatives."""
-    d = moved(views(), torch.float64, support.device(engine))
-    y = contrast_cases.ages(d).tolist()
-    assert any(0 < y[i] - a < 4 and 0 < b - y[i] < 4 for i in range(9) for a in y for b in y)
-    ours = lambda d: losses.SupReMixLoss(0.5, 4)(d.x, contrast_cases.ages(d))  # noqa: E731
+@pytest.mark.parametrize(("target", "gap"), [("ages", 4), ("real_ages", 2.0)])
+def test_mixtures_do_not_depend_on_the_panels(target, gap, engine, monkeypatch):
+    """Value and gradients of two rows a panel, and of few triples at a time; another seed makes other negatives."""
+    d, targets = moved(views(), torch.float64, support.device(engine)), getattr(contrast_cases, target)
+    y = targets(d).tolist()
+    assert any(0 < y[i] - a < gap and 0 < b - y[i] < gap for i in range(9) for a in y for b in y)
+    ours = lambda d: losses.SupReMixLoss(0.5, gap)(d.x, targets(d))  # noqa: E731
     whole, other = evaluate(ours, d), ours(d)
     monkeypatch.setattr("flashpair.rows._CPU_ELEMENTS", 1)
     monkeypatch.setattr("flashpair.rows._CPU_ROWS", 2)
-    close(evaluate(ours, d), whole, 1e-13)
+    for triples in (1 << 17, 9, 1):
+        monkeypatch.setattr("flashpair.losses.contrast.sup_re_mix.BetweenTargets._TRIPLES", triples)
+        close(evaluate(ours, d), whole, 1e-13)
     assert abs(other.item() - whole["loss"].item()) > 1e-4
+
+
+@pytest.mark.parametrize("gap", [0, 0.1, 0.3, 0.7, 9.0])
+def test_mixtures_of_real_targets_at_the_gap(gap, engine, monkeypatch):
+    """Targets whose rounded differences are just the gap, or just not; targets far away, and equal ones."""
+    monkeypatch.setattr("flashpair.rows._CPU_ELEMENTS", 1)
+    monkeypatch.setattr("flashpair.rows._CPU_ROWS", 1)  # each looks as far as itself must
+    d = moved(views(b=14), torch.float64, support.device(engine))
+    y = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.3, 0.8, 30.0, 30.1, -5.0], dtype=torch.float64)
+    y = y[torch.randperm(14, generator=torch.Generator().manual_seed(0))].to(d.x.device)
+    loss = losses.SupReMixLoss(0.5, gap, mix_negatives=False)
+    want = evaluate(lambda d: contrast_cases.define_sup_re_mix(d, gap, False, lambda _: y), d)
+    close(evaluate(lambda d: loss(d.x, y), d), want, 1e-12)
+
+
+def test_real_targets_that_are_whole_numbers(engine):
+    """Triples and products of sums are the same loss, its temperature's gradient too; NaN targets are seen."""
+    d, found = moved(views(b=30), torch.float64, support.device(engine)), []
+    y = (3 * d.x[:, 0].detach()).round().long()
+    for targets in (y, y.double(), y.float()):
+        torch.manual_seed(7)
+        temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        value = losses.SupReMixLoss(temperature, 4)(d.x, targets)
+        found.append([value, *torch.autograd.grad(value, [d.x, temperature])])
+    for of_reals in found[1:]:
+        for a, b in zip(of_reals, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert losses.SupReMixLoss()(d.x, y.double().index_fill(0, y[:1] * 0, math.nan)).isnan()
 
 
 @pytest.mark.parametrize("beta", [8.0, 1.5])
@@ -687,9 +718,11 @@ BAD = [
         "smoothing must be in",
     ),
     (lambda x: losses.cluster_concentration(x, x, torch.full((4,), -1)), ValueError, "clusters must be in"),
-    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4)), TypeError, "labels must be int64, real targets rounded or"),
+    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4).int()), TypeError, "labels must be int64"),
+    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4, 1)), ValueError, r"labels must have shape \(4,\)"),
+    (lambda x: losses.SupReMixLoss(weight="L1"), TypeError, "weight must be one of SupReMixWeight.NONE"),
     (lambda x: losses.SupReMixLoss()(x, torch.zeros(3).long()), ValueError, r"labels must have shape \(4,\)"),
-    (lambda x: losses.SupReMixLoss(gap=0), ValueError, "gap must be at least 1"),
+    (lambda x: losses.SupReMixLoss(gap=-1), ValueError, "gap must be in"),
     (lambda x: losses.SupReMixLoss(beta=0.0), ValueError, "beta must be in"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(4).long()), TypeError, "targets must be a floating-point tensor"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(3)), ValueError, r"targets must have shape \(4,\)"),

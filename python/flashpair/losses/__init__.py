@@ -126,6 +126,7 @@ _HOME = {
     "SupConLoss": "sup_con",
     "SupConReduction": "sup_con",
     "SupReMixLoss": "contrast.sup_re_mix",
+    "SupReMixWeight": "contrast.sup_re_mix",
     "TemperatureDiagnostics": "contrast.diagnostics",
     "ThresholdConsistentMarginLoss": "threshold_consistent_margin",
     "ThresholdReducer": "peer",
