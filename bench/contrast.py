@@ -122,6 +122,7 @@ def _losses() -> dict:
         "MannWhitneyLoss": lambda x, y: f.MannWhitneyLoss(0.05)(x, y),
         "CACRLoss": lambda x, y: f.CACRLoss()(x, y),
         "CACRQueueLoss": lambda x, y: f.CACRQueueLoss()([x, y], [x, y], queue(x)),
+        "CACRMoCoLoss": lambda x, y: f.CACRMoCoLoss(T)([x, y, x + y], [x, y]),
         "MEOWLoss": lambda x, y: f.MEOWLoss()(x, y, clusters(len(x))),
         "AdaMEOWLoss": lambda x, y: f.AdaMEOWLoss(x.shape[1])(x, y),
         "ProtoNCELoss": lambda x, y: f.ProtoNCELoss()(x, clusters(len(x), len(x) // 8), *centroids(x)) + 0 * y.sum(),
@@ -264,6 +265,16 @@ def cacr_queue(x: Tensor, y: Tensor) -> Tensor:
         s, own = v @ n.T, v @ v.T
         weights = (2 * torch.cat([s, off_diagonal(own)], 1)).softmax(1).detach()
         total = total - (weights * (2 - 2 * torch.cat([s, own], 1))).sum(1).mean()
+    return total / 2
+
+
+def cacr_moco(x: Tensor, y: Tensor) -> Tensor:
+    queries, index, total = [unit(v) for v in (x, y, x + y)], torch.arange(len(x)), 0.0
+    for v, key in enumerate(unit(k.detach()) for k in (x, y)):
+        others = [q for a, q in enumerate(queries) if a != v]
+        w = torch.stack([(q - key).square().sum(1) for q in others]).div(T).softmax(0).detach()
+        rows = torch.stack([F.cross_entropy(q @ key.T / T, index, reduction="none") for q in others])
+        total = total + 2 * T * (w * rows).sum(0).mean()
     return total / 2
 
 
@@ -503,6 +514,7 @@ DENSE = {
     "MSCRGLoss": mscrg, "RankNetLoss": rank_net,
     "ComparisonLoss": comparison, "LambdaLoss": lambda_loss,
     "AdaMEOWLoss": ada_meow, "ProtoNCELoss": proto_nce, "SupReMixLoss": sup_re_mix, "CACRQueueLoss": cacr_queue,
+    "CACRMoCoLoss": cacr_moco,
     "SupReMixLoss, real": functools.partial(sup_re_mix, target=real_ages),
     "CWCLLoss, exponential": functools.partial(cwcl, bandwidth=0.1), "MulSupConLoss, queue": mul_sup_con_queue,
     "NWSLoss": nws, "HybridMultiLabelLoss": hybrid, "ADRMSELoss": adr_mse, "UNIQUELoss": unique,

@@ -168,6 +168,23 @@ def cacr_queue(loss, d: Views) -> Tensor:
     return loss([d.x, d.y, d.z], momentum_keys(d), d.queue)
 
 
+def define_cacr_moco(d: Views, views_of_keys: int, euclidean: bool, t: float = 0.6) -> Tensor:
+    queries, keys = [unit(v) for v in (d.x, d.y, d.z)], [unit(v).detach() for v in momentum_keys(d)]
+    terms, b = [], len(d.x)
+    for v, i in itertools.product(range(views_of_keys), range(b)):
+        others = [a for a in range(3) if a != v]
+        far = torch.stack([(queries[a][i] - keys[v][i]).square().sum() for a in others]).detach()
+        weights = torch.softmax(far / t, 0)
+        for w, a in zip(weights, others, strict=True):
+            s = torch.stack([queries[a][i] @ keys[v][j] for j in range(b)])
+            if euclidean:
+                cost = 1 - torch.stack([s[j] for j in range(b) if j != i])
+                terms.append(w * (1 - s[i] - (torch.softmax(-cost / t, 0).detach() * cost).sum()))
+            else:
+                terms.append(2 * t * w * ((s / t).logsumexp(0) - s[i] / t))
+    return sum(terms) / b / views_of_keys
+
+
 def define_meow(d: Views) -> Tensor:
     terms, b = [], len(d.x)
     for i in range(b):
@@ -494,6 +511,14 @@ CASES = [
     Case(
         "CACRQueueLoss queue", lambda g: losses.CACRQueueLoss(1.0, 1.3, False, group=g), cacr_queue,
         lambda d: define_cacr_queue(d, in_batch=False),
+    ),
+    Case(
+        "CACRMoCoLoss", lambda g: losses.CACRMoCoLoss(0.6, group=g),
+        lambda loss, d: loss([d.x, d.y, d.z], momentum_keys(d)[:2]), lambda d: define_cacr_moco(d, 2, False),
+    ),
+    Case(
+        "CACRMoCoLoss euclidean", lambda g: losses.CACRMoCoLoss(0.6, losses.CACRCost.EUCLIDEAN, group=g),
+        lambda loss, d: loss([d.x, d.y, d.z], momentum_keys(d)), lambda d: define_cacr_moco(d, 3, True),
     ),
     Case("MEOWLoss", lambda g: losses.MEOWLoss(group=g), lambda loss, d: loss(d.x, d.y, d.clusters), define_meow),
     Case(

@@ -340,6 +340,22 @@ def test_cacr_without_negatives(engine):
     assert all(g.isfinite().all() for g in torch.autograd.grad(one, [d.x, d.y]))
 
 
+def test_cacr_of_two_views_is_mocos(engine):
+    """One other view has the weight 1; its temperature is learnable, and rival to nobody costs nothing."""
+    d = moved(views(), torch.float64, support.device(engine))
+    keys = [d.x * 0.9 + 0.1, d.y * 1.1 - 0.1]
+    found = []
+    for of, half in ((losses.CACRMoCoLoss, 1.0), (losses.MoCoV3Loss, 0.5)):
+        t = torch.tensor(0.3, dtype=torch.float64, device=d.x.device, requires_grad=True)
+        call = ([d.x, d.y], keys) if of is losses.CACRMoCoLoss else (d.x, d.y, *keys)
+        value = half * of(t)(*call)
+        found.append([value, *torch.autograd.grad(value, [d.x, d.y, t])])
+    torch.testing.assert_close(*found)
+    one = losses.CACRMoCoLoss(cost=losses.CACRCost.EUCLIDEAN)([d.x[:1], d.y[:1]], [k[:1] for k in keys])
+    pull = [1 - torch.cosine_similarity(a[:1], b[:1]) for a, b in ((d.y, keys[0]), (d.x, keys[1]))]
+    torch.testing.assert_close(one, sum(pull)[0] / 2)
+
+
 def test_meco_over_batches():
     """Its average follows the batches it is trained on; not those of evaluation, nor what is not finite."""
     loss, g = losses.MECOLoss(0.25), torch.Generator().manual_seed(0)
@@ -691,6 +707,10 @@ BAD = [
     (lambda x: losses.CACRQueueLoss()([x, x], [x, x[:2]], x), ValueError, r"queries\[1\] and keys\[1\] must have"),
     (lambda x: losses.CACRQueueLoss()([x, x], [x, x], x[:, :2]), ValueError, "queries and queue must have equal"),
     (lambda x: losses.CACRQueueLoss(negative_temperature=-1.0), ValueError, "negative_temperature"),
+    (lambda x: losses.CACRMoCoLoss()([x], [x]), ValueError, "queries must hold at least 2 views, keys at least 1"),
+    (lambda x: losses.CACRMoCoLoss()([x, x], []), ValueError, "at most as many; got 2 and 0"),
+    (lambda x: losses.CACRMoCoLoss()([x, x], [x, x[:2]]), ValueError, r"queries\[0\] and keys\[1\] must have"),
+    (lambda x: losses.CACRMoCoLoss(cost="rbf"), TypeError, "cost must be one of CACRCost.RBF"),
     (lambda x: losses.MECOLoss(0.0), ValueError, "gamma must be in"),
     (lambda x: losses.MECOLoss()(x, x[0]), ValueError, "data must have one dimension"),
     (lambda x: losses.MECOLoss()(x[0], x[0].double()), TypeError, "data and noise must have one dtype"),
