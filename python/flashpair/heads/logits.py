@@ -226,8 +226,7 @@ def check_per_class(name: str, value: Tensor | None, classes: int) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
+    checks.floating(name, value)
     if tuple(value.shape) != (classes,):
         raise ValueError(f"{name} must have shape ({classes},), one per class; got {tuple(value.shape)}")
 

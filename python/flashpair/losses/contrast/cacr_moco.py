@@ -13,7 +13,16 @@ from ... import checks
 from ...distributed.sharded import current
 from ...primitives import pair_reduce
 from ...terms import Mask, Reduction, Term
-from ..arguments import check_matched, check_rows, constant, inverse_temperature, poisoned, without_gradient
+from ..arguments import (
+    check_matched,
+    check_rows,
+    constant,
+    inverse_temperature,
+    numbered,
+    poisoned,
+    sequences,
+    without_gradient,
+)
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -79,11 +88,7 @@ class CACRMoCoLoss(InGroup, nn.Module):
         """
         queries, keys = list(queries), list(keys)
         if self.group is not None and current() is None:
-
-            def run(**given: Tensor) -> Tensor:
-                values = list(given.values())
-                return self.forward(values[: len(queries)], values[len(queries) :])
-
+            run = lambda **given: self.forward(*sequences(given, "queries", "keys"))  # noqa: E731
             return self.over_group(run, lambda: _named(queries, [without_gradient(k) for k in keys]))
         for name, view in _named(queries, keys).items():
             check_matched(queries[0], view, ("queries[0]", name))
@@ -121,5 +126,4 @@ def _named(queries: list[Tensor], keys: list[Tensor]) -> dict[str, Tensor]:
             f"queries must hold at least 2 views, keys at least 1 and at most as many; got {len(queries)} and "
             f"{len(keys)}"
         )
-    sides = (("queries", queries), ("keys", keys))
-    return {f"{side}[{k}]": view for side, of in sides for k, view in enumerate(of)}
+    return numbered(queries=queries, keys=keys)

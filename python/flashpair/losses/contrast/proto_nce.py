@@ -192,9 +192,7 @@ def _check_centroids(name: str, value: Tensor, embeddings: Tensor) -> None:
 
 
 def _check_concentration(name: str, value: Tensor, centroids: Tensor) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    checks.floating(name, value)
     if tuple(value.shape) != (len(centroids),):
         raise ValueError(f"{name} must have shape ({len(centroids)},), one per centroid; got {tuple(value.shape)}")
     checks.same_device("the centroids", centroids, **{name: value})
