@@ -521,6 +521,22 @@ def test_label_similarity(kind):
     losses.NWSLoss(7, 5, got)
 
 
+def test_each_clustering_has_its_gradient_at_once(monkeypatch):
+    """While S is kept: the backward pass is none over the pairs, and without gradients there is none at all."""
+    if "cpu" not in support.FUSED:
+        pytest.skip("the CPU backend keeps S")
+    from flashpair import backend_cpu
+
+    d = moved(views(), torch.float32)
+    call = lambda: losses.ProtoNCELoss()(d.x, d.clusters, *contrast_cases.centroids(d.x))  # noqa: E731
+    with support.forced("cpu"):
+        value = call()
+        monkeypatch.setattr(backend_cpu, "weights", None)
+        value.backward()
+        with torch.no_grad():
+            assert torch.equal(call(), value.detach())
+
+
 def test_draws_of_other_centroids():
     """Only centroids of no sample, each once, in the end each of them; all where fewer are left than are wanted."""
     from flashpair.losses.contrast.proto_nce import draw_others
