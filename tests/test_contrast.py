@@ -299,6 +299,25 @@ def test_real_targets_that_are_whole_numbers(engine):
     assert losses.SupReMixLoss()(d.x, y.double().index_fill(0, y[:1] * 0, math.nan)).isnan()
 
 
+def test_random_bits():
+    """As Python's integers make them; what is given stays as it is."""
+    from flashpair.random import random_bits
+
+    def mixed(z: int) -> int:
+        for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            z = (z ^ z >> by) * factor % (1 << 64)
+        return z
+
+    rows, columns, golden = torch.tensor([[0], [3], [1 << 40]]), torch.tensor([0, 1, 9]), 0x9E3779B97F4A7C15
+    for seed in (0, 12345, -(1 << 61) + 7):
+        got = random_bits(seed, rows, columns) % (1 << 62)
+        for r, i in enumerate(rows[:, 0].tolist()):
+            for c, j in enumerate(columns.tolist()):
+                counter = ((i * golden + j) * golden + seed) % (1 << 64)
+                assert got[r, c] == mixed(mixed(counter)) % (1 << 62)
+    assert rows.tolist() == [[0], [3], [1 << 40]] and columns.tolist() == [0, 1, 9]
+
+
 @pytest.mark.parametrize("beta", [8.0, 1.5])
 def test_beta_numbers(beta):
     """Distribution of Beta(2, β), and no correlation with the neighbour's."""

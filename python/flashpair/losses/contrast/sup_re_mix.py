@@ -29,7 +29,7 @@ from ..two_views import nothing
 def beta_two(seed: int, row: Tensor, column: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     """Beta(2, β) numbers, a function of (seed, row, column): 1 - U^(1/β) V^(1/(β + 1)), U and V uniform."""
     u, v = two_uniform(seed, row, column, dtype)
-    return 1 - u ** (1 / beta) * v ** (1 / (beta + 1))
+    return u.log_().div_(beta).add_(v.log_(), alpha=1 / (beta + 1)).expm1_().neg_()
 
 
 class SupReMixWeight(Enum):
