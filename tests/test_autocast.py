@@ -76,6 +76,23 @@ def test_manifold(engine):
     same_inside(step, support.device(engine))
 
 
+OF_VIEWS = {
+    "SogCLRLoss": lambda x, y: losses.SogCLRLoss(num_samples=20)(x, y, torch.arange(20, device=x.device)),
+    "ISogCLRLoss": lambda x, y: losses.ISogCLRLoss(num_samples=20)(x, y, torch.arange(20, device=x.device)),
+    "InfoNCELoss": lambda x, y: losses.InfoNCELoss()(x, y, queue=2 * y.detach().flip(1)),
+    "SelfSupervisedLoss": lambda x, y: losses.SelfSupervisedLoss(losses.SupConLoss())(x, y),
+}
+
+
+@pytest.mark.parametrize("name", OF_VIEWS)
+def test_views(name, engine):
+    def step() -> tuple[Tensor, list[Tensor]]:
+        data = batch("random", "matched", b=20).to(torch.float32, support.device(engine))
+        return OF_VIEWS[name](data.x, data.y), [data.x, data.y]
+
+    same_inside(step, support.device(engine))
+
+
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 ROWS, FEATURES, CLASSES = 20, 5, 9
