@@ -176,7 +176,7 @@ class SupReMixLoss(InGroup, nn.Module):
         (total,) = row_reduce(
             z, z, losses, products=[(z, constant)] if self.mix_negatives or triples is not None else [],
             rows=[targets, squares, *mixed], shared=[targets, scale], labels=place, ref_labels=place, exclude=index,
-            totals=1, copies=24,
+            totals=1, copies=24 if triples is None else 48,
         )  # fmt: skip
         return total
 
@@ -215,8 +215,8 @@ class BetweenTargets:
     With the columns in the order of their targets both are intervals beside the row's own target.
     """
 
-    #: Triples at a time on a CPU, so that they stay near the caches; bytes of workspace for one elsewhere.
-    _TRIPLES, _BYTES = 1 << 17, 32
+    #: Triples at a time on a CPU, so that they stay near the caches; elsewhere numbers of workspace for one.
+    _TRIPLES, _NUMBERS = 1 << 17, 12
 
     def __init__(self, targets: Tensor, gap: float) -> None:
         ordered = targets.sort().values
@@ -278,7 +278,7 @@ class BetweenTargets:
         u, below = torch.where(below, u, 1.0), below.to(a.dtype)
         of_below, share_of_below = torch.zeros_like(a), torch.zeros_like(a)
         each, of_above, share_of_above = a.new_zeros(3, *b.shape)
-        rows, columns = self._blocks(len(a), a.shape[1], b.shape[1], a.device)
+        rows, columns = self._blocks(a, b.shape[1])
         for first in range(0, len(a), rows):
             row = slice(first, first + rows)
             for left in range(0, a.shape[1], columns):
@@ -301,8 +301,9 @@ class BetweenTargets:
         log = torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + top)
         return log[:, 0], weights, shares, (numbers[0] * numbers[1])[:, 0]
 
-    def _blocks(self, rows: int, low: int, high: int, device: torch.device) -> tuple[int, int]:
-        """(rows, samples below) whose triples are made at once."""
-        most = self._TRIPLES if device.type == "cpu" else max(workspace_bytes(None) // self._BYTES, 1)
-        columns = max(min(low, most // max(high, 1)), 1)
-        return max(min(rows, most // max(columns * high, 1)), 1), columns
+    def _blocks(self, a: Tensor, high: int) -> tuple[int, int]:
+        """(rows, samples below) whose triples are made at once, of (rows, low) samples below."""
+        bytes_of_one = self._NUMBERS * a.element_size()
+        most = self._TRIPLES if a.device.type == "cpu" else max(workspace_bytes(None) // bytes_of_one, 1)
+        columns = max(min(a.shape[1], most // max(high, 1)), 1)
+        return max(min(a.shape[0], most // max(columns * high, 1)), 1), columns
