@@ -250,8 +250,8 @@ def _decode_kernel(
     ORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`extremes.decoded`."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """What entries say: see `flashpair.extremes`. SQUARES: they are of the squares of what is asked for."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < length
     entry = tl.load(entries_ptr + at, mask=inside, other=MISSING)
     rank = (entry >> 32).to(tl.int32)
@@ -262,7 +262,7 @@ def _decode_kernel(
     value = tl.where((entry & 1) == 1, float("nan"), value)
     value = tl.where(entry == MISSING, -float("inf") if LARGEST else float("inf"), value)
     index = tl.where(entry == MISSING, -1, _LAST_COLUMN - ((entry >> 1) & _LAST_COLUMN))
-    out = at.to(tl.int64)
+    out = at
     if ORDERED:
         out = tl.load(order_ptr + at // K, mask=inside, other=0) * K + at % K
     tl.store(values_ptr + out, value, mask=inside)

@@ -417,12 +417,13 @@ def _visited_product(
         own_tiles, tiles = visits.map.shape[::-1] if transposed else visits.map.shape
         bounds = visits.bounds[int(transposed)]
         features = 64
+        out += (operand * 0).sum(0, dtype=out.dtype)  # what is not finite shows in every row, as in a full product
         launch(
             _visited_product_kernel, own_tiles * cdiv(out.shape[1], features), None, w, operand, out, visits.map,
             bounds[0], bounds[1], w.stride(0), operand.stride(0), out.stride(0), out.shape[1], out.shape[0],
             operand.shape[0], tiles, own_tiles, TRANSPOSED=transposed, BLOCK=block, BLOCKS=blocks,
-            BLOCK_K=min(blocks, 128 // operand.element_size()), BLOCK_F=features, num_warps=4, num_stages=3,
-            **_arithmetic(request),
+            BLOCK_K=min(blocks, 128 // operand.element_size()), BLOCK_F=features,
+            num_warps=8 if block > 128 else 4, num_stages=3, **_arithmetic(request),
         )  # fmt: skip
 
     return multiply
@@ -517,7 +518,7 @@ def _merge(
 
 
 def _decoded(entries: Tensor, largest: bool, squares: bool, op: Operands) -> tuple[Tensor, Tensor]:
-    """`extremes.decoded`."""
+    """(values (rows, k) float32, columns int64) of entries (rows, k) in the caller's order; -1: none."""
     values, indices = entries.new_empty(entries.shape, dtype=torch.float32), entries.new_empty(entries.shape)
     order, block = op.orders[0], 256
     launch(

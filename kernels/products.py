@@ -51,9 +51,12 @@ def _visited_product_kernel(
         )
         if TRANSPOSED:
             places = other.to(tl.int64)[None, :] * stride_w + own[:, None]
+            inside = (own < stride_w)[:, None] & there[None, :]
         else:
             places = own.to(tl.int64)[:, None] * stride_w + other[None, :]
-        w = tl.load(weights_ptr + places, mask=(own < length)[:, None] & there[None, :], other=0.0)
+            inside = (own < length)[:, None] & ((other < stride_w) & (visit != 0))[None, :]
+        # Whole columns up to the stride, where zeros are, so that they are loaded many at a time.
+        w = tl.load(weights_ptr + places, mask=inside, other=0.0)
         if UPCAST:
             w = w.to(tl.float32)
             rows = rows.to(tl.float32)

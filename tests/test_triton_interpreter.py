@@ -64,7 +64,13 @@ LISTED = [1, 1 << 30]
 def _poisoned(*shape, **options):
     """torch.empty, filled with what must never be read."""
     out = torch.zeros(*shape, **options)
-    return out.fill_(torch.nan if out.is_floating_point() else 2**30 if out.dtype == torch.int32 else 2**60)
+    if out.dtype == torch.bool:
+        return out
+    return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max // 2)
+
+
+def _like(tensor, options):
+    return {"dtype": tensor.dtype, "device": tensor.device, **options}
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +80,8 @@ def _small_tiles_in_poisoned_memory(monkeypatch):
         return
     torch.set_num_threads(1)
     monkeypatch.setattr(torch, "empty", _poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **k: _poisoned(*shape, **_like(self, k)))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: _poisoned(t.shape, **_like(t, k)))
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_in_order)
     with configs.override(SMALL):
         yield
@@ -185,6 +193,22 @@ def test_tiles_between_visited_ones_are_not_read(side):
         return pair_reduce(d.x, terms=terms, labels=labels, exclude=torch.arange(96) - 1, **columns)
 
     support.compare(run, make(*_shape(side, 96, 96), 7, precision=torch.float32), "triton", torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [False, True])
+def test_not_finite_rows_show_in_gradients_of_equal_labels_only(normalize):
+    """As they do in a full product: no entry depends on which tiles were visited."""
+    x, labels, found = torch.randn(70, 8), torch.arange(70) // 5, []
+    x[5, 2] = torch.nan
+    for backend in ("triton", "reference"):
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend):
+            terms = [Term(Reduction.LOGSUMEXP, mask=Mask.SAME)]
+            (value,) = pair_reduce(leaf, terms=terms, labels=labels, normalize=normalize)
+        value[value.isfinite()].sum().backward()
+        found.append(leaf.grad.isnan())
+    assert torch.equal(*found)
 
 
 SORTED = only(

@@ -1,4 +1,4 @@
-"""What a pass of a GPU backend reads: both sides normalised, with norms and label ranks, in an order that saves work.
+"""What a pass of a GPU backend reads: both sides normalised, with norms and labels, in an order that saves work.
 
 Nothing here or in `panels`, `forward`, `backward` and `extremes` reads a device value, so nothing waits for the device.
 """
@@ -176,6 +176,9 @@ def operands(request: Request, masks: set[Mask], plain_tiles: bool = False, roww
         y = x if request.symmetric else rowwise.unit_rows(y)
     squared = request.similarity != Similarity.DOT
     x_norms = rowwise.norms(x, scaled, squared)
+    if labelled:
+        x_labels = padded_labels(x_labels)
+        y_labels = x_labels if request.symmetric else padded_labels(y_labels)
     exclude = x_labels
     if request.exclude is not None:
         inside = (request.exclude >= 0) & (request.exclude < y.shape[0])
@@ -187,8 +190,8 @@ def operands(request: Request, masks: set[Mask], plain_tiles: bool = False, roww
         y,
         x_norms,
         x_norms if request.symmetric else rowwise.norms(y, scaled, squared),
-        padded_labels(x_labels) if labelled else x_labels,
-        padded_labels(y_labels) if labelled else y_labels,
+        x_labels,
+        y_labels,
         exclude,
         x_labels if request.pair_mask is None else request.pair_mask.contiguous().view(torch.uint8),
         guide,
