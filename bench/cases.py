@@ -35,6 +35,7 @@ from results import BOTH, FORWARD
 from torch import Tensor
 
 Loss = Callable[[Inputs], Tensor]
+WIDENED = "dense in float32"  # of narrow inputs
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,21 @@ class Case:
     directions: tuple[str, ...] = (FORWARD, BOTH)
     dense_matrices: float | Callable[[int], float] = 6.0
 
-    def implementations(self, device: str = "cpu") -> dict[str, Implementation]:
+    def implementations(self, device: str = "cpu", dtype: str = "float32") -> dict[str, Implementation]:
         ours = {"flashpair": Implementation(self.flashpair)} if device == "cpu" else on_gpu_backends(self.flashpair)
         compiled = torch.compile(self.dense, fullgraph=True, dynamic=False)
         others = {"dense": self.dense, "compile": compiled, **{name: p.loss for name, p in self.peers.items()}}
+        if device == "cpu" and dtype != "float32":  # many processors multiply narrow numbers slowly
+            others[WIDENED] = lambda i: self.dense(i.widened())
         return ours | {name: Implementation(loss) for name, loss in others.items()}
 
-    def needs_bytes(self, implementation: str, batch: int) -> float:
+    def needs_bytes(self, implementation: str, batch: int, dtype: str = "float32") -> float:
         """A floor for what an implementation allocates; 0 for those that do not store S."""
         if implementation.startswith("flashpair"):
             return 0.0
         matrices = self.peers[implementation].matrices if implementation in self.peers else self.dense_matrices
-        return (matrices(batch) if callable(matrices) else matrices) * 4.0 * batch * self.columns(batch)
+        size = 4.0 if implementation == WIDENED else getattr(torch, dtype).itemsize
+        return (matrices(batch) if callable(matrices) else matrices) * size * batch * self.columns(batch)
 
 
 # --- flashpair --------------------------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ CASES = (
     ),
     Case(
         "nearest", labelled(4, RANDOM), flash_nearest, dense.dense_nearest,
-        {"faiss": Peer(peers.faiss_nearest, 0.0)}, directions=(FORWARD,),
+        {"faiss": Peer(peers.faiss_nearest, 0.0), "cuvs": Peer(peers.cuvs_nearest, 0.0)}, directions=(FORWARD,),
     ),
     head_case("arcface", flash_arc_face, dense.dense_arc_face, {PEER: Peer(peers.metric_learning_arc_face)}),
     head_case("linear-cross-entropy", flash_linear, dense.dense_linear, LINEAR_PEERS),
@@ -302,6 +306,7 @@ def gpu_jobs() -> list[Job]:
     rest = [(b, d) for d in (512, 128, 1024) for b in (16384, 4096, 32768, 1024)]
     jobs += [Job(name, b, d, half, compiled=False) for b, d in rest for name in names]
     jobs += [Job(name, 32768, 512, half, compiled=False, direction=FORWARD) for name in names]
+    jobs += [Job("nearest", 32768, 512, "float16", compiled=False, direction=FORWARD)]  # the width of cuVS
     first: dict[tuple, Job] = {}
     for job in jobs:
         first.setdefault((job.case, job.batch, job.width, job.dtype, job.direction), job)

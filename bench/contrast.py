@@ -89,6 +89,10 @@ def ages(batch: int) -> Tensor:
     return (100 * targets(batch)).long()
 
 
+def real_ages(batch: int) -> Tensor:
+    return 100 * targets(batch)
+
+
 def scored(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(scores, deviations, targets, the targets' deviations)."""
     t = targets(len(x)).to(x)
@@ -118,10 +122,12 @@ def _losses() -> dict:
         "MannWhitneyLoss": lambda x, y: f.MannWhitneyLoss(0.05)(x, y),
         "CACRLoss": lambda x, y: f.CACRLoss()(x, y),
         "CACRQueueLoss": lambda x, y: f.CACRQueueLoss()([x, y], [x, y], queue(x)),
+        "CACRMoCoLoss": lambda x, y: f.CACRMoCoLoss(T)([x, y, x + y], [x, y]),
         "MEOWLoss": lambda x, y: f.MEOWLoss()(x, y, clusters(len(x))),
         "AdaMEOWLoss": lambda x, y: f.AdaMEOWLoss(x.shape[1])(x, y),
         "ProtoNCELoss": lambda x, y: f.ProtoNCELoss()(x, clusters(len(x), len(x) // 8), *centroids(x)) + 0 * y.sum(),
         "SupReMixLoss": lambda x, y: f.SupReMixLoss()(x, ages(len(x))) + 0 * y.sum(),
+        "SupReMixLoss, real": lambda x, y: f.SupReMixLoss()(x, real_ages(len(x))) + 0 * y.sum(),
         "RnCLoss": lambda x, y: f.RnCLoss()(x, targets(len(x))) + 0 * y.sum(),
         "AMCLLoss": lambda x, y: f.AMCLLoss()([x], [y], guide(x) / 8, guide(y) / 8),
         "SimLAPLoss": lambda x, y: f.SimLAPLoss()(x, torch.sigmoid(y), *clusters(len(x))),
@@ -262,6 +268,16 @@ def cacr_queue(x: Tensor, y: Tensor) -> Tensor:
     return total / 2
 
 
+def cacr_moco(x: Tensor, y: Tensor) -> Tensor:
+    queries, index, total = [unit(v) for v in (x, y, x + y)], torch.arange(len(x)), 0.0
+    for v, key in enumerate(unit(k.detach()) for k in (x, y)):
+        others = [q for a, q in enumerate(queries) if a != v]
+        w = torch.stack([(q - key).square().sum(1) for q in others]).div(T).softmax(0).detach()
+        rows = torch.stack([F.cross_entropy(q @ key.T / T, index, reduction="none") for q in others])
+        total = total + 2 * T * (w * rows).sum(0).mean()
+    return total / 2
+
+
 def meow(x: Tensor, y: Tensor) -> Tensor:
     s, c = unit(x) @ unit(y).T / 0.4, clusters(len(x))
     weights = (c[:, :, None] != c[:, None, :]).sum(0)
@@ -282,11 +298,11 @@ def proto_nce(x: Tensor, y: Tensor) -> Tensor:
     return sum(F.cross_entropy(unit(x) @ unit(u).T / phi, c) for u, phi, c in of) / 2 + 0 * y.sum()
 
 
-def sup_re_mix(x: Tensor, y: Tensor) -> Tensor:
+def sup_re_mix(x: Tensor, y: Tensor, target=ages) -> Tensor:
     """As the authors have it: a mixture for each triple of samples."""
     from flashpair.losses.contrast.sup_re_mix import beta_two, draw_seed
 
-    z, t, index = unit(x), ages(len(x)), torch.arange(len(x))
+    z, t, index = unit(x), target(len(x)), torch.arange(len(x))
     s, c = z @ z.T / 0.3, z @ z.detach().T / 0.3
     apart = (t[:, None] - t[None]).abs()
     mixed = beta_two(draw_seed(), index[:, None], index[None], 8.0, x.dtype)
@@ -498,6 +514,8 @@ DENSE = {
     "MSCRGLoss": mscrg, "RankNetLoss": rank_net,
     "ComparisonLoss": comparison, "LambdaLoss": lambda_loss,
     "AdaMEOWLoss": ada_meow, "ProtoNCELoss": proto_nce, "SupReMixLoss": sup_re_mix, "CACRQueueLoss": cacr_queue,
+    "CACRMoCoLoss": cacr_moco,
+    "SupReMixLoss, real": functools.partial(sup_re_mix, target=real_ages),
     "CWCLLoss, exponential": functools.partial(cwcl, bandwidth=0.1), "MulSupConLoss, queue": mul_sup_con_queue,
     "NWSLoss": nws, "HybridMultiLabelLoss": hybrid, "ADRMSELoss": adr_mse, "UNIQUELoss": unique,
     "EmbeddingDistillationLoss": distillation,

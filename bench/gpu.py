@@ -2,6 +2,7 @@
 
     make gpu                                  build, test, bench, then the report
     make gpu STAGES="build sanitize"          some stages
+    make gpu STAGES=tune                      half an hour: measured tile configurations, to kernels/tuned.json
     make gpu GPU_OUT=dir                      logs, summary and a copy of the results go to dir (default: out/gpu)
 
 Nothing is downloaded and nothing is installed: the extension is built in place, and the package is imported from a
@@ -29,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+TUNED = ROOT / "kernels" / "tuned.json"
 SITE = ROOT / "out" / "gpu-site"
 GRACE = 5.0  # seconds between asking a stage to end and ending it
 TESTS = "tests/test_gpu.py"
@@ -149,6 +151,11 @@ def sanitize(gpu: Gpu, seconds: float) -> list[list[str]]:
     return [[*uncached, found, *tool, *shared, *cases] for tool in tools]
 
 
+def tune(gpu: Gpu, seconds: float) -> list[list[str]]:
+    budget = max(seconds - 180, seconds / 2)  # the row in progress is finished
+    return [python("bench/tune.py", "--write", str(TUNED), "--seconds", f"{budget:.0f}")]
+
+
 # --- what they said ---------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +195,7 @@ STAGES = {
         Stage("bench", 170, bench, last_line),
         Stage("report", 12, report, last_line),
         Stage("sanitize", 300, sanitize, sanitized),
+        Stage("tune", 1800, tune, last_line),
     )
 }
 DEFAULT = ("build", "test", "bench")
@@ -210,7 +218,8 @@ def link_package() -> Path:
 
 
 def environment(gpu: Gpu, site: Path) -> dict[str, str]:
-    elsewhere = ("FLASHPAIR_BACKEND", "FLASHPAIR_CUDA_LIBRARY", "TRITON_INTERPRET")  # not what is to be tested
+    # Not what is to be tested.
+    elsewhere = ("FLASHPAIR_BACKEND", "FLASHPAIR_CUDA_LIBRARY", "FLASHPAIR_TUNED", "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if k not in elsewhere}
     path = os.pathsep.join(filter(None, [str(site), kept.get("PYTHONPATH", "")]))
     settings = {"FLASHPAIR_BUILD_CUDA": "1", "FLASHPAIR_BUILD_NATIVE": "0", "TORCH_CUDA_ARCH_LIST": gpu.capability}
@@ -286,8 +295,7 @@ def run_stage(
 
 def mirror(gpu: Gpu, folder: Path) -> None:
     """Copy the results that are newer than their copies."""
-    for suffix in (".json", ".md", ".png"):
-        path = gpu.results.with_suffix(suffix)
+    for path in (*(gpu.results.with_suffix(suffix) for suffix in (".json", ".md", ".png")), TUNED):
         copy = folder / path.name
         if path.exists() and (not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime):
             with contextlib.suppress(OSError, shutil.SameFileError):

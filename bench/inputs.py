@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,11 @@ class Inputs:
             leaf(self.x, dtype), leaf(self.y, dtype), moved(self.labels), leaf(self.scale, wide), leaf(self.bias, wide),
             moved(self.memory, dtype), moved(self.memory_labels),
         )  # fmt: skip
+
+    def widened(self) -> Inputs:
+        """The same in float32; gradients go through to these leaves."""
+        wide = lambda t: None if t is None else t.float()  # noqa: E731
+        return replace(self, x=wide(self.x), y=wide(self.y), memory=wide(self.memory))
 
 
 def towers(scale: float, bias: float | None = None, noise: float = 2.0) -> Callable[[int, int], Inputs]:
@@ -102,15 +107,18 @@ def identities(batch: int, width: int) -> Inputs:
 
 
 def decided(batch: int, width: int) -> Inputs:
-    """Random classes of four in which float32 can tell which pair of every row is the hardest: ten roundings apart."""
+    """Random classes of four in which float32 can tell which pair of every row is the hardest: ten roundings apart,
+    also after the inputs were narrowed."""
     from dense import masks
 
     for seed in range(100):
         inputs = labelled(4, RANDOM)(batch, width, seed)
-        x = F.normalize(inputs.x.detach().double())
         positive, negative = masks(inputs.labels)
-        s = x @ x.T
-        gaps = [-v.topk(2).values.diff() for v in (s.masked_fill(~negative, -2), (-s).masked_fill(~positive, -2))]
+        gaps = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = F.normalize(inputs.x.detach().to(dtype).double())
+            s = x @ x.T
+            gaps += [-v.topk(2).values.diff() for v in (s.masked_fill(~negative, -2), (-s).masked_fill(~positive, -2))]
         if min(gap.min().item() for gap in gaps) > 10 * torch.finfo(torch.float32).eps:
             return inputs
     raise RuntimeError(f"no seed separates the hardest pairs of {batch} rows")
@@ -122,9 +130,12 @@ def decided_triplets(batch: int, width: int, margin: float = 0.05) -> Inputs:
 
     for seed in range(100):
         inputs = labelled(4, RANDOM)(min(batch, 64), width, seed)
-        d = distances(inputs.x.detach().double())
         positive, negative = masks(inputs.labels)
-        violation = (d[:, :, None] - d[:, None, :] + margin)[positive[:, :, None] & negative[:, None, :]]
-        if violation.abs().min().item() > 10 * torch.finfo(torch.float32).eps:
+        smallest = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            d = distances(inputs.x.detach().to(dtype).double())
+            violation = (d[:, :, None] - d[:, None, :] + margin)[positive[:, :, None] & negative[:, None, :]]
+            smallest.append(violation.abs().min().item())
+        if min(smallest) > 10 * torch.finfo(torch.float32).eps:
             return inputs
     raise RuntimeError(f"no seed separates the triplets of {batch} rows")

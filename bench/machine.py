@@ -46,6 +46,13 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+def tuned_hash() -> str:
+    """Twelve digits over the measured tiles in use (docs/triton.md); "-" without any."""
+    own = os.environ.get("FLASHPAIR_TUNED")
+    files = [path for path in (ROOT / "kernels" / "tuned.json", *([Path(own)] if own else [])) if path.exists()]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12] if files else "-"
+
+
 def _output(*command: str) -> str:
     """What a program prints; empty where it fails or there is none."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -68,7 +75,7 @@ def gpu_slug() -> str:
 
 @functools.cache
 def gpu_software() -> dict[str, str]:
-    """Driver, CUDA of torch and compiler: what the speed of a GPU depends on besides our sources."""
+    """Driver, CUDA of torch, compiler, measured tiles: what the speed of a GPU depends on besides our sources."""
     import torch
 
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
@@ -77,6 +84,7 @@ def gpu_software() -> dict[str, str]:
         "driver": driver[0].strip() if driver else "unknown",
         "cuda": torch.version.cuda or "-",
         "nvcc": compiler[1] if compiler else "-",
+        "tuned": tuned_hash(),
     }
 
 
@@ -89,6 +97,13 @@ def processor() -> str:
     widest = next((isa for isa in ("avx512f", "avx2") if isa in flags), "")
     name = fields.get("model name", platform.processor() or platform.machine())
     return f"{name} ({widest})" if widest else name
+
+
+def bfloat16_instructions() -> str:
+    """What the processor multiplies bfloat16 with; "-" where it has nothing of its own."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return next((isa for isa in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if isa in flags), "-")
 
 
 @functools.cache
@@ -134,7 +149,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "pytorch-metric-learning": installed("pytorch-metric-learning"),
-        **(gpu_software() if device == "cuda" else {}),
+        **(gpu_software() if device == "cuda" else {"bfloat16": bfloat16_instructions()}),
         "commit": commit(),
         "sources": source_hash(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -2,11 +2,12 @@
 
     python bench/memory.py                          every loss at B = 65536, D = 64, default and smallest workspace
     python bench/memory.py clip --batch 4096 --implementations flashpair dense metric-learning
-    python bench/memory.py --sweep                  a few losses at many B, for the report's curves
+    python bench/memory.py --sweep                  a few losses at many B, with dense code and peers, for the curves
     python bench/memory.py --quick                  a smoke check at a tiny size; nothing is kept
 
 Counted is the growth of the resident memory beyond the interpreter, the libraries and the inputs; the gradients of the
-inputs are part of it. Results go to bench/results/memory.json.
+inputs are part of it. An implementation is measured for the losses that have it; the names are those of run.py.
+Results go to bench/results/memory.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from timers import step
 
 QUEUED = "cross-batch-memory"
 TOO_SLOW = ("all-triplets",)  # at the sizes that are measured here
+#: What the curves show, each where a loss has it.
+SWEPT = ("flashpair", "dense", "compile", "chunked", "open_clip", "metric-learning")
 WARM_UP = 256  # rows of the step that loads libraries and starts threads
 FEW = 96  # for which a case with columns of its own makes few of them
 
@@ -50,7 +53,7 @@ def arguments() -> argparse.Namespace:
     if options.sweep:
         options.batch, options.width = [b for b in curves.BATCHES if b >= 1024], curves.WIDTH
         options.workspace = ["default"]
-        options.implementations = ["flashpair", "dense", "compile", "chunked"]
+        options.implementations = list(SWEPT)
     if options.quick:
         options.batch, options.width = [512], 16
     options.out = options.out or (
@@ -67,6 +70,15 @@ def cross_batch_memory(inputs):
     return CrossBatchMemory(ContrastiveLoss(), width, memory_size=batch)(inputs.x, inputs.labels)
 
 
+def peer_cross_batch_memory(inputs):
+    """The same by pytorch-metric-learning."""
+    from peers import installed
+
+    losses = installed("pytorch_metric_learning.losses")
+    batch, width = inputs.x.shape
+    return losses.CrossBatchMemory(losses.ContrastiveLoss(), width, memory_size=batch)(inputs.x, inputs.labels)
+
+
 def dense_cross_batch_memory(inputs):
     from dense import dense_memory_contrastive
 
@@ -75,17 +87,40 @@ def dense_cross_batch_memory(inputs):
 
 
 def all_cases():
-    from cases import CASES, FORWARD, Case
+    from cases import CASES, FORWARD, PEER, Case, Peer
     from inputs import labelled
 
     ours = [case for case in CASES if case.directions != (FORWARD,) and case.name not in (QUEUED, *TOO_SLOW)]
-    extra = Case(QUEUED, labelled(4, float("inf")), cross_batch_memory, dense_cross_batch_memory)
+    peers = {PEER: Peer(peer_cross_batch_memory, 15.0)}
+    extra = Case(QUEUED, labelled(4, float("inf")), cross_batch_memory, dense_cross_batch_memory, peers)
     return (*ours, extra)
+
+
+def jobs_of(cases: list, options: argparse.Namespace) -> list[tuple[str, int, int, str, str]]:
+    """(case, batch, width, implementation, workspace) of everything to measure.
+
+    Raises:
+        SystemExit: on an implementation that none of the losses has.
+    """
+    known = {case.name: list(case.implementations()) for case in cases}
+    every = list(dict.fromkeys(name for names in known.values() for name in names))
+    absent = [name for name in options.implementations if name not in every]
+    if absent and not options.sweep:
+        raise SystemExit(f"no loss asked for has the implementation {absent[0]!r}; there are {', '.join(every)}")
+    return [
+        (case.name, batch, width, implementation, workspace)
+        for case in cases
+        for batch, width in ((not options.quick and case.sizes) or [(b, options.width) for b in options.batch])
+        for implementation in options.implementations
+        if implementation in known[case.name]
+        for workspace in (options.workspace if implementation == "flashpair" else ["default"])
+    ]
 
 
 def measure(name: str, batch: int, width: int, implementation: str, workspace: str, threads: int) -> dict:
     """One measurement; to be called in a fresh process."""
     import torch
+    from peers import CannotRun
 
     import flashpair.workspace
 
@@ -97,7 +132,10 @@ def measure(name: str, batch: int, width: int, implementation: str, workspace: s
     needs = case.needs_bytes(implementation, batch)
     if needs > 0.5 * available_bytes():
         return {"not_run": f"needs about {needs / 2**30:.0f} GiB"}
-    step(function, case.make(FEW if case.sizes else WARM_UP, width))
+    try:
+        step(function, case.make(FEW if case.sizes else WARM_UP, width))
+    except CannotRun as reason:
+        return {"not_run": str(reason)}
     inputs = case.make(batch, width)
     memory = machine.PeakMemory()
     memory.start()
@@ -143,13 +181,7 @@ def main() -> int:
     cases = [c for c in cases if c.name in options.patterns] if options.sweep else cases
     if not cases:
         raise SystemExit(f"no loss matches {options.patterns}; there are {', '.join(c.name for c in all_cases())}")
-    jobs = [
-        (case.name, batch, width, implementation, workspace)
-        for case in cases
-        for batch, width in ((not options.quick and case.sizes) or [(b, options.width) for b in options.batch])
-        for implementation in options.implementations
-        for workspace in (options.workspace if implementation == "flashpair" else ["default"])
-    ]
+    jobs = jobs_of(cases, options)
     rows, status = [], 0
     for job in tqdm(jobs, desc="memory", disable=None):
         command = [sys.executable, __file__, "--child", *map(str, job)]
@@ -168,7 +200,7 @@ def main() -> int:
         status |= over or ("not_run" in row and row["implementation"] == "flashpair")
         text = row.get("not_run") or f"{row['mebibytes']:8.1f} MiB  {row['seconds']:6.2f} s"
         promised = "" if allowed is None else f"  allowed {allowed:.0f}{', exceeded' if over else ''}"
-        tqdm.write(f"{job[0]:<20} {job[1]:>6} {job[3]:<16} {job[4]:<9} {text}{promised}")
+        tqdm.write(f"{job[0]:<20} {job[1]:>6} {job[3]:<18} {job[4]:<9} {text}{promised}")
     merge(options.out, rows, ("case", "batch", "width", "implementation", "workspace", "threads", "device"))
     print(f"wrote {options.out}")
     return int(status)

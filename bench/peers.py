@@ -196,10 +196,22 @@ def keops_info_nce(i: Inputs, temperature: float = 0.1) -> Tensor:
 
 
 def faiss_nearest(i: Inputs) -> Tensor:
-    """The exact index; a row finds itself first."""
+    """The exact index, of float32 on CPUs; a row finds itself first."""
     faiss = installed("faiss")
+    if i.x.is_cuda:
+        raise CannotRun("faiss-cpu runs on CPUs only")
     faiss.omp_set_num_threads(torch.get_num_threads())
-    x = F.normalize(i.x.detach()).numpy()
+    x = F.normalize(i.x.detach().float()).numpy()
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(x)
     return torch.from_numpy(index.search(x, NEIGHBOURS + 1)[0])[:, 1:].sum()
+
+
+def cuvs_nearest(i: Inputs) -> Tensor:
+    """26.10, whose exact index is of float32 or float16; a row finds itself first."""
+    brute_force = installed("cuvs.neighbors.brute_force", True, i)
+    if i.x.dtype == torch.bfloat16:
+        raise CannotRun("serves float32 and float16 only")
+    x = F.normalize(i.x.detach())
+    found, _ = brute_force.search(brute_force.build(x, metric="inner_product"), x, NEIGHBOURS + 1)
+    return torch.as_tensor(found, device=x.device)[:, 1:].sum()

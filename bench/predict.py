@@ -50,7 +50,7 @@ class Gpu:
     gemm: float = 600e12  # FLOP/s of the vendor's products
     leaving: float = 1e-6  # seconds of a program that finds its tile is not its own
     small_programs: int = 32  # of one warp, on a multiprocessor
-    sorting: float = 5e-5  # seconds to list the tiles that a launch serves
+    few: float = 1e-5  # seconds to list the tiles that a launch serves, or to multiply those few of a panel
     rest: float = 0.5e-3  # seconds a step: norms, folds, launches
 
 
@@ -143,7 +143,7 @@ def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, g
 
     kernels: dict[str, Kernel] = {}
     for launched in launches:
-        if not launched.has_product:
+        if not launched.of_pairs:
             continue
         compiled = ahead_of_time.compiled(launched, ARCHITECTURE)
         size = {n: launched.arguments[n] for n in ("BLOCK_B", "BLOCK_N", "BLOCK_D")}
@@ -164,7 +164,7 @@ def predicted(launches: list[ahead_of_time.Launch], growth: float, width: int, g
         listed = kind == MIXED.value or program[SAME_ONLY.value]
         at_once_to_leave = gpu.small_programs if listed else at_once
         leaving = 1e3 * (programs - served * (not listed)) * gpu.leaving / (gpu.multiprocessors * at_once_to_leave)
-        leaving += 1e3 * gpu.sorting * listed
+        leaving += 1e3 * gpu.few * listed
         tensor = 2 * pairs * width / gpu.flop
         issue = max(instructions * warps / gpu.issue / gpu.issue_share, special * warps / gpu.special)
         cycles = max(tensor / gpu.flop_share, issue) if at_once > 1 else tensor / gpu.flop_share + issue
@@ -199,7 +199,8 @@ def step(case, batch: int, width: int, gpu: Gpu) -> dict:
     growth = (batch / RECORDED) ** 2
     kernels = predicted(launches, growth, width, gpu)
     gemm_ms = 1e3 * growth * flop / gpu.gemm
-    total = sum(k.predicted_ms for k in kernels) + gemm_ms + 1e3 * gpu.rest
+    few_ms = 1e3 * gpu.few * sum(launched.has_product and not launched.of_pairs for launched in launches)
+    total = sum(k.predicted_ms for k in kernels) + gemm_ms + few_ms + 1e3 * gpu.rest
     floor = sum(k.floor_ms for k in kernels)
     floor += 1e3 * growth * flop / (gpu.flop * gpu.clock * gpu.multiprocessors)
     return {

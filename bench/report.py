@@ -45,8 +45,10 @@ def provenance(rows: list[dict]) -> list[str]:
             software = (
                 f"driver {r['driver']}, torch {r['torch']} (CUDA {r['cuda']}), triton {r['triton']}, nvcc {r['nvcc']}"
             )
+            software += f", measured tiles {r['tuned']}" if r.get("tuned", "-") != "-" else ""
         else:
             software = f"{r['threads']} threads, torch {r['torch']}, backend {r['backend']}"
+            software += f", bfloat16 by {r['bfloat16']}" if r.get("dtype") == "bfloat16" and "bfloat16" in r else ""
         lines.add(f"{r['device']}, {software}, commit {r['commit']}, sources `{r['sources']}`, {r['date']}")
     return [f"- {line}" for line in sorted(lines)]
 
@@ -77,7 +79,8 @@ def since(row: dict) -> str:
 
 
 def _size(row: dict) -> list[str]:
-    return [row["case"], f"{row['batch']}x{row['width']}"]
+    narrow = f" {row['dtype']}" if row["dtype"] != "float32" else ""
+    return [row["case"], f"{row['batch']}x{row['width']}{narrow}"]
 
 
 def speed_summary(rows: list[dict], sources: str) -> list[str]:
@@ -135,7 +138,7 @@ def speed_details(rows: list[dict], sources: str) -> list[str]:
             units = matmul_units(r, "flashpair")
             unit = f"{units[0]:.2f} U, {100 * units[1]:.0f}%" if units else "-"
             kept = r.get("kept_mebibytes", {})
-            head = [*_size(r), r["dtype"], r["direction"], r["allocator"]]
+            head = [r["case"], f"{r['batch']}x{r['width']}", r["dtype"], r["direction"], r["allocator"]]
             for name, t in r["milliseconds"].items():
                 ratio = r["times_flashpair"].get(name)
                 body.append([
@@ -152,7 +155,7 @@ def speed_details(rows: list[dict], sources: str) -> list[str]:
         reasons = [f"- {n}: {why} ({', '.join(dict.fromkeys(c))})" for (n, why), c in sorted(absent.items())]
         lines += [f"## {place[0]}, {place[1]} threads", "", *provenance(of), "", *table(header, body), ""]
         lines += ["Did not run:", "", *reasons, ""] if reasons else []
-    text = f"""U: of the matrix product that makes S, by torch.mm in the same run; percent: of its rate.
+    text = f"""U: of the matrix product that makes S, by torch.mm in the same run and dtype; percent: of its rate.
 {REGRESSION}x the time of the row before, both in units of dense code, is called slower."""
     return [text, "", *lines] if lines else lines
 

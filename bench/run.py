@@ -9,10 +9,12 @@
 Forward + backward, or forward alone. Every implementation is first compared with the dense loss in float64 (value and
 all gradients); a wrong one is reported and never timed. Contestants are timed round by round in one process with pinned
 threads, one process per allocator setting; short steps several at once. What stays in memory between forward and
-backward is counted, and the product that makes S, by torch.mm, takes part as the unit. On a GPU a sample is several
-steps between two CUDA events, on copies of the inputs that together are four times the L2 cache; peak memory is the
-CUDA allocator's. Results go to bench/results/speed.json, those of a GPU to a file with its name, each row as soon as it
-is there; `python bench/report.py` turns them into tables and pictures.
+backward is counted, and the product that makes S, by torch.mm, takes part as the unit. On a CPU with --dtype bfloat16
+or float16 dense code runs in float32 too: processors without such instructions multiply them ten times as slowly, and
+--batch 1024 is enough there. On a GPU a sample is several steps between two CUDA events, on copies of the inputs that
+together are four times the L2 cache; peak memory is the CUDA allocator's. Results go to bench/results/speed.json, those
+of a GPU to a file with its name, each row as soon as it is there; `python bench/report.py` turns them into tables and
+pictures.
 """
 
 from __future__ import annotations
@@ -94,10 +96,10 @@ def fitting(case, job, options) -> tuple[dict, dict[str, str]]:
     """Implementations that are asked for and would fit; and the reasons against the others."""
     limit = (0.5 if options.device == "cpu" else 0.9) * available_bytes(options.device)
     fit, reasons = {}, {}
-    for name, implementation in case.implementations(options.device).items():
+    for name, implementation in case.implementations(options.device, job.dtype).items():
         if options.only and name not in options.only:
             continue
-        needs = case.needs_bytes(name, job.batch)
+        needs = case.needs_bytes(name, job.batch, job.dtype)
         if name in options.without:
             reasons[name] = "ended the process that measured it; see the log"
         elif needs > limit:

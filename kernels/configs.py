@@ -1,10 +1,19 @@
-"""Tile configurations: one table, keyed by kernel (or "crowded"), kind of arithmetic and architecture."""
+"""Tile configurations: a table by kernel (or "crowded"), arithmetic and architecture, and measured rows that win.
+
+The table was chosen by compiling and reading. `bench/tune.py` measures, and writes rows of the same keys and a bucket
+of widths: into `tuned.json` beside this file, or into a file of one's own that `FLASHPAIR_TUNED` names.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,6 +96,120 @@ TABLE: dict[tuple[str, str, int], TileConfig] = {
     (entry, kind, arch): _ENTRIES[entry][kind][arch] for entry in _ENTRIES for kind in KINDS for arch in ARCHITECTURES
 }
 
+# --- measured rows ----------------------------------------------------------------------------------------------------
+
+#: Rows that come with the package; written by `bench/tune.py`.
+TUNED = Path(__file__).with_name("tuned.json")
+#: Environment variable that names a file of one's own, whose rows win over those; read at the first launch.
+VARIABLE = "FLASHPAIR_TUNED"
+#: Feature counts up to which a bucket of measured rows applies; the last serves all that are wider, too.
+WIDTHS = (32, 64, 128, 256, 512, 1024)
+REGISTERS = 65536  # of a multiprocessor
+
+_BLOCKS = (16, 32, 64, 128, 256)  # vectors along the sides are padded to whole tiles of these
+_STAGES, _REGISTERS = range(1, 9), range(24, 256)
+#: What the fields of a row may be. Crowded passes keep the table: no one program stands for all of them.
+_KEY = {
+    "kernel": ("stats", "weights", "extremes", "top_k"),
+    "kind": KINDS,
+    "architecture": ARCHITECTURES,
+    "width": WIDTHS,
+}
+_TILE = {
+    "block_b": _BLOCKS, "block_n": _BLOCKS, "block_d": (16, 32, 64, 128), "warps": (1, 2, 4, 8, 16), "stages": _STAGES,
+    "parts": (1, 2, 4), "group": range(1, 129), "registers": (None, *_REGISTERS),
+}  # fmt: skip
+
+
+def width_of(D: int) -> int:
+    """The bucket of D features."""
+    return next((width for width in WIDTHS if width >= D), WIDTHS[-1])
+
+
+def _check(name: str, value: Any, allowed: Sequence) -> None:
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        told = [repr(a) for a in allowed]
+        told = [*told[:2], "...", told[-1]] if len(told) > 8 else told
+        raise ValueError(f"{name} must be one of {', '.join(told)}; got {value!r}")
+
+
+def tile_config(tile: dict[str, Any]) -> TileConfig:
+    """The fields of a measured row as a configuration.
+
+    Raises:
+        ValueError: on a field that is missing, unknown or not allowed, by name.
+    """
+    known = {field.name: field.default is MISSING for field in fields(TileConfig)}
+    for name in tile:
+        if name not in known:
+            raise ValueError(f"{name} is no field of a tile; there are {', '.join(known)}")
+    for name, needed in known.items():
+        if needed and name not in tile:
+            raise ValueError(f"{name} is missing")
+    for name, value in tile.items():
+        if name != "plain":
+            _check(name, value, _TILE[name])
+    plain = tile.get("plain")
+    if plain is not None:
+        if not isinstance(plain, (list, tuple)) or len(plain) != 2:
+            raise ValueError(f"plain must be None or (stages, registers); got {plain!r}")
+        for name, value, allowed in zip(("stages", "registers"), plain, (_STAGES, _REGISTERS), strict=True):
+            _check(f"{name} of plain", value, allowed)
+    config = TileConfig(**{**tile, "plain": None if plain is None else tuple(plain)})
+    if config.block_n < 16 * config.parts:
+        raise ValueError(f"parts must leave 16 columns of block_n = {config.block_n}; got {config.parts}")
+    for name, registers in (("registers", config.registers), ("registers of plain", plain and plain[1])):
+        most = REGISTERS // (32 * config.warps)
+        if registers and registers > most:
+            raise ValueError(f"{name} must be at most {most} with {config.warps} warps; got {registers}")
+    return config
+
+
+def read_tuned(path: Path) -> dict[tuple[str, str, int, int], TileConfig]:
+    """Configurations of a file by (kernel, kind, architecture, width).
+
+    Raises:
+        ValueError: where it is no such file, or a row is not valid; names the file, the row and the field.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no tuned tiles: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds no tuned tiles: it must be a list of rows; got {type(rows).__name__}")
+    found = {}
+    for n, row in enumerate(rows):
+        try:
+            if not isinstance(row, dict) or not isinstance(row.get("tile"), dict):
+                raise ValueError(f"it must have {', '.join(_KEY)} and a tile; got {row!r}")
+            for name, allowed in _KEY.items():
+                _check(name, row.get(name), allowed)
+            config = tile_config(row["tile"])
+            if config.block_d > row["width"]:
+                raise ValueError(f"block_d must be at most the width, {row['width']}; got {config.block_d}")
+        except ValueError as error:
+            raise ValueError(f"{path}, row {n}: {error}") from None
+        found[tuple(row[name] for name in _KEY)] = config
+    return found
+
+
+@functools.cache
+def tuned() -> dict[tuple[str, str, int, int], TileConfig]:
+    """Measured configurations by (kernel, kind, architecture, width): the package's, and one's own over them.
+
+    Raises:
+        ValueError: on a file that is not valid.
+    """
+    found = read_tuned(TUNED) if TUNED.exists() else {}
+    own = os.environ.get(VARIABLE)
+    try:
+        return found | (read_tuned(Path(own)) if own else {})
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from error
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
 _override: TileConfig | None = None
 
 
@@ -112,6 +235,7 @@ def architecture(device: torch.device) -> int:
     return 89 if major == 8 and minor > 0 else max(below, default=80)
 
 
+@functools.cache
 def of_tiles(config: TileConfig, kind: int) -> TileConfig:
     """The configuration of one kind of tiles; their shape is that of all, since they share the partials."""
     if kind != PLAIN.value or config.plain is None:
@@ -124,7 +248,14 @@ def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> 
     """The configuration of a kernel for D features; `crowded`: of a pass whose epilogue holds much at a time."""
     if _override is not None:
         return _override
-    config = TABLE["crowded" if crowded and kernel != "top_k" else kernel, kind, arch]
+    if crowded and kernel != "top_k":
+        return from_table("crowded", kind, arch, D)
+    return tuned().get((kernel, kind, arch, width_of(D))) or from_table(kernel, kind, arch, D)
+
+
+def from_table(entry: str, kind: str, arch: int, D: int) -> TileConfig:
+    """The table's configuration for D features, whatever was measured."""
+    config = TABLE[entry, kind, arch]
     if D <= SHORT_D:
         short = max(SHORTEST_BLOCK, 1 << max(D - 1, 1).bit_length())
         config = replace(config, block_d=min(config.block_d, short), stages=2)

@@ -6,6 +6,7 @@ import triton.language as tl
 from .. import extremes
 from .masks import keep_tile
 from .program import EVERY, HEADER, REDUCTION, SAME_ONLY, SIDE, SLOT, TILES, TRIANGLE, WIDTH
+from .reductions import was_visited
 from .tiles import (
     along_columns,
     along_rows,
@@ -140,8 +141,8 @@ def _extremes_kernel(
     y_ptr,  # (N, D)
     x_norms_ptr,  # (2, padded_b) float32
     y_norms_ptr,  # (2, padded_n) float32
-    x_labels_ptr,  # (padded_b,) int32
-    y_labels_ptr,  # (padded_n,) int32
+    x_labels_ptr,  # (padded_b,) int64
+    y_labels_ptr,  # (padded_n,) int64
     x_exclude_ptr,  # (padded_b,) int32: column that row i never meets
     y_exclude_ptr,  # (padded_n,) int32: the same for the mirror image
     pair_mask_ptr,  # (B, N) uint8
@@ -200,14 +201,82 @@ def _extremes_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["tiles", "length", "first", "rows", "first_b", "first_n", "end_n"])
+def _best_kernel(
+    partial_ptr,  # (COUNT, tiles, length) int64
+    best_ptr,  # (COUNT, rows) int64
+    tiles,
+    length,
+    first,  # position of the panel among the rows
+    rows,
+    first_b,  # the panel; read if TRIANGLE
+    first_n,
+    end_n,
+    COUNT: tl.constexpr,
+    FRESH: tl.constexpr,  # nothing was found yet: the best are not read
+    SIDE: tl.constexpr,  # as in `reductions._fold_kernel`
+    TRIANGLE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge the entries of one panel's tiles into the best so far."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.arange(0, BLOCK_T)
+    for e in tl.static_range(COUNT):
+        place = best_ptr + tl.cast(rows, tl.int64) * e + first + at
+        if FRESH:
+            best = tl.full([BLOCK], MISSING, tl.int64)
+        else:
+            best = tl.load(place, mask=at < length, other=0)
+        for start in range(0, tiles, BLOCK_T):
+            tile = tl.cast(tiles, tl.int64) * e + start + t
+            mask = (start + t < tiles)[:, None] & (at < length)[None, :]
+            mask = mask & was_visited((start + t)[:, None], at[None, :], (first_b, first_n, end_n), SIDE, TRIANGLE)
+            found = tl.load(partial_ptr + tile[:, None] * length + at[None, :], mask=mask, other=MISSING)
+            best = tl.maximum(best, tl.max(found, 0))
+        tl.store(place, best, mask=at < length)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _decode_kernel(
+    entries_ptr,  # (rows, K) int64
+    order_ptr,  # (rows,) int64: the caller's rows; read if ORDERED
+    values_ptr,  # (rows, K) float32, in the caller's order
+    indices_ptr,  # (rows, K) int64
+    length,  # rows K
+    K: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ORDERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What entries say: see `flashpair.extremes`. SQUARES: they are of the squares of what is asked for."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < length
+    entry = tl.load(entries_ptr + at, mask=inside, other=MISSING)
+    rank = (entry >> 32).to(tl.int32)
+    value = (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    value = value if LARGEST else -value
+    if SQUARES:
+        value = tl.sqrt_rn(value)
+    value = tl.where((entry & 1) == 1, float("nan"), value)
+    value = tl.where(entry == MISSING, -float("inf") if LARGEST else float("inf"), value)
+    index = tl.where(entry == MISSING, -1, _LAST_COLUMN - ((entry >> 1) & _LAST_COLUMN))
+    out = at
+    if ORDERED:
+        out = tl.load(order_ptr + at // K, mask=inside, other=0) * K + at % K
+    tl.store(values_ptr + out, value, mask=inside)
+    tl.store(indices_ptr + out, index, mask=inside)
+
+
 @triton.jit(do_not_specialize=["N", "first_b", "end_b", "stripes"])
 def _top_k_kernel(
     x_ptr,  # (B, D), D whole blocks
     y_ptr,  # (N, D)
     x_norms_ptr,  # (2, padded_b) float32
     y_norms_ptr,  # (2, padded_n) float32
-    x_labels_ptr,  # (padded_b,) int32
-    y_labels_ptr,  # (padded_n,) int32
+    x_labels_ptr,  # (padded_b,) int64
+    y_labels_ptr,  # (padded_n,) int64
     x_exclude_ptr,  # (padded_b,) int32: column that row i never meets
     y_exclude_ptr,  # (padded_n,) int32: the same for the mirror image
     pair_mask_ptr,  # (B, N) uint8

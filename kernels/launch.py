@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import backward
-from ..backward import Backward, add_panel
-from ..extremes import MISSING, decoded, shared_passes
+from ..backward import Backward, accumulate, add_panel
+from ..extremes import MISSING, shared_passes
 from ..forward import Forward, set_neutral, statistics
-from ..operands import Operands, on_device, operands, padded_length
+from ..operands import Operands, on_device, operands
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
 from ..request import Request
+from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
-from .extremes import _extremes_kernel, _top_k_kernel
+from .extremes import _best_kernel, _decode_kernel, _extremes_kernel, _top_k_kernel
+from .products import _visited_product_kernel
 from .program import (
     GUIDED,
     HEADER,
@@ -36,6 +39,7 @@ from .program import (
     written_slots,
 )
 from .reductions import _fold_kernel
+from .rowwise import _gradient_kernel, _norms_kernel
 from .stats import _stats_kernel
 from .tiles import _visited_kernel
 from .weights import _weights_kernel
@@ -137,29 +141,51 @@ def _arithmetic(request: Request) -> dict:
     return {"INPUT_PRECISION": "ieee" if _kind(request) == "ieee" else "tf32", "UPCAST": upcast}
 
 
-def _fold(partials: Tensor, state: Tensor, tiles: int, length: int, first: int, entries: tuple[int, ...]) -> None:
-    """Merge one panel's partials (slots, tiles, length) into the state (slots, owners) from `first` on."""
+def _triangle(request: Request, config: configs.TileConfig) -> tuple[int, ...]:
+    """What tells a fold which tiles a pass over a triangle visited."""
+    return (config.block_b, config.block_n, config.parts) if request.symmetric else ()
+
+
+def _fold(
+    side: int,
+    partials: Tensor,
+    state: Tensor,
+    tiles: int,
+    panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
+    entries: tuple[int, ...],
+    fresh: bool = False,  # nothing was merged yet, and the state holds anything
+    triangle: tuple[int, ...] = (),
+) -> None:
+    """Merge one panel's partials (slots, tiles, length) into the state (slots, owners) of a side."""
+    first, length, block = panel[side], panel[2 + side] - panel[side], 128
     if entries:
-        block = 128
         launch(
-            _fold_kernel, cdiv(length, block), None, partials, state, tiles, length, first, state.shape[1],
-            ENTRIES=entries, BLOCK_T=8, BLOCK=block,
+            _fold_kernel, cdiv(length, block), None, partials, state, tiles, length, first, state.shape[1], panel[0],
+            panel[1], panel[3], ENTRIES=entries, FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
         )  # fmt: skip
 
 
-def _listed(op: Operands, config: configs.TileConfig, code: tuple[int, ...], panel: tuple[int, ...]) -> Tensor | None:
-    """(1 + tiles,) int32: how many tiles of a panel a launch serves, and which; None: each tile has a program."""
-    tiles = cdiv(panel[2] - panel[0], config.block_b) * cdiv(panel[3] - panel[1], config.block_n)
-    few = code[TILES.value] == MIXED.value or code[SAME_ONLY.value]
-    if tiles < LISTED_TILES or not few or code[GUIDED.value]:  # the epilogue of two products has no register to spare
-        return None
-    wanted = torch.empty(tiles, dtype=torch.int32, device=op.x.device)
+@dataclass
+class Visits:
+    """Which tiles of a panel a launch serves."""
+
+    listed: Tensor  # (1 + tiles,) int32: how many, and which
+    map: Tensor  # (tiles_b, tiles_n) int32: 1 where served
+    bounds: tuple[Tensor, Tensor]  # (2, tiles_b), (2, tiles_n) int32, as `_visited_kernel` writes them
+
+
+def _visits(op: Operands, config: configs.TileConfig, code: tuple[int, ...], panel: tuple[int, ...]) -> Visits:
+    tiles_b, tiles_n = cdiv(panel[2] - panel[0], config.block_b), cdiv(panel[3] - panel[1], config.block_n)
+    tiles = tiles_b * tiles_n
+    lengths = (1 + tiles, tiles, 2 * tiles_b, 2 * tiles_n)
+    aligned = [round_up(length, 4) for length in lengths]
+    zeros = torch.zeros(sum(aligned), dtype=torch.int32, device=op.x.device).split(aligned)
+    listed, visits, *bounds = (z[:length] for z, length in zip(zeros, lengths, strict=True))
     launch(
-        _visited_kernel, tiles, None, op.x_labels, op.y_labels, wanted, *panel, PROGRAM=code[: HEADER.value],
-        BLOCK_B=config.block_b, BLOCK_N=config.block_n, GROUP=config.group, num_warps=1,
+        _visited_kernel, tiles, None, op.x_labels, op.y_labels, listed, visits, *bounds, *panel,
+        PROGRAM=code[: HEADER.value], BLOCK_B=config.block_b, BLOCK_N=config.block_n, GROUP=config.group, num_warps=1,
     )  # fmt: skip
-    order = wanted.argsort(descending=True, stable=True)
-    return torch.cat([wanted.sum(dtype=torch.int32).view(1), order.to(torch.int32)])
+    return Visits(listed, visits.view(tiles_b, tiles_n), tuple(b.view(2, -1) for b in bounds))
 
 
 def _serve(
@@ -169,6 +195,7 @@ def _serve(
     code: tuple[int, ...],  # the program
     panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
     *args,
+    visits: Visits | None = None,  # where they are known
     **constants,
 ) -> None:
     """Start a kernel over the tiles of a panel that its program serves."""
@@ -176,12 +203,15 @@ def _serve(
     apart = not code[SYMMETRIC.value] and not code[LABELLED.value]
     if code[TILES.value] == MIXED.value and apart and length_b % config.block_b == length_n % config.block_n == 0:
         return  # all tiles are plain
-    listed = _listed(op, config, code, panel)
     tiles = cdiv(length_b, config.block_b) * cdiv(length_n, config.block_n)
+    few = code[TILES.value] == MIXED.value or code[SAME_ONLY.value]
+    # The epilogue of two products has no register to spare for a list.
+    listed = few and tiles >= LISTED_TILES and not code[GUIDED.value]
+    if listed and visits is None:
+        visits = _visits(op, config, code, panel)
     launch(
-        kernel, tiles if listed is None else min(tiles, _programs(op.x.device)),
-        configs.of_tiles(config, code[TILES.value]), *args, op.x_labels if listed is None else listed, *panel,
-        PROGRAM=code, LISTED=listed is not None, **constants,
+        kernel, min(tiles, _programs(op.x.device)) if listed else tiles, configs.of_tiles(config, code[TILES.value]),
+        *args, visits.listed if listed else op.x_labels, *panel, PROGRAM=code, LISTED=listed, **constants,
     )  # fmt: skip
 
 
@@ -191,13 +221,69 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _by_rows(rows: int, D: int) -> tuple[int, dict[str, int]]:
+    """(programs, shape of a program's tile)."""
+    block_d = min(triton.next_power_of_2(max(D, 16)), 1024)
+    shape = {"ROWS": max(1, 2048 // block_d), "BLOCK_D": block_d}
+    return cdiv(rows, shape["ROWS"]), shape
+
+
+def _norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
+    """`rowwise.norms`."""
+    length = padded_length(x.shape[0])
+    if not normalize and not squared:
+        return x.new_empty(2, 1, dtype=torch.float32)  # not read
+    out = x.new_empty(2, length, dtype=torch.float32)
+    programs, shape = _by_rows(length, x.shape[1])
+    launch(
+        _norms_kernel, programs, None, x, out, x, x.stride(0), 0, x.shape[1], x.shape[0], length,
+        NORMALIZE=normalize, SQUARED=squared, UNIT=False, **shape,
+    )  # fmt: skip
+    return out
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """`rowwise.unit_rows`."""
+    out = x.new_empty(x.shape)
+    programs, shape = _by_rows(*x.shape)
+    launch(
+        _norms_kernel, programs, None, x, x, out, x.stride(0), out.stride(0), x.shape[1], x.shape[0], 0,
+        NORMALIZE=True, SQUARED=False, UNIT=True, **shape,
+    )  # fmt: skip
+    return out
+
+
+def _gradient(
+    d: Tensor, operand: Tensor, raw: Tensor, normalize: bool, weight_sums: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """`rowwise.gradient`."""
+    if not normalize and weight_sums is None and scale is None:
+        return d.to(raw.dtype)
+    out = raw.new_empty(raw.shape)
+    programs, shape = _by_rows(*raw.shape)
+    launch(
+        _gradient_kernel, programs, None, d, operand, raw, d if weight_sums is None else weight_sums,
+        d if scale is None else scale, out, d.stride(0), operand.stride(0), raw.stride(0), out.stride(0),
+        raw.shape[1], raw.shape[0],
+        NORMALIZE=normalize, DISTANCE=weight_sums is not None, SCALED=scale is not None, **shape,
+    )  # fmt: skip
+    return out
+
+
+#: How the passes around these kernels read their operands.
+_OWN = {"plain_tiles": True, "rowwise": Rowwise(_norms, _unit_rows, _gradient)}
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
 @on_device
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics of all terms: rows (R, B) and columns (C, N), float32."""
-    return statistics(request, _stats_panels, sort_many=True)
+    return statistics(request, _stats_panels, **_OWN)
 
 
 def _stats_panels(request: Request, plan: Forward) -> None:
@@ -214,7 +300,10 @@ def _stats_panels(request: Request, plan: Forward) -> None:
         return 4 * (slots[0] * across * rows + slots[1] * down * columns)
 
     panel_b, panel_n = panel_shape(B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost)
-    skips = request.symmetric or op.same_only
+    triangle = _triangle(request, config)
+    one = panel_b >= B and panel_n >= N
+    if not one:
+        plan.set_neutral()
     for first_b, end_b in panels(B, panel_b):
         for first_n, end_n in panels(N, panel_n):
             if request.symmetric and end_n <= first_b:
@@ -223,7 +312,7 @@ def _stats_panels(request: Request, plan: Forward) -> None:
             tiles_b, tiles_n = cdiv(length_b, config.block_b), cdiv(length_n, config.block_n)
             row_partials = empty_partials(slots[0], tiles_n * config.parts, length_b, op.x.device)
             column_partials = empty_partials(slots[1], tiles_b, length_n, op.x.device)
-            if skips:
+            if op.same_only:
                 for partials, count, side in ((row_partials, slots[0], 0), (column_partials, slots[1], 1)):
                     if count:
                         set_neutral(partials.view(count, -1), entries[side])
@@ -233,8 +322,10 @@ def _stats_panels(request: Request, plan: Forward) -> None:
                     _stats_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
                     column_partials, *dimensions, *guide, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            _fold(row_partials, plan.states[0], tiles_n * config.parts, length_b, first_b, entries[0])
-            _fold(column_partials, plan.states[1], tiles_b, length_n, first_n, entries[1])
+            panel = (first_b, first_n, end_b, end_n)
+            _fold(0, row_partials, plan.states[0], tiles_n * config.parts, panel, entries[0], one, triangle)
+            fresh = one and not request.symmetric
+            _fold(1, column_partials, plan.states[1], tiles_b, panel, entries[1], fresh, triangle)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -243,13 +334,13 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 @on_device
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
     """Gradients (dx, dy, [dparam, ...]) from the cotangents of the statistics."""
-    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels, sort_many=True)
+    return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels, **_OWN)
 
 
 @on_device
 def sums(request: Request, needs):
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
-    return backward.sums(request, needs, stats, _weights_panels, sort_many=True)
+    return backward.sums(request, needs, stats, _weights_panels, **_OWN)
 
 
 def _weights_panels(request: Request, plan: Backward) -> None:
@@ -289,28 +380,53 @@ def _weights_panels(request: Request, plan: Backward) -> None:
             stride_w = round_up(length_n, 16)
             panel = workspace[: length_b * stride_w] if store else workspace
             if op.same_only:
-                for buffer in (row_partials, column_partials, panel):
-                    buffer.zero_()
+                row_partials.zero_()
+                column_partials.zero_()
+            visits = None
             for kind in kinds_of_tiles(request, op):
                 code = program(
                     request, op, visible, store=store, scaled=plan.scale is not None,
                     row_sum=plan.row_sum, column_sum=column_sum, tiles=kind,
                 )  # fmt: skip
+                if op.same_only and store:
+                    visits = _visits(op, config, code, (first_b, first_n, end_b, end_n))
                 _serve(
                     _weights_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
                     column_partials, panel, packed[1] if plan.scale is None else plan.scale, *dimensions, *guide,
-                    stride_w, **_arithmetic(request), **_guide_precision(request),
+                    stride_w, visits=visits, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            for side, partials, tiles, length, first, weight_sum in (
-                (0, row_partials, tiles_n * config.parts, length_b, first_b, plan.row_sum),
-                (1, column_partials, tiles_b, length_n, first_n, column_sum),
-            ):
+            for side, partials, tiles, weight_sum in (
+                (0, row_partials, tiles_n * config.parts, plan.row_sum), (1, column_partials, tiles_b, column_sum)
+            ):  # fmt: skip
                 written = written_slots(visible, side) + ((weight_sum,) if weight_sum >= 0 else ())
                 entries = tuple(v for slot in written for v in (int(Reduction.SUM), slot))
-                _fold(partials, plan.states[side], tiles, length, first, entries)
+                _fold(side, partials, plan.states[side], tiles, (first_b, first_n, end_b, end_n), entries)
             if store:
                 w = panel.view(length_b, stride_w)[:, :length_n]
-                add_panel(plan, w, first_b, first_n, mirror=symmetric and not on_diagonal)
+                multiply = accumulate if visits is None else _visited_product(request, config, visits)
+                add_panel(plan, w, first_b, first_n, symmetric and not on_diagonal, multiply)
+
+
+def _visited_product(
+    request: Request, config: configs.TileConfig, visits: Visits
+) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
+    """`backward.accumulate` for a panel of which only the visited tiles were written."""
+
+    def multiply(out: Tensor, w: Tensor, operand: Tensor, transposed: bool) -> None:
+        block, blocks = (config.block_n, config.block_b) if transposed else (config.block_b, config.block_n)
+        own_tiles, tiles = visits.map.shape[::-1] if transposed else visits.map.shape
+        bounds = visits.bounds[int(transposed)]
+        features = 64
+        out += (operand * 0).sum(0, dtype=out.dtype)  # what is not finite shows in every row, as in a full product
+        launch(
+            _visited_product_kernel, own_tiles * cdiv(out.shape[1], features), None, w, operand, out, visits.map,
+            bounds[0], bounds[1], w.stride(0), operand.stride(0), out.stride(0), out.shape[1], out.shape[0],
+            operand.shape[0], tiles, own_tiles, TRANSPOSED=transposed, BLOCK=block, BLOCKS=blocks,
+            BLOCK_K=min(blocks, 128 // operand.element_size()), BLOCK_F=features,
+            num_warps=8 if block > 128 else 4, num_stages=3, **_arithmetic(request),
+        )  # fmt: skip
+
+    return multiply
 
 
 # --- extremes -------------------------------------------------------------------------------------------------------
@@ -337,7 +453,7 @@ def _by_squares(request: Request, extremes: list[Extreme]) -> bool:
 def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Tensor]]:
     B, N = request.shape
     device, count = request.x.device, len(extremes)
-    op = operands(request, {e.mask for e in extremes}, sort_many=True)
+    op = operands(request, {e.mask for e in extremes}, **_OWN)
     extremes = [op.arranged_extreme(e) for e in extremes]
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes(extremes, request.symmetric, parameters)
@@ -345,8 +461,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
     by_squares = _by_squares(request, extremes)
     inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
     places = op.places()
-    best = torch.full((count, B), MISSING, dtype=torch.int64, device=device)
-    columns_of = int(request.symmetric)
+    columns_of, triangle = int(request.symmetric), _triangle(request, config)
 
     def cost(rows: int, columns: int) -> int:
         across, down = cdiv(columns, config.block_n) * config.parts, cdiv(rows, config.block_b)
@@ -355,6 +470,10 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
     panel_b, panel_n = (1, 1)
     if B and N:
         panel_b, panel_n = panel_shape(B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost)
+    one = 0 < B <= panel_b and 0 < N <= panel_n
+    best = torch.empty(count, B, dtype=torch.int64, device=device)
+    if not one:
+        best.fill_(MISSING)
     for first_b, end_b in panels(B, panel_b):
         for first_n, end_n in panels(N, panel_n):
             if request.symmetric and end_n <= first_b:
@@ -363,7 +482,7 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
             tiles_b, tiles_n = cdiv(length_b, config.block_b), cdiv(length_n, config.block_n)
             row_partials = empty_partials(count, tiles_n * config.parts, length_b, device, torch.int64)
             column_partials = empty_partials(count * columns_of, tiles_b, length_n, device, torch.int64)
-            if request.symmetric or op.same_only:
+            if op.same_only:
                 row_partials.fill_(MISSING)
                 column_partials.fill_(MISSING)
             for kind in kinds_of_tiles(request, op):
@@ -374,18 +493,46 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
                     _extremes_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, *places,
                     row_partials, column_partials, *dimensions, **_arithmetic(request),
                 )  # fmt: skip
-            for partials, tiles, first, end in (
-                (row_partials, tiles_n * config.parts, first_b, end_b), (column_partials, tiles_b, first_n, end_n)
-            )[: 1 + columns_of]:  # fmt: skip
-                panel = partials.view(count, tiles, end - first).amax(1)
-                best[:, first:end] = torch.maximum(best[:, first:end], panel)
-    return [decoded(best[e, :, None], extreme.largest, by_squares, op) for e, extreme in enumerate(extremes)]
+            panel = (first_b, first_n, end_b, end_n)
+            _merge(0, row_partials, best, tiles_n * config.parts, panel, one, triangle)
+            if request.symmetric:
+                _merge(1, column_partials, best, tiles_b, panel, False, triangle)
+    return [_decoded(best[e, :, None], extreme.largest, by_squares, op) for e, extreme in enumerate(extremes)]
+
+
+def _merge(
+    side: int,
+    partials: Tensor,
+    best: Tensor,
+    tiles: int,
+    panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
+    fresh: bool,
+    triangle: tuple[int, ...],
+) -> None:
+    """Merge one panel's entries (count, tiles, length) into the best (count, rows) of a side."""
+    first, length, block = panel[side], panel[2 + side] - panel[side], 128
+    launch(
+        _best_kernel, cdiv(length, block), None, partials, best, tiles, length, first, best.shape[1], panel[0],
+        panel[1], panel[3], COUNT=best.shape[0], FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
+    )  # fmt: skip
+
+
+def _decoded(entries: Tensor, largest: bool, squares: bool, op: Operands) -> tuple[Tensor, Tensor]:
+    """(values (rows, k) float32, columns int64) of entries (rows, k) in the caller's order; -1: none."""
+    values, indices = entries.new_empty(entries.shape, dtype=torch.float32), entries.new_empty(entries.shape)
+    order, block = op.orders[0], 256
+    launch(
+        _decode_kernel, cdiv(entries.numel(), block), None, entries, entries if order is None else order, values,
+        indices, entries.numel(), K=entries.shape[1], LARGEST=largest, SQUARES=squares, ORDERED=order is not None,
+        BLOCK=block,
+    )  # fmt: skip
+    return values, indices
 
 
 def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     B, N = request.shape
     device = request.x.device
-    op = operands(request, {extreme.mask})
+    op = operands(request, {extreme.mask}, **_OWN)
     extreme = op.arranged_extreme(extreme)
     parameters = Parameters(device, request.symmetric)
     codes = extremes_codes([extreme], False, parameters)
@@ -408,4 +555,4 @@ def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
                 PROGRAM=program(request, op, codes, squares=by_squares), K=k, WIDTH_K=wide, **_arithmetic(request),
             )  # fmt: skip
             best[first_b:end_b] = top.view(end_b - first_b, -1).sort(dim=1, descending=True).values[:, :k]
-    return decoded(best, extreme.largest, by_squares, op)
+    return _decoded(best, extreme.largest, by_squares, op)

@@ -125,15 +125,15 @@ class Parameters:
 
     def packed(self) -> tuple[tuple[float, ...], Tensor, Tensor, Tensor]:
         """numbers, scalars (S,), row_vectors (P, padded B), column_vectors (Q, padded N)."""
-        scalars = _stack(self.scalars, self.device).reshape(-1)
-        rows = padded(_stack(self.vectors[0], self.device))
-        columns = rows if self.shared else padded(_stack(self.vectors[1], self.device))
-        return tuple(self.numbers) or (0.0,), scalars, rows, columns
+        nothing = torch.empty(1, dtype=torch.float32, device=self.device)
+        scalars, rows, columns = (_stack(v) if v else nothing for v in (self.scalars, *self.vectors))
+        rows = padded(rows) if self.vectors[0] else nothing
+        columns = rows if self.shared else padded(columns) if self.vectors[1] else nothing
+        return tuple(self.numbers) or (0.0,), scalars.reshape(-1), rows, columns
 
 
-def _stack(values: list[Tensor], device: torch.device) -> Tensor:
-    if not values:
-        return torch.zeros(1, dtype=torch.float32, device=device)
+def _stack(values: list[Tensor]) -> Tensor:
+    """(values, length) float32."""
     return torch.stack([v.to(torch.float32) for v in values])
 
 

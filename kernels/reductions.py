@@ -130,6 +130,32 @@ def owner_moments(s, keep, SIDE: tl.constexpr):
 
 
 @triton.jit
+def running(ptrs, inside, NEUTRAL: tl.constexpr, FRESH: tl.constexpr):
+    """(BLOCK,) float64 of the running statistics; what is neutral where nothing was merged yet."""
+    if FRESH:
+        value = tl.full(inside.shape, NEUTRAL, tl.float64)
+    else:
+        value = tl.load(ptrs, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def was_visited(tile, at, corner, SIDE: tl.constexpr, TRIANGLE: tl.constexpr):
+    """Whether the owners at `at` of a panel met a tile or part of one of the other side, as `tiles.visited` decides."""
+    if len(TRIANGLE) == 0:
+        met = (tile >= 0) & (at >= 0)
+    else:
+        first_b, first_n, end_n = corner
+        block_b: tl.constexpr = TRIANGLE[0]
+        block_n: tl.constexpr = TRIANGLE[1]
+        parts: tl.constexpr = TRIANGLE[2]
+        tile_b = at // block_b if SIDE == 0 else tile
+        tile_n = tile // parts if SIDE == 0 else at // block_n
+        met = first_b + tile_b * block_b < tl.minimum(first_n + (tile_n + 1) * block_n, end_n)
+    return met
+
+
+@triton.jit
 def fold_entry(
     partial_ptr,
     state_ptr,
@@ -138,8 +164,12 @@ def fold_entry(
     length,
     first,
     state_length,
+    corner,
     REDUCTION: tl.constexpr,
     SLOT: tl.constexpr,
+    FRESH: tl.constexpr,
+    SIDE: tl.constexpr,
+    TRIANGLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Merge one statistic's partials; one tile of tiles at a time, in their order."""
@@ -148,25 +178,27 @@ def fold_entry(
     step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
     inside = at < length
     if (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
-        total = tl.load(state, mask=inside, other=0.0)
+        total = running(state, inside, 0.0, FRESH)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
+            mask = mask & was_visited((start + t)[:, None], at[None, :], corner, SIDE, TRIANGLE)
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
             total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
         tl.store(state, total, mask=inside)
     elif REDUCTION == MOMENTS:
-        count = tl.load(state, mask=inside, other=0.0)
-        mean = tl.load(state + state_length, mask=inside, other=0.0)
-        spread = tl.load(state + 2 * state_length, mask=inside, other=0.0)
-        low = tl.load(state + 3 * state_length, mask=inside, other=0.0)
-        high = tl.load(state + 4 * state_length, mask=inside, other=0.0)
+        count = running(state, inside, 0.0, FRESH)
+        mean = running(state + state_length, inside, 0.0, FRESH)
+        spread = running(state + 2 * state_length, inside, 0.0, FRESH)
+        low = running(state + 3 * state_length, inside, float("inf"), FRESH)
+        high = running(state + 4 * state_length, inside, -float("inf"), FRESH)
         for start in range(0, tiles, 1):
             offset = step * SLOT + tl.cast(start, tl.int64) * length + at
-            c = tl.load(partial_ptr + offset, mask=inside, other=0.0).to(tl.float64)
-            difference = tl.load(partial_ptr + offset + step, mask=inside, other=0.0).to(tl.float64) - mean
-            m2 = tl.load(partial_ptr + offset + 2 * step, mask=inside, other=0.0).to(tl.float64)
-            lo = tl.load(partial_ptr + offset + 3 * step, mask=inside, other=0.0).to(tl.float64)
-            hi = tl.load(partial_ptr + offset + 4 * step, mask=inside, other=0.0).to(tl.float64)
+            mask = inside & was_visited(start, at, corner, SIDE, TRIANGLE)
+            c = tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64)
+            difference = tl.load(partial_ptr + offset + step, mask=mask, other=0.0).to(tl.float64) - mean
+            m2 = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
+            lo = tl.load(partial_ptr + offset + 3 * step, mask=mask, other=float("inf")).to(tl.float64)
+            hi = tl.load(partial_ptr + offset + 4 * step, mask=mask, other=-float("inf")).to(tl.float64)
             share = c / tl.maximum(count + c, 1.0)
             spread += m2 + tl.where(c == 0.0, 0.0, difference * difference * count * share)
             mean += tl.where(c == 0.0, 0.0, difference * share)
@@ -179,13 +211,14 @@ def fold_entry(
         tl.store(state + 3 * state_length, low, mask=inside)
         tl.store(state + 4 * state_length, high, mask=inside)
     else:
-        m = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-        mass = tl.load(state + state_length, mask=inside, other=0.0)
+        m = running(state, inside, -float("inf"), FRESH).to(tl.float32)
+        mass = running(state + state_length, inside, 0.0, FRESH)
         weighted = mass
         if REDUCTION == SOFTMAX_MEAN:
-            weighted = tl.load(state + 2 * state_length, mask=inside, other=0.0)
+            weighted = running(state + 2 * state_length, inside, 0.0, FRESH)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
+            mask = mask & was_visited((start + t)[:, None], at[None, :], corner, SIDE, TRIANGLE)
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
             tile_m = tl.load(partial_ptr + offset, mask=mask, other=-float("inf"))
             tile_mass = tl.load(partial_ptr + offset + step, mask=mask, other=0.0)
@@ -205,7 +238,7 @@ def fold_entry(
             tl.store(state + 2 * state_length, weighted, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tiles", "length", "first", "state_length"])
+@triton.jit(do_not_specialize=["tiles", "length", "first", "state_length", "first_b", "first_n", "end_n"])
 def _fold_kernel(
     partial_ptr,  # (slots, tiles, length) float32
     state_ptr,  # (slots, state_length) float64
@@ -213,7 +246,13 @@ def _fold_kernel(
     length,
     first,  # position of the panel in the state
     state_length,
+    first_b,  # the panel; read if TRIANGLE
+    first_n,
+    end_n,
     ENTRIES: tl.constexpr,  # (reduction, slot, ...)
+    FRESH: tl.constexpr,  # nothing was merged yet: the state is not read
+    SIDE: tl.constexpr,  # of the owners: 0 rows, 1 columns
+    TRIANGLE: tl.constexpr,  # (BLOCK_B, BLOCK_N, PARTS) where tiles below the diagonal were not visited, () elsewhere
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -221,6 +260,6 @@ def _fold_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for n in tl.static_range(len(ENTRIES) // 2):
         fold_entry(
-            partial_ptr, state_ptr, at, tiles, length, first, state_length,
-            ENTRIES[2 * n], ENTRIES[2 * n + 1], BLOCK_T,
+            partial_ptr, state_ptr, at, tiles, length, first, state_length, (first_b, first_n, end_n),
+            ENTRIES[2 * n], ENTRIES[2 * n + 1], FRESH, SIDE, TRIANGLE, BLOCK_T,
         )  # fmt: skip

@@ -264,9 +264,12 @@ def visited(
 
 @triton.jit(do_not_specialize=["first_b", "first_n", "end_b", "end_n"])
 def _visited_kernel(
-    x_labels_ptr,  # (padded_b,) int32
-    y_labels_ptr,  # (padded_n,) int32
-    wanted_ptr,  # (tiles,) int32: 0 or 1
+    x_labels_ptr,  # (padded_b,) int64
+    y_labels_ptr,  # (padded_n,) int64
+    listed_ptr,  # (1 + tiles,) int32: how many tiles, and which, in no order; the count begins at 0
+    visits_ptr,  # (tiles_b, tiles_n) int32: 1 where a tile is visited; zeros before, as the next two
+    row_bounds_ptr,  # (2, tiles_b) int32: tiles_n less the first column tile visited, the last one plus 1
+    column_bounds_ptr,  # (2, tiles_n) int32: the same of the row tiles
     first_b,  # the panel's rows: first_b to end_b
     first_n,
     end_b,
@@ -276,11 +279,19 @@ def _visited_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Which tiles of a panel a launch has to serve."""
+    """Which tiles of a panel a launch has to serve; atomics give the list its order, which no result depends on."""
     inputs = ((), (), (x_labels_ptr, y_labels_ptr))
+    panel = (first_b, first_n, end_b, end_n)
     index = tl.program_id(0)
-    wanted = visited(index, inputs, (first_b, first_n, end_b, end_n), PROGRAM, GROUP, BLOCK_B, BLOCK_N)
-    tl.store(wanted_ptr + index, wanted.to(tl.int32))
+    if visited(index, inputs, panel, PROGRAM, GROUP, BLOCK_B, BLOCK_N):
+        tile_b, tile_n = tile_of(index, panel, GROUP, BLOCK_B, BLOCK_N)
+        tiles_b, tiles_n = tl.cdiv(end_b - first_b, BLOCK_B), tl.cdiv(end_n - first_n, BLOCK_N)
+        tl.store(listed_ptr + 1 + tl.atomic_add(listed_ptr, 1), index)
+        tl.store(visits_ptr + tile_b * tiles_n + tile_n, 1)
+        tl.atomic_max(row_bounds_ptr + tile_b, tiles_n - tile_n)
+        tl.atomic_max(row_bounds_ptr + tiles_b + tile_b, tile_n + 1)
+        tl.atomic_max(column_bounds_ptr + tile_n, tiles_b - tile_b)
+        tl.atomic_max(column_bounds_ptr + tiles_n + tile_n, tile_b + 1)
 
 
 @triton.jit

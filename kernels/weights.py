@@ -349,8 +349,8 @@ def _weights_kernel(
     y_ptr,  # (N, D)
     x_norms_ptr,  # (2, padded_b) float32
     y_norms_ptr,  # (2, padded_n) float32
-    x_labels_ptr,  # (padded_b,) int32
-    y_labels_ptr,  # (padded_n,) int32
+    x_labels_ptr,  # (padded_b,) int64
+    y_labels_ptr,  # (padded_n,) int64
     x_exclude_ptr,  # (padded_b,) int32: column that row i never meets
     y_exclude_ptr,  # (padded_n,) int32: the same for the mirror image
     pair_mask_ptr,  # (B, N) uint8

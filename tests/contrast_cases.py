@@ -168,6 +168,23 @@ def cacr_queue(loss, d: Views) -> Tensor:
     return loss([d.x, d.y, d.z], momentum_keys(d), d.queue)
 
 
+def define_cacr_moco(d: Views, views_of_keys: int, euclidean: bool, t: float = 0.6) -> Tensor:
+    queries, keys = [unit(v) for v in (d.x, d.y, d.z)], [unit(v).detach() for v in momentum_keys(d)]
+    terms, b = [], len(d.x)
+    for v, i in itertools.product(range(views_of_keys), range(b)):
+        others = [a for a in range(3) if a != v]
+        far = torch.stack([(queries[a][i] - keys[v][i]).square().sum() for a in others]).detach()
+        weights = torch.softmax(far / t, 0)
+        for w, a in zip(weights, others, strict=True):
+            s = torch.stack([queries[a][i] @ keys[v][j] for j in range(b)])
+            if euclidean:
+                cost = 1 - torch.stack([s[j] for j in range(b) if j != i])
+                terms.append(w * (1 - s[i] - (torch.softmax(-cost / t, 0).detach() * cost).sum()))
+            else:
+                terms.append(2 * t * w * ((s / t).logsumexp(0) - s[i] / t))
+    return sum(terms) / b / views_of_keys
+
+
 def define_meow(d: Views) -> Tensor:
     terms, b = [], len(d.x)
     for i in range(b):
@@ -229,9 +246,15 @@ def ages(d: Views) -> Tensor:
     return (2 * d.x[:, 0].detach()).round().long()
 
 
-def define_sup_re_mix(d: Views, gap: int, mix_negatives: bool = True) -> Tensor:
+def real_ages(d: Views) -> Tensor:
+    """(B,) real targets that follow from the row, some of them equal."""
+    y = 1.3 * d.x[:, 0].detach()
+    return torch.where(d.x[:, 1].detach() > 0.5, y, (4 * y).round() / 4)
+
+
+def define_sup_re_mix(d: Views, gap: float, mix_negatives: bool = True, target=ages, w=lambda far: far + 1) -> Tensor:
     """Every mixture made, as the authors' code does."""
-    z, y, b, t = unit(d.x), ages(d).tolist(), len(d.x), 0.5
+    z, y, b, t = unit(d.x), target(d).tolist(), len(d.x), 0.5
     seed = draw_seed() if mix_negatives else 0
     terms = []
     for i in range(b):
@@ -247,7 +270,7 @@ def define_sup_re_mix(d: Views, gap: int, mix_negatives: bool = True) -> Tensor:
                 others.append(((share * z[i] + (1 - share) * z[k]).detach(), (1 - share) * abs(y[i] - y[k])))
         candidates = [(v, 0) for v in positives] + others
         if positives:
-            total = torch.log(sum((apart + 1) * torch.exp(z[i] @ v / t) for v, apart in candidates))
+            total = torch.log(sum(w(apart) * torch.exp(z[i] @ v / t) for v, apart in candidates))
             terms.append(total - mean([z[i] @ v / t for v in positives]))
     return sum(terms, 0 * z.sum()) / b
 
@@ -489,6 +512,14 @@ CASES = [
         "CACRQueueLoss queue", lambda g: losses.CACRQueueLoss(1.0, 1.3, False, group=g), cacr_queue,
         lambda d: define_cacr_queue(d, in_batch=False),
     ),
+    Case(
+        "CACRMoCoLoss", lambda g: losses.CACRMoCoLoss(0.6, group=g),
+        lambda loss, d: loss([d.x, d.y, d.z], momentum_keys(d)[:2]), lambda d: define_cacr_moco(d, 2, False),
+    ),
+    Case(
+        "CACRMoCoLoss euclidean", lambda g: losses.CACRMoCoLoss(0.6, losses.CACRCost.EUCLIDEAN, group=g),
+        lambda loss, d: loss([d.x, d.y, d.z], momentum_keys(d)), lambda d: define_cacr_moco(d, 3, True),
+    ),
     Case("MEOWLoss", lambda g: losses.MEOWLoss(group=g), lambda loss, d: loss(d.x, d.y, d.clusters), define_meow),
     Case(
         "AdaMEOWLoss", lambda g: with_network(losses.AdaMEOWLoss(5, hidden_size=4, group=g)),
@@ -509,6 +540,27 @@ CASES = [
     Case(
         "SupReMixLoss unmixed", lambda g: losses.SupReMixLoss(0.5, 1, mix_negatives=False, group=g),
         lambda loss, d: loss(d.x, ages(d)), lambda d: define_sup_re_mix(d, 1, False), True,
+    ),
+    *(
+        Case(
+            f"SupReMixLoss {weight.value}",
+            lambda g, weight=weight: losses.SupReMixLoss(0.5, 2.5, 6.0, weight=weight, group=g),
+            lambda loss, d: loss(d.x, ages(d)), lambda d, w=w: define_sup_re_mix(d, 2.5, w=w), True,
+        )
+        for weight, w in (
+            (losses.SupReMixWeight.NONE, lambda far: 1.0),
+            (losses.SupReMixWeight.L1, lambda far: 1 / (far + 1)),
+            (losses.SupReMixWeight.L2, lambda far: 1 / (far**2 + 1)),
+            (losses.SupReMixWeight.L2_INV, lambda far: far**2 + 1),
+        )
+    ),
+    Case(
+        "SupReMixLoss real", lambda g: losses.SupReMixLoss(0.5, 0.8, 6.0, group=g),
+        lambda loss, d: loss(d.x, real_ages(d)), lambda d: define_sup_re_mix(d, 0.8, target=real_ages), True,
+    ),
+    Case(
+        "SupReMixLoss real positives", lambda g: losses.SupReMixLoss(0.5, 2.0, mix_negatives=False, group=g),
+        lambda loss, d: loss(d.x, real_ages(d)), lambda d: define_sup_re_mix(d, 2.0, False, real_ages), True,
     ),
     Case(
         "MECOLoss", lambda g: after_a_batch(losses.MECOLoss(0.3, group=g)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -188,6 +189,30 @@ def test_contestants_are_gated_and_timed(tmp_path):
     assert rows["cross-batch-memory", "forward"]["columns"] == 16 * 96
 
 
+def test_cuvs_is_called_as_documented(monkeypatch):
+    """By a stand-in of its exact index: build(dataset, metric=), search(index, queries, k), device arrays."""
+    import dense
+    import inputs
+    import peers
+
+    class BruteForce:
+        def build(dataset, metric):
+            assert metric == "inner_product" and not dataset.requires_grad
+            return dataset
+
+        def search(index, queries, k):
+            found = (queries @ index.T).topk(k)
+            return found.values.numpy(), found.indices.numpy()
+
+    made = inputs.labelled(4, inputs.RANDOM)(96, 8)
+    with pytest.raises(peers.CannotRun, match="runs on NVIDIA GPUs only"):
+        peers.cuvs_nearest(made)
+    monkeypatch.setattr(peers, "installed", lambda *a: BruteForce)
+    torch.testing.assert_close(peers.cuvs_nearest(made), dense.dense_nearest(made).detach())
+    with pytest.raises(peers.CannotRun, match="serves float32 and float16 only"):
+        peers.cuvs_nearest(made.to(torch.bfloat16))
+
+
 def test_a_wrong_contestant_is_reported_and_never_timed(monkeypatch):
     import cases
     import gate
@@ -202,6 +227,77 @@ def test_a_wrong_contestant_is_reported_and_never_timed(monkeypatch):
     assert run.is_defect("flashpair", found["flashpair"]) and run.is_defect("peer", found["peer"])
     assert run.is_defect("flashpair", "failed: x") and not run.is_defect("peer", "failed: x")
     assert not run.is_defect("flashpair", "does not fit: 9 GiB")
+
+
+@pytest.mark.parametrize("name", ["ms-halfway", "batch-hard"])
+def test_narrow_inputs_excuse_no_missing_gradient(name):
+    """Where dense code in bfloat16 loses a fifth and more of the gradient; flashpair is held to what float32 loses."""
+    import cases
+    import gate
+
+    case = next(c for c in cases.CASES if c.name == name)
+    absent = lambda i: case.dense(i).detach() + 0 * i.x.sum()  # noqa: E731
+    off = lambda i: case.dense(i.widened()) + 0.2 * (i.x - i.x.detach()).sum()  # noqa: E731
+    made = {
+        "peer": absent,
+        "dense": case.dense,
+        "flashpair": off,
+        "dense in float32": lambda i: case.dense(i.widened()),
+    }
+    made = {n: cases.Implementation(loss) for n, loss in made.items()}
+    found = gate.Gate("cpu").reasons(case, cases.Job(name, 256, 16, "bfloat16"), made, lambda *a: None)
+    assert found["peer"].startswith("wrong: gradient 0: error 1.0e+00")
+    assert found["flashpair"].startswith("wrong: gradient 0: error ") and found["flashpair"].endswith("allowed 3.1e-02")
+    assert found["dense"] == found["dense in float32"] == ""
+
+
+def test_narrow_rows_have_a_dense_rival_in_float32():
+    """On CPUs; it takes as much memory as float32 inputs do, the others half."""
+    import cases
+    import inputs
+
+    case = next(c for c in cases.CASES if c.name == "clip")
+    for device, dtype, there in (("cpu", "bfloat16", True), ("cpu", "float32", False), ("cuda", "bfloat16", False)):
+        assert (cases.WIDENED in case.implementations(device, dtype)) == there
+    needed = {name: case.needs_bytes(name, 512, "bfloat16") for name in ("dense", cases.WIDENED, "flashpair")}
+    assert needed == {"dense": 2 * 6 * 512**2, cases.WIDENED: 4 * 6 * 512**2, "flashpair": 0}
+    assert case.needs_bytes("dense", 512) == needed[cases.WIDENED]
+    made = inputs.remembered(8, 4).to(torch.bfloat16)
+    wide = made.widened()
+    assert wide.x.dtype == wide.memory.dtype == torch.float32 and wide.labels is made.labels
+    wide.x.sum().backward()
+    assert made.x.grad.dtype == torch.bfloat16
+
+
+def test_the_hardest_pairs_are_decided_in_every_dtype():
+    """The first inputs of this size that float32 can decide are undecided once they are narrowed."""
+    import dense
+    import inputs
+
+    made = inputs.decided(620, 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.nn.functional.normalize(made.x.detach().to(dtype).double())
+        for sign, mask in zip((-1, 1), dense.masks(made.labels), strict=True):
+            of_kind = (sign * x @ x.T).masked_fill(~mask, -2)
+            assert (-of_kind.topk(2).values.diff()).min() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_a_step_never_sees_the_inputs_of_the_one_before(dtype):
+    """In any dtype, without drifting away."""
+    import cases
+    import inputs
+    import timers
+
+    made = inputs.labelled(4, inputs.RANDOM)(8, 4).to(dtype)
+    first, seen = made.x.detach().clone(), []
+    look = cases.Implementation(lambda i: (seen.append(i.x.detach().clone()), i.x.sum())[1])
+    timer = timers.HostTimer(made, results.BOTH)
+    timer.steps["look"] = 4
+    timer.sample("look", look)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    assert torch.equal(made.x, first) and torch.equal(seen[1], first)
+    torch.testing.assert_close(seen[0], first)
 
 
 def test_curves_are_drawn_where_there_are_points(tmp_path):

@@ -123,6 +123,8 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
     assert "8.00 (8.00-8.00), 5.3 U, 75%" in text  # 8 ms in units of 1.5 ms; 4 products
     assert "- inf_cl: No module named 'inf_cl' (2 rows)" in text
     assert "driver 580, torch 2.11.0 (CUDA 13.0), triton 3.6.0, nvcc 13.0" in text
+    assert "nvcc 13.0, measured tiles 0123, commit" in report.provenance([rows[0] | {"tuned": "0123"}])[0]
+    assert report.provenance([rows[0] | {"tuned": "-"}]) == report.provenance(rows[:1])
     goal = next(line for line in text.splitlines() if "at most 10 ms" in line)
     assert "| met | stale |" in goal
     assert (tmp_path / "nvidia-nothing-100-80gb.png").stat().st_size > 1000
@@ -142,6 +144,24 @@ def test_a_sweep_that_was_cut_short_is_reported(tmp_path, monkeypatch, capsys):
     assert report.main() == 1 and "1 stale rows" in capsys.readouterr().out
     text = "\n".join([*report.speed_section(rows, "now"), *report.speed_details(rows, "now")])
     assert "| clip | 4096x128 | 1.0 | - | **3.00x** |" in text and "inf_cl: No module named 'inf_cl' (clip)" in text
+
+
+def test_narrow_rows_of_a_cpu_say_so():
+    """Beside those of float32: in the table of README, in its details, and what the processor has for them."""
+    rows = [
+        measured("clip", {"flashpair": 1.0, "dense": 3.0 + wide}, batch=4096, width=128)
+        | {"backend": "cpu", "allocator": "warm", "dtype": dtype, "bfloat16": "amx_bf16"}
+        for wide, dtype in enumerate(("bfloat16", "float32"))
+    ]
+    for row in rows:
+        del row["driver"]  # of a GPU's rows only
+    text = "\n".join(report.speed_section(rows, "now"))
+    assert "| clip | 4096x128 bfloat16 | 1.0 | - | **3.00x** |" in text
+    assert "| clip | 4096x128 | 1.0 | - | **4.00x** |" in text
+    narrow, wide = sorted(report.provenance(rows), key=len, reverse=True)
+    assert "backend cpu, bfloat16 by amx_bf16, commit abc" in narrow and "backend cpu, commit abc" in wide
+    details = "\n".join(report.speed_details(rows, "now"))
+    assert "| clip | 4096x128 | bfloat16 | forward+backward | warm | flashpair |" in details
 
 
 def test_results_of_other_kinds_are_no_gpu(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_an_unknown_stage_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         gpu.arguments(["build", "profile"])
     assert error.value.code == 2
-    assert "unknown stage 'profile'; stages are build, test, bench, report, sanitize" in capsys.readouterr().err
+    assert "unknown stage 'profile'; stages are build, test, bench, report, sanitize, tune" in capsys.readouterr().err
     assert gpu.arguments([]).stages == ["build", "test", "bench", "report"]
     assert gpu.arguments(["sanitize"]).stages == ["sanitize"]
 

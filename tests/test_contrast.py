@@ -49,22 +49,6 @@ def test_float32(case, engine):
         assert (got[name] - value).abs().max().item() <= 8 * lost + 3e-6 * max(value.abs().max().item(), 1), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-def test_backward_inside_autocast(case, engine):
-    """As outside: no product of a backward pass is narrowed, nor those of the parameters' gradients."""
-    if engine not in support.FUSED:
-        pytest.skip("the specification is plain autograd, which autocast reaches")
-    found = []
-    for inside in (False, True):
-        torch.manual_seed(7)
-        d, loss = moved(views(b=20), torch.float32, support.device(engine)), case.make(None)
-        value = case.call(loss, d)
-        leaves = [d.x, d.y, *(loss.parameters() if isinstance(loss, torch.nn.Module) else [])]
-        with torch.autocast(d.x.device.type, torch.bfloat16, enabled=inside):
-            found.append(torch.autograd.grad(value, leaves, allow_unused=True))
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_small_batches(case, rows, engine):
@@ -271,17 +255,67 @@ def test_cluster_concentration(engine):
     assert phi.min() == 0.003 and phi[:2].min() > 0.3
 
 
-def test_mixtures_do_not_depend_on_the_panels(engine, monkeypatch):
-    """Value and gradients of two rows a panel; the random batch has mixed positives, another seed other negatives."""
-    d = moved(views(), torch.float64, support.device(engine))
-    y = contrast_cases.ages(d).tolist()
-    assert any(0 < y[i] - a < 4 and 0 < b - y[i] < 4 for i in range(9) for a in y for b in y)
-    ours = lambda d: losses.SupReMixLoss(0.5, 4)(d.x, contrast_cases.ages(d))  # noqa: E731
+@pytest.mark.parametrize(("target", "gap"), [("ages", 4), ("real_ages", 2.0)])
+def test_mixtures_do_not_depend_on_the_panels(target, gap, engine, monkeypatch):
+    """Value and gradients of two rows a panel, and of few triples at a time; another seed makes other negatives."""
+    d, targets = moved(views(), torch.float64, support.device(engine)), getattr(contrast_cases, target)
+    y = targets(d).tolist()
+    assert any(0 < y[i] - a < gap and 0 < b - y[i] < gap for i in range(9) for a in y for b in y)
+    ours = lambda d: losses.SupReMixLoss(0.5, gap)(d.x, targets(d))  # noqa: E731
     whole, other = evaluate(ours, d), ours(d)
     monkeypatch.setattr("flashpair.rows._CPU_ELEMENTS", 1)
     monkeypatch.setattr("flashpair.rows._CPU_ROWS", 2)
-    close(evaluate(ours, d), whole, 1e-13)
+    for triples in (1 << 17, 9, 1):
+        monkeypatch.setattr("flashpair.losses.contrast.sup_re_mix.BetweenTargets._TRIPLES", triples)
+        close(evaluate(ours, d), whole, 1e-13)
     assert abs(other.item() - whole["loss"].item()) > 1e-4
+
+
+@pytest.mark.parametrize("gap", [0, 0.1, 0.3, 0.7, 9.0])
+def test_mixtures_of_real_targets_at_the_gap(gap, engine, monkeypatch):
+    """Targets whose rounded differences are just the gap, or just not; targets far away, and equal ones."""
+    monkeypatch.setattr("flashpair.rows._CPU_ELEMENTS", 1)
+    monkeypatch.setattr("flashpair.rows._CPU_ROWS", 1)  # each looks as far as itself must
+    d = moved(views(b=14), torch.float64, support.device(engine))
+    y = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.3, 0.8, 30.0, 30.1, -5.0], dtype=torch.float64)
+    y = y[torch.randperm(14, generator=torch.Generator().manual_seed(0))].to(d.x.device)
+    loss = losses.SupReMixLoss(0.5, gap, mix_negatives=False)
+    want = evaluate(lambda d: contrast_cases.define_sup_re_mix(d, gap, False, lambda _: y), d)
+    close(evaluate(lambda d: loss(d.x, y), d), want, 1e-12)
+
+
+def test_real_targets_that_are_whole_numbers(engine):
+    """Triples and products of sums are the same loss, its temperature's gradient too; NaN targets are seen."""
+    d, found = moved(views(b=30), torch.float64, support.device(engine)), []
+    y = (3 * d.x[:, 0].detach()).round().long()
+    for targets in (y, y.double(), y.float()):
+        torch.manual_seed(7)
+        temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        value = losses.SupReMixLoss(temperature, 4)(d.x, targets)
+        found.append([value, *torch.autograd.grad(value, [d.x, temperature])])
+    for of_reals in found[1:]:
+        for a, b in zip(of_reals, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert losses.SupReMixLoss()(d.x, y.double().index_fill(0, y[:1] * 0, math.nan)).isnan()
+
+
+def test_random_bits():
+    """As Python's integers make them; what is given stays as it is."""
+    from flashpair.random import random_bits
+
+    def mixed(z: int) -> int:
+        for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            z = (z ^ z >> by) * factor % (1 << 64)
+        return z
+
+    rows, columns, golden = torch.tensor([[0], [3], [1 << 40]]), torch.tensor([0, 1, 9]), 0x9E3779B97F4A7C15
+    for seed in (0, 12345, -(1 << 61) + 7):
+        got = random_bits(seed, rows, columns) % (1 << 62)
+        for r, i in enumerate(rows[:, 0].tolist()):
+            for c, j in enumerate(columns.tolist()):
+                counter = ((i * golden + j) * golden + seed) % (1 << 64)
+                assert got[r, c] == mixed(mixed(counter)) % (1 << 62)
+    assert rows.tolist() == [[0], [3], [1 << 40]] and columns.tolist() == [0, 1, 9]
 
 
 @pytest.mark.parametrize("beta", [8.0, 1.5])
@@ -323,6 +357,22 @@ def test_cacr_without_negatives(engine):
     one = loss([d.x[:1], d.y[:1]], [d.x[:1], d.y[:1]], none)
     torch.testing.assert_close(one, costs[0])
     assert all(g.isfinite().all() for g in torch.autograd.grad(one, [d.x, d.y]))
+
+
+def test_cacr_of_two_views_is_mocos(engine):
+    """One other view has the weight 1; its temperature is learnable, and rival to nobody costs nothing."""
+    d = moved(views(), torch.float64, support.device(engine))
+    keys = [d.x * 0.9 + 0.1, d.y * 1.1 - 0.1]
+    found = []
+    for of, half in ((losses.CACRMoCoLoss, 1.0), (losses.MoCoV3Loss, 0.5)):
+        t = torch.tensor(0.3, dtype=torch.float64, device=d.x.device, requires_grad=True)
+        call = ([d.x, d.y], keys) if of is losses.CACRMoCoLoss else (d.x, d.y, *keys)
+        value = half * of(t)(*call)
+        found.append([value, *torch.autograd.grad(value, [d.x, d.y, t])])
+    torch.testing.assert_close(*found)
+    one = losses.CACRMoCoLoss(cost=losses.CACRCost.EUCLIDEAN)([d.x[:1], d.y[:1]], [k[:1] for k in keys])
+    pull = [1 - torch.cosine_similarity(a[:1], b[:1]) for a, b in ((d.y, keys[0]), (d.x, keys[1]))]
+    torch.testing.assert_close(one, sum(pull)[0] / 2)
 
 
 def test_meco_over_batches():
@@ -488,6 +538,22 @@ def test_label_similarity(kind):
     everybody = torch.ones(3, 2)
     assert torch.equal(label_similarity(everybody, kind), torch.ones(2, 2))
     losses.NWSLoss(7, 5, got)
+
+
+def test_each_clustering_has_its_gradient_at_once(monkeypatch):
+    """While S is kept: the backward pass is none over the pairs, and without gradients there is none at all."""
+    if "cpu" not in support.FUSED:
+        pytest.skip("the CPU backend keeps S")
+    from flashpair import backend_cpu
+
+    d = moved(views(), torch.float32)
+    call = lambda: losses.ProtoNCELoss()(d.x, d.clusters, *contrast_cases.centroids(d.x))  # noqa: E731
+    with support.forced("cpu"):
+        value = call()
+        monkeypatch.setattr(backend_cpu, "weights", None)
+        value.backward()
+        with torch.no_grad():
+            assert torch.equal(call(), value.detach())
 
 
 def test_draws_of_other_centroids():
@@ -676,6 +742,10 @@ BAD = [
     (lambda x: losses.CACRQueueLoss()([x, x], [x, x[:2]], x), ValueError, r"queries\[1\] and keys\[1\] must have"),
     (lambda x: losses.CACRQueueLoss()([x, x], [x, x], x[:, :2]), ValueError, "queries and queue must have equal"),
     (lambda x: losses.CACRQueueLoss(negative_temperature=-1.0), ValueError, "negative_temperature"),
+    (lambda x: losses.CACRMoCoLoss()([x], [x]), ValueError, "queries must hold at least 2 views, keys at least 1"),
+    (lambda x: losses.CACRMoCoLoss()([x, x], []), ValueError, "at most as many; got 2 and 0"),
+    (lambda x: losses.CACRMoCoLoss()([x, x], [x, x[:2]]), ValueError, r"queries\[0\] and keys\[1\] must have"),
+    (lambda x: losses.CACRMoCoLoss(cost="rbf"), TypeError, "cost must be one of CACRCost.RBF"),
     (lambda x: losses.MECOLoss(0.0), ValueError, "gamma must be in"),
     (lambda x: losses.MECOLoss()(x, x[0]), ValueError, "data must have one dimension"),
     (lambda x: losses.MECOLoss()(x[0], x[0].double()), TypeError, "data and noise must have one dtype"),
@@ -703,9 +773,11 @@ BAD = [
         "smoothing must be in",
     ),
     (lambda x: losses.cluster_concentration(x, x, torch.full((4,), -1)), ValueError, "clusters must be in"),
-    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4)), TypeError, "labels must be int64, real targets rounded or"),
+    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4).int()), TypeError, "labels must be int64"),
+    (lambda x: losses.SupReMixLoss()(x, torch.zeros(4, 1)), ValueError, r"labels must have shape \(4,\)"),
+    (lambda x: losses.SupReMixLoss(weight="L1"), TypeError, "weight must be one of SupReMixWeight.NONE"),
     (lambda x: losses.SupReMixLoss()(x, torch.zeros(3).long()), ValueError, r"labels must have shape \(4,\)"),
-    (lambda x: losses.SupReMixLoss(gap=0), ValueError, "gap must be at least 1"),
+    (lambda x: losses.SupReMixLoss(gap=-1), ValueError, "gap must be in"),
     (lambda x: losses.SupReMixLoss(beta=0.0), ValueError, "beta must be in"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(4).long()), TypeError, "targets must be a floating-point tensor"),
     (lambda x: losses.RnCLoss()(x, torch.zeros(3)), ValueError, r"targets must have shape \(4,\)"),

@@ -585,3 +585,24 @@ def test_a_step_in_the_backward_pass_of_a_head(name, gpu):
     others = torch.ones_like(moved)
     others[head.sampled] = False
     assert moved[labels].all() and not moved[others].any() and head.weight.isfinite().all()
+
+
+# --- measured tiles ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tile_is_compared_and_timed(gpu):
+    """By bench/tune.py: another order of the tiles computes the same, and its launches can be started again."""
+    if gpu != "triton":
+        pytest.skip("tiles of the Triton kernels")
+    import bench_support  # noqa: F401
+    import tune
+    from flashpair.kernels import configs
+
+    for kernel in ("stats", "weights"):
+        architecture = configs.architecture(torch.device(AT))
+        task = tune.Task(kernel, "half", architecture, (600, 500, 64), "bfloat16")
+        trials = tune.Trials(task, AT, tune.KernelTimer(AT))
+        other = dataclasses.replace(task.start, group=3)
+        assert trials.against(other) == ""
+        times = tune.in_turns([task.start, other], trials.sample, 3)
+        assert all(0 < t < 1000 for of in times.values() for t in of)

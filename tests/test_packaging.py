@@ -264,6 +264,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         "source, target = sys.argv[1:]\n"
         "ignore = shutil.ignore_patterns('.*', 'build', 'dist', 'out', '*.egg-info', '__pycache__', '*.so')\n"
         "shutil.copytree(source, target + '/source', ignore=ignore)\n"
+        "open(target + '/source/kernels/tuned.json', 'w').write('[]')\n"  # as bench/tune.py does on a GPU
         "os.chdir(target + '/source')\n"
         "from setuptools import build_meta\n"
         "print('WHEEL', build_meta.build_wheel(target))\n"
@@ -280,6 +281,7 @@ def test_wheel_without_native_part_is_pure(wheel):
 def test_wheel_carries_every_source(wheel):
     expected = {f"flashpair/csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     expected |= {f"flashpair/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    expected |= {"flashpair/kernels/tuned.json"}
     expected |= {f"flashpair/{p.relative_to(ROOT / 'python/flashpair')}" for p in (ROOT / "python").rglob("*.py")}
     carried = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert carried == expected | {"flashpair/py.typed"}

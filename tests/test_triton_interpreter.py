@@ -64,7 +64,13 @@ LISTED = [1, 1 << 30]
 def _poisoned(*shape, **options):
     """torch.empty, filled with what must never be read."""
     out = torch.zeros(*shape, **options)
-    return out.fill_(torch.nan if out.is_floating_point() else 2**30 if out.dtype == torch.int32 else 2**60)
+    if out.dtype == torch.bool:
+        return out
+    return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max // 2)
+
+
+def _like(tensor, options):
+    return {"dtype": tensor.dtype, "device": tensor.device, **options}
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +80,8 @@ def _small_tiles_in_poisoned_memory(monkeypatch):
         return
     torch.set_num_threads(1)
     monkeypatch.setattr(torch, "empty", _poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **k: _poisoned(*shape, **_like(self, k)))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: _poisoned(t.shape, **_like(t, k)))
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_in_order)
     with configs.override(SMALL):
         yield
@@ -143,16 +151,22 @@ def test_self_similarity_around_a_tile(name, size):
 
 
 @interpreted
-@pytest.mark.parametrize("listed", LISTED)
-@pytest.mark.parametrize("labels", ["few", "one", "distinct", "many"])
+@pytest.mark.parametrize(
+    ("sort", "panels"), [("sorted", "whole"), ("sorted", "panels"), ("as they come", "panels")], ids=str
+)
+@pytest.mark.parametrize(("listed", "labels"), zip(LISTED * 2, ["few", "one", "distinct", "many"], strict=True))
 @pytest.mark.parametrize("side", ["rectangle", "self"])
-def test_terms_of_equal_labels_only(side, labels, listed, monkeypatch):
-    """The rows are sorted by label on the way and everything comes back in the caller's order."""
+def test_terms_of_equal_labels_only(side, labels, listed, sort, panels, monkeypatch):
+    """The rows are sorted by label on the way, unless pairs are excluded; the gradients read no tile without a pair."""
     monkeypatch.setattr(launch, "LISTED_TILES", listed)
+    if panels == "panels":
+        monkeypatch.setattr(launch, "panel_shape", lambda *args, square=False, **_: (32, 32) if square else (32, 64))
 
     def run(d):
+        exclude = None if sort == "sorted" else torch.arange(len(d.x)) // 2
         return pair_reduce(
             **d.pairs,
+            exclude=exclude,
             terms=[
                 Term(
                     Reduction.LOGSUMEXP, mask=Mask.SAME, scale=d.row_scale, offset=d.row_offset, weight=d.column_weight
@@ -165,6 +179,36 @@ def test_terms_of_equal_labels_only(side, labels, listed, monkeypatch):
 
     data = make(*_shape(side, 37, 41), 7, labels, precision=torch.float32)
     support.compare(run, data, "triton", torch.float32, ill_conditioned=True)
+
+
+@interpreted
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_tiles_between_visited_ones_are_not_read(side):
+    """Of the column tiles of 32, the first and the last hold pairs of equal labels; excluded pairs forbid sorting."""
+
+    def run(d):
+        labels = torch.tensor([0, 1, 0]).repeat_interleave(32)
+        columns = {} if side == "self" else {"y": d.y, "ref_labels": labels}
+        terms = [Term(Reduction.LOGSUMEXP, mask=Mask.SAME, scale=d.row_scale)]
+        return pair_reduce(d.x, terms=terms, labels=labels, exclude=torch.arange(96) - 1, **columns)
+
+    support.compare(run, make(*_shape(side, 96, 96), 7, precision=torch.float32), "triton", torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [False, True])
+def test_not_finite_rows_show_in_gradients_of_equal_labels_only(normalize):
+    """As they do in a full product: no entry depends on which tiles were visited."""
+    x, labels, found = torch.randn(70, 8), torch.arange(70) // 5, []
+    x[5, 2] = torch.nan
+    for backend in ("triton", "reference"):
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend):
+            terms = [Term(Reduction.LOGSUMEXP, mask=Mask.SAME)]
+            (value,) = pair_reduce(leaf, terms=terms, labels=labels, normalize=normalize)
+        value[value.isfinite()].sum().backward()
+        found.append(leaf.grad.isnan())
+    assert torch.equal(*found)
 
 
 SORTED = only(
@@ -443,6 +487,16 @@ def test_mine(k, side, dtype, monkeypatch):
     monkeypatch.setattr(launch, "panel_shape", lambda *args, **_: (16, 32))
     monkeypatch.setattr(launch, "_ENOUGH_PROGRAMS", 4)
     _assert_mined(data, wanted, exclude=data.exclude, similarity=Similarity.SQUARED_EUCLIDEAN, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("k", [1, 3])
+def test_distances_are_compared_by_their_squares(k):
+    """And their roots are returned, unless a bound asks for the distances themselves."""
+    data = make(*_shape("rectangle", 20, 40), 5, grid=True, precision=torch.float32).to(torch.float32, grad=False)
+    for bound in (None, 1.013):
+        wanted = [Extreme(k=k, largest=largest, above=bound) for largest in (True, False)]
+        _assert_mined(data, wanted, similarity=Similarity.EUCLIDEAN)
 
 
 @interpreted

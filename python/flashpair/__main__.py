@@ -103,6 +103,7 @@ def report() -> str:
         "native part": _native(),
         "settings": [
             ("workspace", f"{workspace.workspace_bytes(None) / 2**20:g} MiB (FLASHPAIR_MAX_WORKSPACE_BYTES)"),
+            ("tuned tiles", os.environ.get("FLASHPAIR_TUNED") or "those of the package, if any (FLASHPAIR_TUNED)"),
             ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS, torch.set_num_threads)"),
         ],
     }

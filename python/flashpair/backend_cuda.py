@@ -261,6 +261,7 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
 
 def _reduce_panels(request: Request, plan: Forward) -> None:
     op, stream = plan.op, _stream(request.x)
+    plan.set_neutral()
     source = _Source(op, _fused(op.x))
     programs = []
     shareable = tuple(r for r in Reduction if r != Reduction.MOMENTS)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .operands import ALONG_OTHERS, EPSILON, Operands, inverse_norms, operands, unit_rows
+from .operands import ALONG_OTHERS, Operands, operands
 from .panels import float32_products
 from .request import FlatTerm, Request, statistics_dtype
+from .rowwise import TORCH, Rowwise
 from .terms import Guide, Reduction, Similarity
 
 #: float16 pair weights are scaled by a power of two so that the largest cotangent becomes about this.
@@ -78,7 +79,8 @@ def weights(
     grad_columns: Tensor,  # (C, N)
     needs,
     add_panels: Callable[[Request, Backward], None],
-    sort_many: bool = False,
+    plain_tiles: bool = False,
+    rowwise: Rowwise = TORCH,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients (dx, dy, [dparam, ...]) of the statistics; `add_panels` adds every panel to dx, dy and the states."""
     cotangents, statistics = [], []
@@ -92,7 +94,7 @@ def weights(
             statistics.append((known[term.slot], known[term.slot + 1]))
         else:
             statistics.append((None, None))
-    _, dx, dy, dparams = _gradients(request, cotangents, statistics, needs, False, add_panels, sort_many)
+    _, dx, dy, dparams = _gradients(request, cotangents, statistics, needs, False, add_panels, plain_tiles, rowwise)
     return dx, dy, dparams
 
 
@@ -101,7 +103,8 @@ def sums(
     needs,
     stats: Callable[[Request], tuple[Tensor, Tensor]],
     add_panels: Callable[[Request, Backward], None],
-    sort_many: bool = False,
+    plain_tiles: bool = False,
+    rowwise: Rowwise = TORCH,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
     if not (needs.x or needs.y or any(needs.params)):
@@ -109,14 +112,18 @@ def sums(
         total = rows.double().sum() + columns.double().sum()
         return total.to(statistics_dtype(request.x)), None, None, [None] * len(request.params)
     nothing = [None] * len(request.terms)
-    return _gradients(request, nothing, [(None, None)] * len(request.terms), needs, True, add_panels, sort_many)
+    return _gradients(
+        request, nothing, [(None, None)] * len(request.terms), needs, True, add_panels, plain_tiles, rowwise
+    )
 
 
-def _gradients(request: Request, cotangents, statistics, needs, with_value: bool, add_panels, sort_many: bool):
+def _gradients(
+    request: Request, cotangents, statistics, needs, with_value: bool, add_panels, plain_tiles: bool, rowwise: Rowwise
+):
     B, N = request.shape
     device, dtype = request.x.device, statistics_dtype(request.x)
     symmetric, distance = request.symmetric, request.similarity != Similarity.DOT
-    op = operands(request, {t.mask for t in request.terms}, sort_many)
+    op = operands(request, {t.mask for t in request.terms}, plain_tiles, rowwise)
     sides = [int(t.axis) for t in request.terms]
     cotangents = [op.arrange(c, s) for c, s in zip(cotangents, sides, strict=True)]
     statistics = [tuple(op.arrange(v, s) for v in pair) for pair, s in zip(statistics, sides, strict=True)]
@@ -135,8 +142,8 @@ def _gradients(request: Request, cotangents, statistics, needs, with_value: bool
     dx = torch.zeros(op.x.shape, dtype=dtype, device=device) if need_x else None
     dy = torch.zeros(op.y.shape, dtype=dtype, device=device) if need_y else None
     scale = _half_scale(terms, cotangents, op.guide, device) if op.x.dtype == torch.float16 and B and N else None
-    x = unit_rows(op.x) if op.scaled else op.x
-    y = x if symmetric else unit_rows(op.y) if op.scaled else op.y
+    x = rowwise.unit_rows(op.x) if op.scaled else op.x
+    y = x if symmetric else rowwise.unit_rows(op.y) if op.scaled else op.y
     if B and N and (with_value or any(c is not None for c in cotangents)):
         plan = Backward(
             op, terms, cotangents, statistics, with_value, slots, row_sum, column_sum, states, x, y, dx, dy, scale
@@ -145,19 +152,21 @@ def _gradients(request: Request, cotangents, statistics, needs, with_value: bool
             add_panels(request, plan)
     if dx is not None:
         sums_of = rows_state[row_sum] if distance else None
-        dx = op.restore(_finished(dx, x, op.raw_x, request.normalize, sums_of, scale), 0, 0)
+        dx = op.restore(rowwise.gradient(dx, x, op.raw_x, request.normalize, sums_of, scale), 0, 0)
     if dy is not None:
         sums_of = columns_state[column_sum] if distance else None
-        dy = op.restore(_finished(dy, y, op.raw_y, request.normalize, sums_of, scale), 1, 0)
+        dy = op.restore(rowwise.gradient(dy, y, op.raw_y, request.normalize, sums_of, scale), 1, 0)
     dparams = _parameter_gradients(request, op, slots, states)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for side, slot in slots.values:
-        total = total + states[side][slot].sum()
-    return total.to(dtype), dx, dy, dparams
+    total = None
+    if with_value:
+        values = [states[side][slot] for side, slot in slots.values]
+        total = (torch.cat(values) if values else states[0].new_zeros(1)).sum().to(dtype)
+    return total, dx, dy, dparams
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b in the dtype of out, float32 or float64."""
+def accumulate(out: Tensor, w: Tensor, operand: Tensor, transposed: bool) -> None:
+    """out += w @ operand, or wᵀ @ operand, in the dtype of out, float32 or float64."""
+    a, b = w.T if transposed else w, operand
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
@@ -172,15 +181,16 @@ def add_panel(
     first_b: int,
     first_n: int,
     mirror: bool,  # the panel also stands for its mirror image: a self-similarity off the diagonal
+    multiply: Callable[[Tensor, Tensor, Tensor, bool], None] = accumulate,
 ) -> None:
     """Multiply the pair weights of one panel into the gradients."""
     rows, columns = slice(first_b, first_b + w.shape[0]), slice(first_n, first_n + w.shape[1])
     if plan.dx is not None:
-        accumulate(plan.dx[rows], w, plan.y[columns])
+        multiply(plan.dx[rows], w, plan.y[columns], False)
         if mirror:
-            accumulate(plan.dx[columns], w.T, plan.x[rows])
+            multiply(plan.dx[columns], w, plan.x[rows], True)
     if plan.dy is not None:
-        accumulate(plan.dy[columns], w.T, plan.x[rows])
+        multiply(plan.dy[columns], w, plan.x[rows], True)
 
 
 def _half_scale(
@@ -206,38 +216,17 @@ def _half_scale(
     return torch.where(scale.isfinite(), scale, 1.0).reshape(1)
 
 
-def _finished(
-    d: Tensor,  # (rows, D) in the dtype of statistics: sum of weights times the other side
-    operand: Tensor,  # (rows, D) as the GEMMs read it
-    raw: Tensor,  # (rows, D)
-    normalize: bool,
-    weight_sums: Tensor | None,  # (rows,) for distances
-    scale: Tensor | None,  # (1,)
-) -> Tensor:
-    """The gradient of one side: distances' own term, the scaling of the weights, and the normalisation undone."""
-    dtype = d.dtype
-    if weight_sums is not None:
-        d = torch.addcmul(d, operand.to(dtype), weight_sums.to(dtype)[:, None], value=-1.0)
-    if scale is not None:
-        d = d / scale
-    if normalize:
-        inverse, wide = inverse_norms(raw)[:, None], raw.to(dtype)
-        # The part along x is removed with x itself: a rounded unit vector would leave a multiple of its error.
-        along = (wide * d).sum(1, keepdim=True, dtype=torch.float64)
-        along = along / wide.square().sum(1, keepdim=True, dtype=torch.float64)
-        # Rows below the smallest norm are divided by a constant, which has no gradient of its own.
-        along = torch.where(inverse < 1.0 / EPSILON, along, 0.0)
-        d = (d - wide * along.to(dtype)) * inverse.to(dtype)
-    return d.to(raw.dtype)
-
-
 def _parameter_gradients(request: Request, op: Operands, slots: Slots, states) -> list[Tensor | None]:
     """Each parameter's gradient: the sum over its uses."""
-    found: list[Tensor | None] = [None] * len(request.params)
+    uses: dict[int, list[tuple[int, int]]] = {}
     for index, side, slot in slots.uses:
-        gradient = op.restore(states[side][slot], side)
-        if request.params[index].numel() == 1 and gradient.numel() != 1:
-            gradient = gradient.sum().reshape(1)
-        # Views of one state may not leave an operator together.
-        found[index] = gradient.clone() if found[index] is None else found[index] + gradient
+        uses.setdefault(index, []).append((side, slot))
+    found: list[Tensor | None] = [None] * len(request.params)
+    for index, places in uses.items():
+        if request.params[index].numel() == 1:
+            found[index] = torch.cat([states[side][slot] for side, slot in places]).sum().reshape(1)
+        else:
+            parts = [op.restore(states[side][slot], side) for side, slot in places]
+            # Views of one state may not leave an operator together.
+            found[index] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone()
     return found

@@ -59,6 +59,13 @@ def labels(name: str, value: Tensor, length: int) -> None:
         raise ValueError(f"{name} must have shape ({length},), one per row; got {tuple(value.shape)}")
 
 
+def floating(name: str, value: Tensor) -> None:
+    """Floating-point tensor of any shape."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+
+
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
     """Finite number inside [low, high], or (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .operands import Operands, operands
-from .request import FlatTerm, Request, statistics_dtype
+from .request import FlatTerm, Request, count_slots, statistics_dtype
+from .rowwise import TORCH, Rowwise
 from .terms import Reduction
 
 #: An empty owner's running statistics. A logsumexp is kept as (m, mass), its value being m + log(mass).
@@ -33,6 +34,11 @@ class Forward:
     entries: tuple[tuple[int, ...], tuple[int, ...]]  # (reduction, first partial, ...) that a side's tiles write
     states: tuple[Tensor, Tensor]  # running statistics (slots, B), (slots, N), float64
 
+    def set_neutral(self) -> None:
+        """Nothing was merged yet."""
+        for state, entries in zip(self.states, self.entries, strict=True):
+            set_neutral(state, entries)
+
 
 def set_neutral(buffer: Tensor, entries: tuple[int, ...]) -> None:
     """Empty statistics in a buffer (slots, ...)."""
@@ -55,43 +61,42 @@ def _layout(terms: list[FlatTerm], symmetric: bool) -> tuple[list[int], tuple[in
 
 
 def statistics(
-    request: Request, reduce_panels: Callable[[Request, Forward], None], sort_many: bool = False
+    request: Request,
+    reduce_panels: Callable[[Request, Forward], None],
+    plain_tiles: bool = False,
+    rowwise: Rowwise = TORCH,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of all terms, rows (R, B) and columns (C, N); `reduce_panels` merges every tile into the states."""
+    """Statistics of all terms, rows (R, B) and columns (C, N); `reduce_panels` fills the states from every tile."""
     B, N = request.shape
     device = request.x.device
-    op = operands(request, {t.mask for t in request.terms}, sort_many)
+    op = operands(request, {t.mask for t in request.terms}, plain_tiles, rowwise)
     terms = op.arranged_terms(request.terms)
     firsts, slots, entries = _layout(terms, request.symmetric)
     rows_state = torch.empty(slots[0], B, dtype=torch.float64, device=device)
     columns_state = rows_state if request.symmetric else torch.empty(slots[1], N, dtype=torch.float64, device=device)
-    states = (rows_state, columns_state)
-    for state, written in zip(states, entries, strict=True):
-        set_neutral(state, written)
+    plan = Forward(op, terms, firsts, slots, entries, (rows_state, columns_state))
     if B and N:
-        reduce_panels(request, Forward(op, terms, firsts, slots, entries, states))
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        reduce_panels(request, plan)
+    else:
+        plan.set_neutral()
+    rows, columns = count_slots(request.spec)
+    dtype = statistics_dtype(request.x)
+    found = (torch.empty(rows, B, dtype=dtype, device=device), torch.empty(columns, N, dtype=dtype, device=device))
     for term, first in zip(terms, firsts, strict=True):
         side = int(term.axis)
-        found[side].append(_finished(term.reduction, op.restore(states[side][first:], side)))
-    dtype = statistics_dtype(request.x)
-    return _joined(found[0], B, dtype, device), _joined(found[1], N, dtype, device)
+        out = found[side][term.slot : term.slot + term.reduction.slots]
+        _finish(term.reduction, op.restore(plan.states[side][first:], side), out)
+    return found
 
 
-def _joined(parts: list[Tensor], length: int, dtype: torch.dtype, device) -> Tensor:
-    if not parts:
-        return torch.empty(0, length, dtype=dtype, device=device)
-    return torch.cat(parts).to(dtype)
-
-
-def _finished(reduction: Reduction, state: Tensor) -> Tensor:
-    """Running statistics (partials, owners) float64 → the reduction's slots."""
+def _finish(reduction: Reduction, state: Tensor, out: Tensor) -> None:
+    """Running statistics (partials, owners) float64 → the reduction's slots (slots, owners)."""
     if reduction in (Reduction.SUM, Reduction.COUNT):
-        return state[:1]
-    if reduction == Reduction.MOMENTS:
-        return torch.cat([state[:2], (state[2] / state[0].clamp_min(1.0))[None], state[3:5]])
-    logsumexp = state[0] + state[1].log()
-    if reduction == Reduction.LOGSUMEXP:
-        return logsumexp[None]
-    mean = torch.where(state[1] == 0.0, 0.0, state[2] / state[1])
-    return torch.stack([mean, logsumexp])
+        out[0] = state[0]
+    elif reduction == Reduction.MOMENTS:
+        out[:] = state[:5]
+        torch.div(state[2], state[0].clamp_min(1.0), out=out[2])
+    else:
+        torch.add(state[0], state[1].log(), out=out[-1])
+        if reduction == Reduction.SOFTMAX_MEAN:
+            out[0] = torch.where(state[1] == 0.0, 0.0, state[2] / state[1])

@@ -1,4 +1,4 @@
-"""What a pass of a GPU backend reads: both sides normalised, with norms and label ranks, in an order that saves work.
+"""What a pass of a GPU backend reads: both sides normalised, with norms and labels, in an order that saves work.
 
 Nothing here or in `panels`, `forward`, `backward` and `extremes` reads a device value, so nothing waits for the device.
 """
@@ -12,20 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .request import PARAMETERS, FlatTerm, Request, statistics_dtype
+from .request import PARAMETERS, FlatTerm, Request
+from .rowwise import TORCH, Rowwise, padded_length
 from .terms import Extreme, Mask, Similarity
 
-#: Every tile's sides divide this.
-MAX_BLOCK = 256
 MAX_FEATURES = 1 << 20
-#: Smallest norm that `normalize` divides by.
-EPSILON = 1e-12
 #: From so many pairs on, kernels that gain by it get rows sorted by label: pairs of equal labels are then in few tiles.
 #: Below, the copies would take longer than what they save.
 ORDERED_PAIRS = 1 << 26
 #: Parameters of a term that run along its reduced side.
 ALONG_OTHERS = ("other_offset", "weight")
-_CHUNK_ELEMENTS = 1 << 22  # normalised at a time in float64
 
 
 def unserved(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
@@ -51,14 +47,10 @@ def on_device(launcher):
     return run
 
 
-def padded_length(length: int) -> int:
-    """Length that holds whole tiles of every configuration."""
-    return -(-length // MAX_BLOCK) * MAX_BLOCK
-
-
 def padded(vectors: Tensor) -> Tensor:
     """(..., length) → (..., padded length), so that kernels read tiles of vectors without masks."""
-    return torch.nn.functional.pad(vectors, (0, padded_length(vectors.shape[-1]) - vectors.shape[-1])).contiguous()
+    missing = padded_length(vectors.shape[-1]) - vectors.shape[-1]
+    return (torch.nn.functional.pad(vectors, (0, missing)) if missing else vectors).contiguous()
 
 
 def group_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,39 +64,13 @@ def group_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor
     return ids[: labels.shape[0]], (ids if ref_labels is None else ids[labels.shape[0] :])
 
 
-def padded_labels(ids: Tensor) -> Tensor:
+def padded_labels(labels: Tensor) -> Tensor:
     """(rows,) → (padded rows,), repeating the last label so that padding widens no tile's range."""
-    missing = padded_length(ids.shape[0]) - ids.shape[0]
-    # A copy in any case: the kernels read 16 bytes at a time, and the labels of the columns may begin anywhere.
-    return torch.cat([ids, ids[-1:].expand(missing)]) if missing else ids.clone()
-
-
-def inverse_norms(x: Tensor) -> Tensor:
-    """(rows,) float64: 1 / max(norm, 1e-12)."""
-    return 1.0 / torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(EPSILON)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Rows of x (rows, D) divided by their norms, rounded once to the dtype of x."""
-    inverse, out = inverse_norms(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    step = max(_CHUNK_ELEMENTS // max(x.shape[1], 1), 1)
-    for first in range(0, x.shape[0], step):
-        chunk = slice(first, first + step)
-        out[chunk] = x[chunk].double() * inverse[chunk, None]
-    return out
-
-
-def norms(x: Tensor, normalize: bool, squared: bool) -> Tensor:
-    """(2, padded rows) in the dtype of statistics: 1 / max(norm, 1e-12), and the squared norm after that division."""
-    rows, dtype = x.shape[0], statistics_dtype(x)
-    out = torch.zeros(2, padded_length(rows), dtype=dtype, device=x.device)
-    if normalize:
-        out[0, :rows] = inverse_norms(x)
-    if squared:
-        wide = x.to(dtype)
-        wide = wide * out[0, :rows, None] if normalize else wide
-        out[1, :rows] = (wide * wide).sum(1)
-    return out
+    missing = padded_length(labels.shape[0]) - labels.shape[0]
+    if missing:
+        return torch.cat([labels, labels[-1:].expand(missing)])
+    # The kernels read 16 bytes at a time, and a caller's labels may begin anywhere.
+    return labels if labels.is_contiguous() and labels.data_ptr() % 16 == 0 else labels.clone()
 
 
 @dataclass
@@ -117,8 +83,8 @@ class Operands:
     y: Tensor  # (N, D)
     x_norms: Tensor  # (2, padded B) inverse norm, squared norm
     y_norms: Tensor  # (2, padded N)
-    x_labels: Tensor  # (padded B,) int32
-    y_labels: Tensor  # (padded N,) int32
+    x_labels: Tensor  # (padded B,) int64 as given, for kernels with plain tiles; int32 ranks for others
+    y_labels: Tensor  # (padded N,)
     exclude: Tensor  # (padded B,) int32
     pair_mask: Tensor  # (B, N) uint8
     guide: tuple[Tensor, Tensor] | None  # (B, E), (N, E) sides of the second product
@@ -178,19 +144,22 @@ def _arranged_guide(request: Request, orders: tuple[Tensor | None, Tensor | None
     return sides[0], sides[-1]
 
 
-def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Operands:
+def operands(request: Request, masks: set[Mask], plain_tiles: bool = False, rowwise: Rowwise = TORCH) -> Operands:
     """Operands of a pass with these masks; sorted by label where only pairs of equal labels count.
 
-    `sort_many`: also where a mask asks for labels and there are `ORDERED_PAIRS`; a pass whose results depend on the
-    order of the columns, as the lowest of several best does, has to ask for `Operands.places`.
+    `plain_tiles`: the kernels treat tiles without a pair of equal labels apart. Few labels are compared then, so that
+    they may be wide; and rows are sorted by label wherever a mask asks for labels and there are `ORDERED_PAIRS`. A pass
+    whose results depend on the order of the columns, as the lowest of several best, has to ask for `Operands.places`.
     """
     x, y, device = request.x, request.columns, request.x.device
-    same_only = masks == {Mask.SAME}
-    x_labels = y_labels = torch.zeros(1, dtype=torch.int32, device=device)
+    same_only, labelled = masks == {Mask.SAME}, bool(masks & {Mask.SAME, Mask.DIFFERENT})
+    x_labels = y_labels = torch.empty(1, dtype=torch.int64 if plain_tiles else torch.int32, device=device)
     orders = (None, None)
-    if request.labels is not None:
-        x_labels, y_labels = group_ids(request.labels, None if request.symmetric else request.column_labels)
-    many = sort_many and bool(masks & {Mask.SAME, Mask.DIFFERENT}) and x.shape[0] * y.shape[0] >= ORDERED_PAIRS
+    if labelled:
+        x_labels, y_labels = request.labels, request.column_labels
+        if not plain_tiles:
+            x_labels, y_labels = group_ids(x_labels, None if request.symmetric else y_labels)
+    many = plain_tiles and labelled and x.shape[0] * y.shape[0] >= ORDERED_PAIRS
     if (same_only or many) and request.pair_mask is None and request.exclude is None:
         row_order = x_labels.argsort(stable=True)
         column_order = row_order if request.symmetric else y_labels.argsort(stable=True)
@@ -203,10 +172,13 @@ def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Ope
     raw_x, raw_y = x, y
     scaled = request.normalize and x.dtype in (torch.bfloat16, torch.float16)
     if request.normalize and not scaled:
-        x = unit_rows(x)
-        y = x if request.symmetric else unit_rows(y)
+        x = rowwise.unit_rows(x)
+        y = x if request.symmetric else rowwise.unit_rows(y)
     squared = request.similarity != Similarity.DOT
-    x_norms = norms(x, scaled, squared)
+    x_norms = rowwise.norms(x, scaled, squared)
+    if labelled:
+        x_labels = padded_labels(x_labels)
+        y_labels = x_labels if request.symmetric else padded_labels(y_labels)
     exclude = x_labels
     if request.exclude is not None:
         inside = (request.exclude >= 0) & (request.exclude < y.shape[0])
@@ -217,9 +189,9 @@ def operands(request: Request, masks: set[Mask], sort_many: bool = False) -> Ope
         x,
         y,
         x_norms,
-        x_norms if request.symmetric else norms(y, scaled, squared),
-        padded_labels(x_labels),
-        padded_labels(y_labels),
+        x_norms if request.symmetric else rowwise.norms(y, scaled, squared),
+        x_labels,
+        y_labels,
         exclude,
         x_labels if request.pair_mask is None else request.pair_mask.contiguous().view(torch.uint8),
         guide,

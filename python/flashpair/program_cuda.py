@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .operands import Operands, padded, padded_length
+from .operands import Operands, padded
 from .panels import cdiv
 from .request import FlatTerm, Request
+from .rowwise import padded_length
 from .terms import Combine, Extreme, Guide, Reduction
 
 #: As in csrc/program_cuda.h and csrc/strip_cuda.h.

@@ -18,11 +18,17 @@ def _shifted(z: Tensor, by: int) -> Tensor:
 
 def random_bits(seed: int | Tensor, row: Tensor, column: Tensor) -> Tensor:
     """int64 bits for each (row, column), broadcast; splitmix64 (Steele, Lea, Flood 2014) of a mixed counter."""
-    z = (row * _GOLDEN + column) * _GOLDEN + seed
+    z = (row * _GOLDEN + column).mul_(_GOLDEN).add_(seed)
+    part = torch.empty_like(z)  # fresh memory for each step takes twice as long
+
+    def mix(by: int) -> Tensor:
+        torch.bitwise_right_shift(z, by, out=part).bitwise_and_((1 << (64 - by)) - 1)
+        return z.bitwise_xor_(part)
+
     for _ in range(2):  # twice: neighbouring counters differ in few bits
-        z = (z ^ _shifted(z, 30)) * _FIRST
-        z = (z ^ _shifted(z, 27)) * _SECOND
-        z = z ^ _shifted(z, 31)
+        mix(30).mul_(_FIRST)
+        mix(27).mul_(_SECOND)
+        mix(31)
     return z
 
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .panels import product
 from .request import FlatTerm, Request, statistics_dtype
 from .terms import Axis, Combine, Extreme, Guide, Mask, Reduction, Score, Similarity
 
@@ -76,8 +77,7 @@ def similarity_matrix(x: Tensor, y: Tensor | None, similarity: Similarity, norma
 def _similarity_matrix(x: Tensor, y: Tensor | None, similarity: Similarity, normalize: bool) -> Tensor:
     own = y is None
     x, y = (normalized(v) if normalize else v.to(statistics_dtype(v)) for v in (x, x if own else y))
-    with torch.autocast(x.device.type, enabled=False):  # autocast would narrow the product
-        dot = x @ y.T
+    dot = product(x, y.T)
     if similarity == Similarity.DOT:
         return dot
     squared = ((x * x).sum(-1)[:, None] + (y * y).sum(-1)[None, :] - 2.0 * dot).clamp_min(0.0)
@@ -143,8 +143,7 @@ def guide_matrix(request: Request) -> Tensor | None:
     if request.guide is None:
         return None
     u, v = (None if side is None else side.detach().to(statistics_dtype(request.x)) for side in request.guide)
-    with torch.autocast(u.device.type, enabled=False):
-        return u @ (u if v is None else v).T
+    return product(u, (u if v is None else v).T)
 
 
 def _within(s: Tensor, above: float | Tensor | None, below: float | Tensor | None) -> Tensor | bool:

@@ -6,8 +6,10 @@ back. Checks of user input stand in `checks.py`; here everything is already know
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,36 +172,41 @@ def encode(
     return params, spec, consts
 
 
-def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
-    """Inverse of `encode` for the terms."""
+@functools.lru_cache(256)
+def _decoded(spec: tuple[int, ...], consts: tuple[float, ...]) -> list[dict[str, Any]]:
+    """The fields of each term that are no tensors; a step repeats those of the last."""
     terms = []
     for t in range(count_terms(spec)):
         fields = spec[HEADER + t * PER_TERM : HEADER + (t + 1) * PER_TERM]
         scale, offset, above, below, constant = consts[5 * t : 5 * t + 5]
-        index = dict(zip(PARAMETERS, fields[FIRST_PARAMETER:], strict=True))
-        numbers = {
-            "scale": scale,
-            "offset": offset,
-            "other_offset": None,
-            "weight": None,
-            "above": None if above == -torch.inf else above,
-            "below": None if below == torch.inf else below,
-        }
-        values = {n: params[index[n]].reshape(-1) if index[n] >= 0 else numbers[n] for n in PARAMETERS}
         terms.append(
-            FlatTerm(
-                Reduction(fields[0]),
-                Score(fields[1]),
-                Mask(fields[2]),
-                Axis(fields[3]),
-                Combine(fields[4]),
-                bool(fields[5]),
-                Guide(fields[6]),
-                constant,
-                index,
-                **values,
-            )
+            {
+                "reduction": Reduction(fields[0]),
+                "score": Score(fields[1]),
+                "mask": Mask(fields[2]),
+                "axis": Axis(fields[3]),
+                "combine": Combine(fields[4]),
+                "detach_weights": bool(fields[5]),
+                "guide": Guide(fields[6]),
+                "constant": constant,
+                "index": dict(zip(PARAMETERS, fields[FIRST_PARAMETER:], strict=True)),
+                "scale": scale,
+                "offset": offset,
+                "other_offset": None,
+                "weight": None,
+                "above": None if above == -torch.inf else above,
+                "below": None if below == torch.inf else below,
+            }
         )
+    return terms
+
+
+def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
+    """Inverse of `encode` for the terms."""
+    terms = []
+    for known in _decoded(tuple(spec), tuple(consts)):
+        tensors = {name: params[at].reshape(-1) for name, at in known["index"].items() if at >= 0}
+        terms.append(FlatTerm(**{**known, **tensors}))
     return terms
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, panels, reference
 from .distributed.sharded import current
 from .eager import eagerly
 from .label_order import label_order, positions
@@ -394,7 +394,7 @@ def _dense(plan: _Plan, x: Tensor, y: Tensor | None, further: Sequence[Tensor]) 
     wide = statistics_dtype(x)
     pairs, inputs = further[: 2 * plan.products], further[2 * plan.products :]
     products = [
-        (u.to(wide) @ v.to(wide).T)[plan.row_order][:, plan.column_order]
+        panels.product(u.to(wide), v.to(wide).T)[plan.row_order][:, plan.column_order]
         for u, v in zip(pairs[0::2], pairs[1::2], strict=True)
     ]
     s = reference.similarity_matrix(x, y, plan.similarity, plan.normalize)

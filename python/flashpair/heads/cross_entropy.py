@@ -165,7 +165,6 @@ def check_sample_weight(value: Tensor | None, rows: Tensor) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"sample_weight must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
+    checks.floating("sample_weight", value)
     if value.shape != rows.shape:
         raise ValueError(f"sample_weight must have shape ({rows.shape[0]},), one per row; got {tuple(value.shape)}")

@@ -14,6 +14,7 @@ from .. import checks
 from ..algebra import log_add_exp
 from ..distributed.sharded import Sharded
 from ..losses.arguments import constant
+from ..panels import product
 from ..request import statistics_dtype
 from ..terms import Precision, Reduction, Score, Term
 from .statistics import WeightUpdate, check_classes, class_statistics
@@ -213,7 +214,7 @@ def _spread(x, weight, scale, normalize, bias, softcap, update) -> Term:
     step = max((1 << 22) // max(weight.shape[1], 1), 1)
     rows = lambda v: F.normalize(v.to(dtype), dim=1, eps=1e-12) if normalize else v.to(dtype)  # noqa: E731
     centre = sum(rows(block).sum(0) for block in weight.split(step)) / weight.shape[0]
-    mean = scale * (rows(x) @ centre) + (0.0 if bias is None else bias.to(dtype).mean())
+    mean = scale * product(rows(x), centre[:, None]).squeeze(1) + (0.0 if bias is None else bias.to(dtype).mean())
     return Term(Reduction.SUM, Score.SQUARE, scale=scale, offset=-mean, other_offset=bias)
 
 
@@ -225,8 +226,7 @@ def check_per_class(name: str, value: Tensor | None, classes: int) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
+    checks.floating(name, value)
     if tuple(value.shape) != (classes,):
         raise ValueError(f"{name} must have shape ({classes},), one per class; got {tuple(value.shape)}")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from ..pairs import pair_similarity
+from ..panels import product
 from ..request import statistics_dtype
 from .cross_entropy import logits_loss
 from .formula import Formula
@@ -126,7 +127,8 @@ class _Gram(torch.autograd.Function):
     def forward(ctx, weight, normalize, step):
         blocks = weight.split(step)
         mean = sum(_units(block, normalize)[0].sum(0) for block in blocks) / weight.shape[0]
-        gram = sum((centred := _units(block, normalize)[0] - mean).T @ centred for block in blocks)
+        centred = (_units(block, normalize)[0] - mean for block in blocks)
+        gram = sum(product(block.T, block) for block in centred)
         ctx.save_for_backward(weight, mean)
         ctx.static = normalize, step
         return mean, gram
@@ -139,7 +141,7 @@ class _Gram(torch.autograd.Function):
         both = grad_gram + grad_gram.T
         for block, into in zip(weight.split(step), gradient.split(step), strict=True):
             units, norms = _units(block, normalize)
-            found = (units - mean) @ both + grad_mean / weight.shape[0]
+            found = product(units - mean, both) + grad_mean / weight.shape[0]
             if norms is not None:
                 found = (found - units * (units * found).sum(1, keepdim=True)) / norms
             into.copy_(found)
@@ -209,14 +211,13 @@ def spherical_loss(
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     own = torch.where(valid, labels, 0)
     rows = torch.arange(x.shape[0], device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        similarity = pair_similarity(x, weight, rows, own, normalize=normalize)
-        mean, centred = _Gram.apply(weight, normalize, max((1 << 22) // weight.shape[1], 1))
-        units = x.to(mean.dtype)
-        units = F.normalize(units, dim=1, eps=1e-12) if normalize else units
-        target, average = scale * similarity, scale * (units @ mean)
-        # The formulas add the own class back.
-        spread = scale**2 * ((units @ centred) * units).sum(1) - (target - average.detach()) ** 2
+    similarity = pair_similarity(x, weight, rows, own, normalize=normalize)
+    mean, centred = _Gram.apply(weight, normalize, max((1 << 22) // weight.shape[1], 1))
+    units = x.to(mean.dtype)
+    units = F.normalize(units, dim=1, eps=1e-12) if normalize else units
+    target, average = scale * similarity, scale * product(units, mean[:, None]).squeeze(1)
+    # The formulas add the own class back.
+    spread = scale**2 * (product(units, centred) * units).sum(1) - (target - average.detach()) ** 2
     extras = {"sum": weight.shape[0] * average - target, "spread": spread}
     unknown = torch.full_like(target, torch.nan)
     logits = ClassLogits(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..algebra import log_add_exp
 from ..terms import Reduction
 from ..workspace import workspace_bytes
@@ -26,7 +27,8 @@ class _Streamed(torch.autograd.Function):
         rows, columns, shared = _split(tensors, counts)
         totals: list[Tensor] | None = None
         for block in _blocks(columns, step):
-            parts = formula(rows, [c[block] for c in columns], shared, block)
+            with ops.without_autocast(tensors[0]):
+                parts = formula(rows, [c[block] for c in columns], shared, block)
             totals = [
                 _merge(reduction, total, part)
                 for reduction, total, part in zip(reductions, totals or [None] * len(parts), parts, strict=True)
@@ -48,7 +50,7 @@ class _Streamed(torch.autograd.Function):
             leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in rows]
             parts_of = [c[block].detach().requires_grad_(c.is_floating_point()) for c in columns]
             common = [t.detach().requires_grad_(t.is_floating_point()) for t in shared]
-            with torch.enable_grad():
+            with torch.enable_grad(), ops.without_autocast(tensors[0]):
                 parts = formula(leaves, parts_of, common, block)
             into = [(g, leaf, None) for g, leaf in zip(of_rows, leaves, strict=True)]
             into += [(g, leaf, block) for g, leaf in zip(of_columns, parts_of, strict=True)]
@@ -61,7 +63,8 @@ class _Streamed(torch.autograd.Function):
                     grads.append(cotangent * _share(reduction, part.detach(), total))
             if not outputs or not into:
                 continue
-            found = torch.autograd.grad(outputs, [leaf for _, leaf, _ in into], grads, allow_unused=True)
+            with ops.without_autocast(tensors[0]):
+                found = torch.autograd.grad(outputs, [leaf for _, leaf, _ in into], grads, allow_unused=True)
             for (gradient, _, where), value in zip(into, found, strict=True):
                 if value is not None and where is None:
                     gradient += value

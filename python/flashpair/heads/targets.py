@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..losses.arguments import constant
+from ..panels import product
 from ..terms import Reduction, Score, Term
 from .logits import check_per_class, check_reduction, reduce_rows
 from .statistics import check_listed, class_statistics
@@ -118,10 +119,9 @@ def soft_cross_entropy(
     else:
         share = targets.to(lse.dtype) if class_weight is None else targets.to(lse.dtype) * class_weight.to(lse.dtype)
         units = [F.normalize(t.to(lse.dtype), dim=1, eps=1e-12) if normalize else t.to(lse.dtype) for t in (x, weight)]
-        with torch.autocast(x.device.type, enabled=False):
-            expected = scale * (units[0] * (share @ units[1])).sum(1)
-            if bias is not None:
-                expected = expected + share @ bias.to(lse.dtype)
+        expected = scale * (units[0] * product(share, units[1])).sum(1)
+        if bias is not None:
+            expected = expected + product(share, bias.to(lse.dtype)[:, None]).squeeze(1)
         losses = share.sum(1) * (lse + shift) - expected
     return reduce_rows(losses, torch.ones_like(losses, dtype=torch.bool), reduction, sample_weight)
 
@@ -260,4 +260,6 @@ class HLGaussHead(nn.Module):
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """(B,) mean of the bin centres under the softmax; (B, bins) logits are stored, bins being few."""
-        return self.linear(embeddings.to(self.linear.weight.dtype)).softmax(1).to(self.centers.dtype) @ self.centers
+        x, weight, bias = (v.to(self.centers.dtype) for v in (embeddings, self.linear.weight, self.linear.bias))
+        share = (product(x, weight.T) + bias).softmax(1)
+        return product(share, self.centers[:, None]).squeeze(1)

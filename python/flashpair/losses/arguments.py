@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -55,6 +56,16 @@ def check_matched(image_features: Tensor, text_features: Tensor, names=("image_f
     if image_features.shape[0] != text_features.shape[0]:
         rows = image_features.shape[0], text_features.shape[0]
         raise ValueError(f"{names[0]} and {names[1]} must have equal numbers of rows; got {rows[0]} and {rows[1]}")
+
+
+def numbered(**sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    """{"name[0]": ..., "name[1]": ...} of sequences by name, as errors name their entries."""
+    return {f"{name}[{k}]": value for name, of in sequences.items() for k, value in enumerate(of)}
+
+
+def sequences(entries: Mapping[str, Tensor], *names: str) -> list[list[Tensor]]:
+    """The sequences of these names again, from what `numbered` made of them."""
+    return [[value for entry, value in entries.items() if entry.startswith(f"{name}[")] for name in names]
 
 
 def without_gradient(rows: Tensor) -> Tensor:

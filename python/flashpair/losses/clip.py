@@ -185,7 +185,13 @@ class ClipLoss(OpenClipRanks, nn.Module):
             TypeError, ValueError: on bad input, naming the argument.
         """
         if self.group is not None and current() is None:
-            return self._over_group(image_features, text_features, logit_scale, logit_bias, output_dict, return_stats)
+            features = image_features, text_features
+            if self.world_size > 1 and not self.local_loss and not self.gather_with_grad:
+                features = [_Scaled.apply(v, 1 / self.world_size) for v in features]
+            return self.over_features(
+                functools.partial(ClipLoss.forward, self), *features,
+                logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
+            )  # fmt: skip
         checks.embeddings("image_features", image_features)
         labels = self.get_ground_truth(image_features.device, image_features.shape[0])
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
@@ -200,23 +206,7 @@ class ClipLoss(OpenClipRanks, nn.Module):
                 return_stats=return_stats,
                 local_value=self.world_size > 1 and self.local_loss,
             )
-        loss, *extra = result if return_stats else (result,)
-        named = {"contrastive_loss": loss} if output_dict else loss
-        return (named, *extra) if return_stats else named
-
-    def _over_group(self, image_features, text_features, logit_scale, logit_bias, output_dict, return_stats):
-        tensors = {"image_features": image_features, "text_features": text_features}
-        if self.world_size > 1 and not self.local_loss and not self.gather_with_grad:
-            tensors = {k: _Scaled.apply(v, 1 / self.world_size) for k, v in tensors.items()}
-
-        def check() -> None:
-            self.check_ranks()
-            check_matched(image_features, text_features)
-
-        return self.over_group(
-            functools.partial(ClipLoss.forward, self), tensors, check,
-            logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
-        )  # fmt: skip
+        return self.answer(result, output_dict, return_stats)
 
     def _loss_of_queries(self, image_features, text_features, logit_scale, labels, return_stats):
         if return_stats:

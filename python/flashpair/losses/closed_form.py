@@ -1,10 +1,14 @@
-"""Row formulas with slopes in closed form: few tensors of a panel's size, and none that autograd keeps."""
+"""Totals whose slopes are known with them: formulas in closed form, and passes whose gradients are taken at once."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..primitives import needs_grad
 
 
 class _Total(torch.autograd.Function):
@@ -31,3 +35,21 @@ def total_with_slopes(value: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Te
     """
     inputs, slopes = zip(*pairs, strict=True)
     return _Total.apply(value, *inputs, *slopes)
+
+
+def total_at_once(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, 0-d, with its gradient in x, taken right away.
+
+    For losses of several passes: a CPU keeps S for a backward pass that comes before the next pass only. Rows that
+    ranks share, and what is compiled, get their gradients later.
+
+    Args:
+        function: of rows, to a sum that is not small; its gradient has not seen the factor of a gradient scaler.
+        x: rows in the dtype of statistics.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or not needs_grad(x) or torch.compiler.is_compiling():
+        return function(x)
+    leaf = x.detach().requires_grad_()
+    value = function(leaf)
+    (slope,) = torch.autograd.grad(value, leaf)
+    return total_with_slopes(value.detach(), (x, slope))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..panels import product
 from ..request import statistics_dtype
 from .arguments import check_matched
 from .metric import MetricLoss
@@ -46,14 +46,13 @@ class _FeatureLoss(MetricLoss):
         if embeddings.shape[0] < 2:
             raise ValueError(f"embeddings must have at least 2 rows; got {embeddings.shape[0]}")
         dtype = statistics_dtype(embeddings)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return self.of_views(embeddings.to(dtype), ref_emb.to(dtype))
+        return self.of_views(embeddings.to(dtype), ref_emb.to(dtype))
 
 
 def squared_covariances(x: Tensor) -> Tensor:
     """Σ_{d ≠ e} cov_de² of centred x (B, D), by the smaller of the D × D and the B × B products."""
     rows, features = x.shape
-    gram = x.T @ x if features <= rows else x @ x.T  # both have the same Frobenius norm
+    gram = product(x.T, x) if features <= rows else product(x, x.T)  # both have the same Frobenius norm
     return ((gram * gram).sum() - (x * x).sum(0).square().sum()) / (rows - 1) ** 2
 
 
@@ -151,5 +150,8 @@ class BarlowTwinsLoss(_FeatureLoss):
         x, y = ((v - v.mean(0)) / (v.var(0, correction=0) + self.eps).sqrt() for v in (x, y))
         own = (x * y).sum(0) / rows
         # ||xᵀ y||² = <x xᵀ, y yᵀ>
-        every = (x.T @ y).square().sum() if features <= rows else ((x @ x.T) * (y @ y.T)).sum()
+        if features <= rows:
+            every = product(x.T, y).square().sum()
+        else:
+            every = (product(x, x.T) * product(y, y.T)).sum()
         return (1 - own).square().sum() + self.lambd * (every / rows**2 - own.square().sum())

@@ -12,6 +12,7 @@ from ..distributed.agreement import options_of
 from ..distributed.ranks import Group, as_group
 from ..distributed.sharded import Sharded, over_ranks
 from ..miners.selection import may_be_global
+from .arguments import check_matched
 
 
 class InGroup:
@@ -81,6 +82,22 @@ class OpenClipRanks(InGroup):
             group = Group(**exchange)
         super().__init__(group=group)
         self.rank, self.world_size = rank, world_size
+
+    def over_features(self, function: Callable, image_features: Tensor, text_features: Tensor, **kwargs):
+        """`function` of the features of all ranks."""
+
+        def check() -> None:
+            self.check_ranks()
+            check_matched(image_features, text_features)
+
+        features = {"image_features": image_features, "text_features": text_features}
+        return self.over_group(function, features, check, **kwargs)
+
+    def answer(self, result, output_dict: bool, return_stats: bool):
+        """What open_clip's call returns of a loss, or of `(loss, statistics)`."""
+        loss, *extra = result if return_stats else (result,)
+        named = {"contrastive_loss": loss} if output_dict else loss
+        return (named, *extra) if return_stats else named
 
     def check_ranks(self) -> None:
         """The ranks that were named are those of the process group.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..distributed.sharded import current
+from ..panels import product
 from ..random import draw_seed
 from ..reference import normalized
 from .geometry import require
@@ -100,19 +101,18 @@ class ManifoldLoss(MetricLoss):
         check_call(embeddings, meta, None, None, None)
         if embeddings.shape[1] != self.l:
             raise ValueError(f"embeddings must have l={self.l} features; got {embeddings.shape[1]}")
-        with torch.autocast(embeddings.device.type, enabled=False):
-            loss = self._loss(normalized(embeddings), meta)
+        loss = self._loss(normalized(embeddings), meta)
         return self._with_regularizer(loss, embeddings, False)
 
     def _loss(self, x: Tensor, meta: Tensor) -> Tensor:
         nodes = torch.cat([x, normalized(self.proxies.to(x))])
-        s = torch.exp(2 * (nodes @ nodes.T).clamp_min(0))
+        s = torch.exp(2 * product(nodes, nodes.T).clamp_min(0))
         s = s - torch.diag(s.diagonal())
         root = s.sum(1).rsqrt()
         eye = torch.eye(len(nodes), dtype=x.dtype, device=x.device)
-        walk = (1 - self.alpha) * torch.linalg.inv(eye - self.alpha * root[:, None] * s * root[None, :])
+        walk = (1 - self.alpha) * _Inverse.apply(eye - self.alpha * root[:, None] * s * root[None, :])
         samples, proxies = walk[: len(x)], walk[len(x) :]
-        context = self._ranking(normalized(samples) @ normalized(proxies).T, meta)
+        context = self._ranking(product(normalized(samples), normalized(proxies).T), meta)
         if self.lambdaC == float("inf"):
             return context
         return self._ranking(samples[:, len(x) :], meta) + self.lambdaC * context
@@ -121,3 +121,18 @@ class ManifoldLoss(MetricLoss):
         gap = score - score.gather(1, meta[:, None]) + self.margin
         counts = (gap >= 0) & (torch.arange(self.K, device=meta.device)[None, :] != meta[:, None])
         return torch.log1p(torch.where(counts, gap.exp(), 0.0).sum(1)).mean()
+
+
+class _Inverse(torch.autograd.Function):
+    """The inverse of a matrix; autocast would narrow the products of torch's own derivative."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:
+        inverse = torch.linalg.inv(matrix)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -product(product(inverse.T, grad), inverse.T)

@@ -153,21 +153,12 @@ class SigLipLoss(OpenClipRanks, nn.Module):
             TypeError, ValueError: on bad input, naming the argument.
         """
         if self.group is not None and current() is None:
-            return self._over_group(image_features, text_features, logit_scale, logit_bias, output_dict, return_stats)
+            return self.over_features(
+                self.forward, image_features, text_features,
+                logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
+            )  # fmt: skip
         result = siglip_loss(
             image_features, text_features, logit_scale, logit_bias,
             return_stats=return_stats, local_value=self.world_size > 1,
         )  # fmt: skip
-        loss, *extra = result if return_stats else (result,)
-        named = {"contrastive_loss": loss} if output_dict else loss
-        return (named, *extra) if return_stats else named
-
-    def _over_group(self, image_features, text_features, logit_scale, logit_bias, output_dict, return_stats):
-        def check() -> None:
-            self.check_ranks()
-            check_matched(image_features, text_features)
-
-        return self.over_group(
-            self.forward, {"image_features": image_features, "text_features": text_features}, check,
-            logit_scale=logit_scale, logit_bias=logit_bias, output_dict=output_dict, return_stats=return_stats,
-        )  # fmt: skip
+        return self.answer(result, output_dict, return_stats)

@@ -76,10 +76,14 @@ class MatchedLoss(InGroup, nn.Module):
         """
         if self.group is not None and current() is None:
             return self.over_group(self.forward, {"first": first, "second": second})
-        check_matched(first, second, ("first", "second"))
+        self.check(first, second)
         if first.shape[0] == 0:
             return nothing(first, second)
-        return poisoned(self.of(first, second), first, second)
+        return poisoned(self.of(first, second), first, second, *self.parameters())
+
+    def check(self, first: Tensor, second: Tensor) -> None:
+        """Whether the batches are what the loss takes."""
+        check_matched(first, second, ("first", "second"))
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
         """The loss of two batches that are not empty."""

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ... import checks
-from ...distributed.sharded import all_rows, current
+from ...distributed.sharded import all_rows
 from ...pairs import pair_similarity
 from ...panels import product
 from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
-from ..arguments import check_matched, inverse_temperature, poisoned
-from ..group import InGroup
-from ..two_views import nothing
+from ..arguments import inverse_temperature
+from ..two_views import MatchedLoss
 
 
 class PairGate(torch.autograd.Function):
@@ -51,15 +50,15 @@ def _unit(p: Tensor, q: Tensor, h: int, out: Tensor) -> Tensor:
     return torch.add(p[h, :, None], q[h, None], out=out).tanh_()
 
 
-class AdaMEOWLoss(InGroup, nn.Module):
+class AdaMEOWLoss(MatchedLoss):
     """InfoNCE whose pairs have weights that a small network learns.
 
         w_ij = σ( v · tanh(W (a_i + b_j) + c) + d )  in (0, 1)
         loss = mean_i [ log Σ_j w_ij e^{<a_i, b_j> / T}  -  <a_i, b_i> / T ]
 
-    of unit vectors a and b. The pair (i, i) is in the sum with its weight, so the loss may be negative; one sample
-    alone gives mean log w. W a and W b are made once, a panel of pairs takes the tanh of one hidden unit at a time,
-    and says its part of the gradients at once.
+    of unit vectors a (first) and b (second). The pair (i, i) is in the sum with its weight, so the loss may be
+    negative; one sample alone gives mean log w. W a and W b are made once, a panel of pairs takes the tanh of one
+    hidden unit at a time, and says its part of the gradients at once.
 
     Args:
         embedding_size: D.
@@ -84,8 +83,6 @@ class AdaMEOWLoss(InGroup, nn.Module):
         -0.1417
     """
 
-    row_groups = (("first", "second"),)
-
     def __init__(
         self, embedding_size: int, temperature: float | Tensor = 0.4, hidden_size: int = 16, group=None
     ) -> None:
@@ -96,26 +93,13 @@ class AdaMEOWLoss(InGroup, nn.Module):
         self.temperature = temperature
         self.hidden, self.output = nn.Linear(embedding_size, hidden_size), nn.Linear(hidden_size, 1)
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """The loss of a batch; anchors are the rows of `first`.
-
-        Args:
-            first, second: (B, D) float32, float64, bfloat16 or float16; row i of both is of sample i. Normalised here.
-
-        Returns:
-            0-d loss in float32 (float64 for float64); 0 for an empty batch.
-
-        Raises:
-            TypeError, ValueError: on bad input, naming the argument.
-        """
-        if self.group is not None and current() is None:
-            return self.over_group(self.forward, {"first": first, "second": second})
-        check_matched(first, second, ("first", "second"))
+    def check(self, first: Tensor, second: Tensor) -> None:
+        super().check(first, second)
         checks.same_device("first", first, **{"the loss's parameters": self.hidden.weight})
         if first.shape[1] != self.hidden.in_features:
             raise ValueError(f"first must have embedding_size={self.hidden.in_features} features; got {first.shape[1]}")
-        if first.shape[0] == 0:
-            return nothing(first, second)
+
+    def of(self, first: Tensor, second: Tensor) -> Tensor:
         scale, dtype = inverse_temperature(self.temperature), statistics_dtype(first)
         weight = self.hidden.weight.to(dtype)
         unit = lambda rows: F.normalize(all_rows(rows).to(dtype), dim=1, eps=1e-12)  # noqa: E731
@@ -131,4 +115,4 @@ class AdaMEOWLoss(InGroup, nn.Module):
         (rivals,) = row_reduce(first, second, weighted, rows=[p], shared=shared, totals=1, normalize=True, copies=12)
         index = torch.arange(first.shape[0], device=first.device)
         positive = scale * pair_similarity(first, second, index, index, normalize=True)
-        return poisoned(rivals / first.shape[0] - positive.mean(), first, second, *self.parameters())
+        return rivals / first.shape[0] - positive.mean()

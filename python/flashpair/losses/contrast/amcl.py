@@ -11,7 +11,7 @@ from ... import checks
 from ...distributed.sharded import current
 from ...pairs import pair_similarity
 from ...rows import RowPanel, row_reduce
-from ..arguments import check_matched, check_rows, poisoned
+from ..arguments import check_matched, check_rows, numbered, poisoned, sequences
 from ..closed_form import total_with_slopes
 from ..group import InGroup
 from ..two_views import nothing
@@ -85,11 +85,9 @@ class AMCLLoss(InGroup, nn.Module):
         """
         first, second = list(first), list(second)
         if self.group is not None and current() is None:
-
-            def run(first_phi: Tensor, second_phi: Tensor, **heads: Tensor) -> Tensor:
-                values = list(heads.values())
-                return self.forward(values[: len(first)], values[len(first) :], first_phi, second_phi)
-
+            run = lambda first_phi, second_phi, **heads: self.forward(  # noqa: E731
+                *sequences(heads, "first", "second"), first_phi, second_phi
+            )
             phi = {"first_phi": first_phi, "second_phi": second_phi}
             return self.over_group(run, lambda: {**phi, **_named(first, second)})
         _named(first, second)
@@ -154,5 +152,4 @@ def _named(first: list[Tensor], second: list[Tensor]) -> dict[str, Tensor]:
     """The heads, one by one."""
     if not first or len(first) != len(second):
         raise ValueError(f"first and second must hold as many heads, at least 1; got {len(first)} and {len(second)}")
-    heads = (("first", first), ("second", second))
-    return {f"{side}[{k}]": head for side, of in heads for k, head in enumerate(of)}
+    return numbered(first=first, second=second)

@@ -12,7 +12,7 @@ from ...distributed.sharded import current
 from ...pairs import pair_similarity
 from ...primitives import pair_reduce
 from ...terms import Mask, Reduction, Term
-from ..arguments import check_matched, poisoned
+from ..arguments import check_matched, numbered, poisoned
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -111,4 +111,4 @@ class CACRLoss(InGroup, nn.Module):
 def _named(views: tuple[Tensor, ...]) -> dict[str, Tensor]:
     if len(views) < 2:
         raise ValueError(f"views must be at least 2; got {len(views)}")
-    return {f"views[{k}]": view for k, view in enumerate(views)}
+    return numbered(views=views)

@@ -13,7 +13,7 @@ from ...distributed.sharded import current
 from ...pairs import pair_similarity
 from ...primitives import pair_reduce
 from ...terms import Reduction, Term
-from ..arguments import check_matched, check_rows, poisoned, without_gradient
+from ..arguments import check_matched, check_rows, numbered, poisoned, sequences, without_gradient
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -85,11 +85,7 @@ class CACRQueueLoss(InGroup, nn.Module):
         """
         queries, keys = list(queries), list(keys)
         if self.group is not None and current() is None:
-
-            def run(**given: Tensor) -> Tensor:
-                values = list(given.values())
-                return self.forward(values[: len(queries)], values[len(queries) :], queue)
-
+            run = lambda **given: self.forward(*sequences(given, "queries", "keys"), queue)  # noqa: E731
             return self.over_group(run, lambda: _named(queries, [without_gradient(k) for k in keys]))
         _named(queries, keys)
         for k, (query, key) in enumerate(zip(queries, keys, strict=True)):
@@ -127,5 +123,4 @@ class CACRQueueLoss(InGroup, nn.Module):
 def _named(queries: list[Tensor], keys: list[Tensor]) -> dict[str, Tensor]:
     if len(queries) < 2 or len(queries) != len(keys):
         raise ValueError(f"queries and keys must hold as many views, at least 2; got {len(queries)} and {len(keys)}")
-    sides = (("queries", queries), ("keys", keys))
-    return {f"{side}[{k}]": view for side, of in sides for k, view in enumerate(of)}
+    return numbered(queries=queries, keys=keys)

@@ -39,8 +39,10 @@ class MECOLoss(InGroup, nn.Module):
 
     Source: Jiang et al., "Learning Unnormalized Statistical Models via Compositional Optimization" (MECO), ICML 2023.
     Not verified: the paper's text and code were not at hand, and the formulas above are deduced from its summary.
-    Assumed: a plain moving average (the paper's estimator may correct for the step of the model), the default γ, which
-    is that of `SogCLRLoss`, and the beginning with u = g.
+    Assumed: a plain moving average, as in others' sketches of the algorithm, the default γ, which is that of
+    `SogCLRLoss`, and the beginning with u = g. Not offered: an average that corrects for the model's step (STORM: u <-
+    g + (1 - γ) (u - g of the model before the step at the same noise)). Nothing at hand says that the paper has it, and
+    it would need the noise's ratios under the model before. Averaged gradients are an optimiser's momentum.
 
     Example:
         >>> import torch

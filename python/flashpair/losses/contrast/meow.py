@@ -11,7 +11,7 @@ from ...distributed.sharded import current
 from ...pairs import pair_similarity
 from ...primitives import pair_reduce
 from ...terms import Mask, Reduction, Term
-from ..arguments import check_matched, inverse_temperature, poisoned
+from ..arguments import check_matched, inverse_temperature, numbered, poisoned
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -90,4 +90,4 @@ def named_clusterings(clusters: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"clusters must be int64 of shape (clusterings, rows); got {got}")
     if clusters.shape[0] == 0:
         raise ValueError(f"clusters must hold at least one clustering; got shape {tuple(clusters.shape)}")
-    return {f"clusters[{k}]": of for k, of in enumerate(clusters.unbind(0))}
+    return numbered(clusters=clusters.unbind(0))

@@ -16,6 +16,7 @@ from ...random import draw_seed, uniform
 from ...request import statistics_dtype
 from ...terms import Reduction, Similarity, Term
 from ..arguments import poisoned
+from ..closed_form import total_at_once
 from ..group import InGroup
 from ..two_views import nothing
 from .meow import named_clusterings
@@ -109,13 +110,15 @@ class ProtoNCELoss(InGroup, nn.Module):
         seed = 0 if self.negatives is None else draw_seed()
         for m, (of, u, phi) in enumerate(zip(clusters.unbind(0), centroids, concentrations, strict=True)):
             scaled = F.normalize(u.detach().to(dtype), dim=1, eps=1e-12) / phi.detach().to(dtype)[:, None]
-            own, columns, weight = own + scaled[of], scaled, None
+            of_rows = scaled.index_select(0, of)
+            own, columns, weight = own + of_rows, scaled, None
             if self.negatives is not None:
                 others, counts = draw_others(seed, m, of, len(u), self.negatives)
-                columns, weight = torch.cat([scaled[of], scaled[others]]), F.pad(counts.to(dtype), (rows, 0), value=1.0)
-            total = total + pair_reduce(z, columns, [Term(Reduction.LOGSUMEXP, weight=weight)])[0]
-        loss = (total - pair_similarity(z, own, index, index)).mean() / len(clusters)
-        return poisoned(loss, embeddings, *centroids)
+                columns, weight = torch.cat([of_rows, scaled[others]]), F.pad(counts.to(dtype), (rows, 0), value=1.0)
+            terms = [Term(Reduction.LOGSUMEXP, weight=weight)]
+            total = total + total_at_once(lambda z: pair_reduce(z, columns, terms)[0].sum(), z)  # noqa: B023
+        total = total - pair_similarity(z, own, index, index).sum()
+        return poisoned(total / (rows * len(clusters)), embeddings, *centroids)
 
 
 def draw_others(seed: int, clustering: int, of: Tensor, count: int, wanted: int) -> tuple[Tensor, Tensor]:
@@ -192,9 +195,7 @@ def _check_centroids(name: str, value: Tensor, embeddings: Tensor) -> None:
 
 
 def _check_concentration(name: str, value: Tensor, centroids: Tensor) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    checks.floating(name, value)
     if tuple(value.shape) != (len(centroids),):
         raise ValueError(f"{name} must have shape ({len(centroids)},), one per centroid; got {tuple(value.shape)}")
     checks.same_device("the centroids", centroids, **{name: value})

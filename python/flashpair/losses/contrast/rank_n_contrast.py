@@ -95,9 +95,7 @@ class RnCLoss(InGroup, nn.Module):
 
 def check_targets(name: str, value: Tensor, embeddings: Tensor) -> None:
     """Floating-point targets (n,) or (n, L), one or one row per embedding."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    checks.floating(name, value)
     rows = embeddings.shape[0]
     if value.dim() not in (1, 2) or value.shape[0] != rows:
         raise ValueError(f"{name} must have shape ({rows},) or ({rows}, L); got {tuple(value.shape)}")

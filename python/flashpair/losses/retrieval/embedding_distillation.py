@@ -82,9 +82,7 @@ class EmbeddingDistillationLoss(SentenceLoss):
     def of(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         query, *documents = embeddings
         rows = query.shape[0]
-        if not isinstance(labels, Tensor) or not labels.is_floating_point():
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be a floating-point tensor; got {got}")
+        checks.floating("labels", labels)
         if tuple(labels.shape) != (rows, len(documents)):
             raise ValueError(f"labels must have shape ({rows}, {len(documents)}); got {tuple(labels.shape)}")
         checks.same_device("embeddings", query, labels=labels)

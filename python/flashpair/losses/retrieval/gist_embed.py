@@ -15,7 +15,7 @@ from ...pairs import pair_similarity
 from ...primitives import pair_reduce
 from ...request import statistics_dtype
 from ...terms import Guide, Reduction, Term
-from ..arguments import check_matched, check_rows, poisoned, without_gradient
+from ..arguments import check_matched, check_rows, poisoned, sequences, without_gradient
 from ..group import InGroup
 from ..two_views import nothing
 from .sentences import finished, joined, named_columns
@@ -103,8 +103,8 @@ class GISTEmbedLoss(InGroup, nn.Module):
         if self.group is not None and current() is None:
 
             def run(**columns: Tensor) -> Tensor:
-                values = list(columns.values())
-                return self.forward(values[: len(embeddings)], values[len(embeddings) :] or None)
+                of, by = sequences(columns, "embeddings", "guide_embeddings")
+                return self.forward(of, by or None)
 
             return self.over_group(run, lambda: _named(embeddings, guides))
         _named(embeddings, guides)

@@ -44,9 +44,7 @@ class MarginMSELoss(SentenceLoss):
             raise ValueError(f"embeddings must hold at least 3 columns; got {len(embeddings)}")
         query, *documents = embeddings
         rows = query.shape[0]
-        if not isinstance(labels, Tensor) or not labels.is_floating_point():
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be a floating-point tensor; got {got}")
+        checks.floating("labels", labels)
         if labels.shape not in ((rows,), (rows, len(documents) - 1)) or (labels.dim() == 1 and len(documents) > 2):
             raise ValueError(f"labels must have shape ({rows}, {len(documents) - 1}); got {tuple(labels.shape)}")
         checks.same_device("embeddings", query, labels=labels)

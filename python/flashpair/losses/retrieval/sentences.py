@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...distributed.sharded import current
-from ..arguments import check_matched
+from ..arguments import check_matched, numbered
 from ..group import InGroup
 
 
@@ -97,4 +97,4 @@ def named_columns(embeddings: list[Tensor], name: str = "embeddings") -> dict[st
     """
     if len(embeddings) < 2:
         raise ValueError(f"{name} must hold at least 2 columns; got {len(embeddings)}")
-    return {f"{name}[{k}]": column for k, column in enumerate(embeddings)}
+    return numbered(**{name: embeddings})
