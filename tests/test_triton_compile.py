@@ -145,7 +145,7 @@ PRECISIONS = {"half": Precision.IEEE, "tf32": Precision.TF32, "ieee": Precision.
 #: Programs that together start every kernel; the full product has all of them.
 SOME = {
     80: ("multi_similarity", "given_sum", "top_5"),
-    90: ("supcon", "softcap_clip", "given_sum", "guide_weight", "positives", "batch_hard", "top_5"),
+    90: ("supcon", "softcap_clip", "given_sum", "guide_weight", "batch_hard", "top_5"),
     100: ("clip", "given_sum", "batch_hard", "top_5"),
 }
 #: (architecture, kind, program, D) that need nearly all registers.
@@ -154,8 +154,8 @@ TIGHT = [
     (80, "half", "supcon", 512),
     (80, "half", "positives", 512),
     (90, "ieee", "nt_xent", 512),
+    (90, "half", "positives", 512),
     (90, "half", "top_64", 200),
-    (100, "half", "positives", 512),
 ]
 
 
