@@ -119,6 +119,24 @@ def test_opcheck_product(wanted):
     )
 
 
+def test_gradients_of_product_have_the_layout_of_a_plain_one():
+    """Bit by bit and in strides: float32 layers before it round by the layout of the gradient that they are given."""
+    rows, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 7, dtype=torch.float64)
+    columns = rows.T.contiguous().T
+    found = []
+    for multiply in (panels.product, torch.matmul):
+        seen = []
+        for a in (rows, columns):
+            for b in (rows.T, columns.T):
+                sides = [t.detach().requires_grad_() for t in (a, b)]
+                seen += torch.autograd.grad((multiply(*sides) * weight).sum(), sides)
+            x = a.clone().requires_grad_()
+            seen += torch.autograd.grad((multiply(x, x.T) * weight).sum(), x)
+        found.append(seen)
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours, plain) and ours.stride() == plain.stride()
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("side", ["rectangle", "self"])
 @pytest.mark.parametrize("similarity", Similarity)

@@ -96,9 +96,19 @@ def _product_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+def _in_layout_of(operand: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The gradient left @ right of an operand, in rows or columns as that is, like autograd of a plain product.
+
+    What came before may round by the layout of the gradient that it is given.
+    """
+    by_columns = left.layout == torch.strided and operand.stride(0) == 1 < operand.stride(1)
+    return product(right.T, left.T).T if by_columns else product(left, right)
+
+
 def _product_backward(ctx, needs, grad):
     a, b = ctx.saved_tensors
-    return product(grad, b.T) if needs[0] else None, product(a.T, grad) if needs[1] else None
+    of_a = _in_layout_of(a, grad, b.T) if needs[0] else None
+    return of_a, _in_layout_of(b, a.T, grad) if needs[1] else None
 
 
 product.differentiable(_product_backward, _product_setup)
