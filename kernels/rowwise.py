@@ -6,7 +6,9 @@ The formulas stand in `flashpair.rowwise`; sums over the features are float64.
 import triton
 import triton.language as tl
 
-EPSILON = tl.constexpr(1e-12)  # smallest norm that rows are divided by
+from .. import rowwise
+
+EPSILON = tl.constexpr(rowwise.EPSILON)  # smallest norm that rows are divided by
 
 
 @triton.jit
@@ -70,10 +72,15 @@ def _norms_kernel(
 
 @triton.jit
 def tile_of_gradient(
-    d_ptr, operand_ptr, sums, scale, stride_d, stride_operand, row, feature, inside,
-    DISTANCE: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    sources,  # (d_ptr, operand_ptr, sums (ROWS,), scale, stride_d, stride_operand)
+    row,
+    feature,
+    inside,
+    DISTANCE: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """(ROWS, BLOCK_D) float32: with the distances' own term, and without the scale of float16 weights."""
+    d_ptr, operand_ptr, sums, scale, stride_d, stride_operand = sources
     d = tile_of_rows(d_ptr, stride_d, row, feature, inside)
     if DISTANCE:
         d = d - tile_of_rows(operand_ptr, stride_operand, row, feature, inside) * sums[:, None]
@@ -111,16 +118,14 @@ def _gradient_kernel(
         sums = tl.load(sums_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     if SCALED:
         scale = tl.load(scale_ptr)
+    sources = (d_ptr, operand_ptr, sums, scale, stride_d, stride_operand)
     along = tl.zeros([ROWS], tl.float64)
     inverse = tl.full([ROWS], 1.0, tl.float64)
     if NORMALIZE:
         squares = tl.zeros([ROWS], tl.float64)
         for start in range(0, D, BLOCK_D):
             inside = (row < rows)[:, None] & (start + columns < D)[None, :]
-            d = tile_of_gradient(
-                d_ptr, operand_ptr, sums, scale, stride_d, stride_operand, row, start + columns, inside,
-                DISTANCE, SCALED,
-            )  # fmt: skip
+            d = tile_of_gradient(sources, row, start + columns, inside, DISTANCE, SCALED)
             raw = tile_of_rows(raw_ptr, stride_raw, row, start + columns, inside).to(tl.float64)
             squares += tl.sum(raw * raw, 1)
             along += tl.sum(raw * d.to(tl.float64), 1)
@@ -129,10 +134,7 @@ def _gradient_kernel(
         along = tl.where(inverse < 1.0 / EPSILON, along / squares, 0.0)
     for start in range(0, D, BLOCK_D):
         inside = (row < rows)[:, None] & (start + columns < D)[None, :]
-        d = tile_of_gradient(
-            d_ptr, operand_ptr, sums, scale, stride_d, stride_operand, row, start + columns, inside,
-            DISTANCE, SCALED,
-        )  # fmt: skip
+        d = tile_of_gradient(sources, row, start + columns, inside, DISTANCE, SCALED)
         if NORMALIZE:
             raw = tile_of_rows(raw_ptr, stride_raw, row, start + columns, inside)
             d = (d - raw * along.to(tl.float32)[:, None]) * inverse.to(tl.float32)[:, None]

@@ -44,7 +44,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of i
 if INTERPRETED:
     import interpreting
     import triton.language as tl
-    from flashpair.kernels import configs, extremes, launch, masks, reductions, rowwise, scores, stats, tiles, weights
+    from flashpair.kernels import configs, extremes, launch, masks, reductions, scores, stats, tiles, weights
     from triton.runtime import interpreter
 
     SMALL = configs.TileConfig(16, 32, 16, warps=4, stages=1, parts=2, group=2)
@@ -585,11 +585,6 @@ def test_numbers_of_the_choices(module, kind):
     for member in kind:
         if kind != Combine or member.name == "LOGADDEXP":
             assert getattr(module, member.name).value == member.value, member
-
-
-@interpreted
-def test_norms_are_divided_by_the_same_smallest_one():
-    assert rowwise.EPSILON.value == flashpair.rowwise.EPSILON
 
 
 @interpreted
