@@ -244,6 +244,12 @@ def of_tiles(config: TileConfig, kind: int) -> TileConfig:
     return replace(config, stages=min(config.stages, stages), registers=registers)
 
 
+@functools.cache
+def one_at_once(config: TileConfig) -> TileConfig:
+    """The configuration with plain tiles of which a multiprocessor holds one at a time."""
+    return replace(config, plain=ONE_AT_ONCE)
+
+
 def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> TileConfig:
     """The configuration of a kernel for D features; `crowded`: of a pass whose epilogue holds much at a time."""
     if _override is not None:
@@ -253,6 +259,7 @@ def choose(kernel: str, kind: str, arch: int, D: int, crowded: bool = False) -> 
     return tuned().get((kernel, kind, arch, width_of(D))) or from_table(kernel, kind, arch, D)
 
 
+@functools.cache
 def from_table(entry: str, kind: str, arch: int, D: int) -> TileConfig:
     """The table's configuration for D features, whatever was measured."""
     config = TABLE[entry, kind, arch]

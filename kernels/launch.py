@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,9 +30,9 @@ from .program import (
     SAME_ONLY,
     SYMMETRIC,
     TILES,
-    Parameters,
     extremes_codes,
     kinds_of_tiles,
+    once,
     program,
     statistics_codes,
     weights_codes,
@@ -40,6 +40,7 @@ from .program import (
 )
 from .reductions import _fold_kernel
 from .rowwise import _gradient_kernel, _norms_kernel
+from .start import start
 from .stats import _stats_kernel
 from .tiles import _visited_kernel
 from .weights import _weights_kernel
@@ -51,10 +52,10 @@ LISTED_TILES = 2048
 _ENOUGH_PROGRAMS = 512
 
 
-def launch(kernel, programs: int, config: configs.TileConfig | None, *args, **constants):
+def launch(kernel, programs: int, config: configs.TileConfig | None, *args, **constants) -> None:
     """Start a kernel on a 1-D grid; nothing to do is no launch."""
     if programs == 0:
-        return None
+        return
     if config is not None:
         constants |= {
             "BLOCK_B": config.block_b,
@@ -67,7 +68,7 @@ def launch(kernel, programs: int, config: configs.TileConfig | None, *args, **co
         }
         if config.registers is not None and torch.version.hip is None:
             constants["maxnreg"] = config.registers
-    return kernel[(programs,)](*args, **constants)
+    start(kernel, programs, args, constants)
 
 
 def _kind(request: Request) -> str:
@@ -78,13 +79,24 @@ def _kind(request: Request) -> str:
 
 
 def _config(kernel: str, request: Request) -> configs.TileConfig:
+    kind = _kind(request)
+    arch = configs.architecture(request.x.device)
+    if request.extremes:
+        crowded, lean = _traits(kernel, request)
+    else:
+        crowded, lean = once((kernel, request.structure), lambda: _traits(kernel, request))
+    # Two accumulators of the larger tile that tf32 has would spill.
+    kind = "ieee" if request.guide is not None and kind == "tf32" else kind
+    config = configs.choose(kernel, kind, arch, request.x.shape[1], crowded)
+    return config if lean or config.plain is None else configs.one_at_once(config)
+
+
+def _traits(kernel: str, request: Request) -> tuple[bool, bool]:
+    """Whether a pass's epilogue holds much at a time, and whether that of plain tiles is known to fit its registers."""
     evaluations = max(len(request.terms), len(request.extremes)) * (1 + int(request.symmetric))
     crowded = request.pair_mask is not None or request.guide is not None or evaluations > configs.MANY_EVALUATIONS
     crowded |= any(term.reduction == Reduction.SOFTMAX_MEAN for term in request.terms)
-    # Two accumulators of the larger tile that tf32 has would spill.
-    kind = "ieee" if request.guide is not None and _kind(request) == "tf32" else _kind(request)
-    config = configs.choose(kernel, kind, configs.architecture(request.x.device), request.x.shape[1], crowded)
-    return config if config.plain is None or _is_lean(kernel, request) else replace(config, plain=configs.ONE_AT_ONCE)
+    return crowded, _is_lean(kernel, request)
 
 
 #: Scores of few instructions.
@@ -147,22 +159,29 @@ def _triangle(request: Request, config: configs.TileConfig) -> tuple[int, ...]:
 
 
 def _fold(
-    side: int,
-    partials: Tensor,
-    state: Tensor,
-    tiles: int,
+    plan: Forward | Backward,
     panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
-    entries: tuple[int, ...],
-    fresh: bool = False,  # nothing was merged yet, and the state holds anything
+    partials: tuple[Tensor, Tensor],
+    tiles: tuple[int, int],
+    entries: tuple[
+        tuple[int, ...], tuple[int, ...]
+    ],  # of owners along the rows and the columns, as the kernel has them
     triangle: tuple[int, ...] = (),
+    joint: bool = False,
+    fresh: bool = False,
+    finish: bool = False,
 ) -> None:
-    """Merge one panel's partials (slots, tiles, length) into the state (slots, owners) of a side."""
-    first, length, block = panel[side], panel[2 + side] - panel[side], 128
-    if entries:
-        launch(
-            _fold_kernel, cdiv(length, block), None, partials, state, tiles, length, first, state.shape[1], panel[0],
-            panel[1], panel[3], ENTRIES=entries, FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
-        )  # fmt: skip
+    """Merge one panel's partials (slots, tiles, length) of both sides into the running statistics."""
+    block, op = 128, plan.op
+    blocks = sum(cdiv(panel[2 + side] - panel[side], block) for side in (0, 1) if entries[side])
+    outs = plan.found if finish else partials
+    states = partials if fresh and finish else plan.states
+    ordered = finish and op.orders[0] is not None
+    launch(
+        _fold_kernel, blocks, None, *partials, *states, *(op.orders if ordered else partials), *outs, *tiles, *panel,
+        op.x.shape[0], op.y.shape[0], ROWS=entries[0], COLUMNS=entries[1], JOINT=joint, FRESH=fresh, FINISH=finish,
+        ORDERED=ordered, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
+    )  # fmt: skip
 
 
 @dataclass
@@ -286,13 +305,22 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
     return statistics(request, _stats_panels, **_OWN)
 
 
+def _folded(plan: Forward, symmetric: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a fold merges for owners along the rows and the columns."""
+    entries = ([], [])
+    for term, first in zip(plan.terms, plan.firsts, strict=True):
+        side = 0 if symmetric else int(term.axis)
+        entries[side].extend((int(term.reduction), first, int(term.axis), term.slot))
+    return tuple(entries[0]), tuple(entries[1])
+
+
 def _stats_panels(request: Request, plan: Forward) -> None:
-    op, slots, entries = plan.op, plan.slots, plan.entries
+    op, slots = plan.op, plan.slots
     B, N = request.shape
     config = _config("stats", request)
-    parameters = Parameters(request.x.device, request.symmetric)
-    codes = statistics_codes(request, plan, parameters)
-    inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
+    codes, layout = statistics_codes(request, plan)
+    packed = layout.packed(op.x.device, lambda t, name: getattr(plan.terms[t], name))
+    inputs, dimensions = _inputs(op, packed, config.block_d)
     guide = _guide(op, config.block_d)
 
     def cost(rows: int, columns: int) -> int:
@@ -300,32 +328,42 @@ def _stats_panels(request: Request, plan: Forward) -> None:
         return 4 * (slots[0] * across * rows + slots[1] * down * columns)
 
     panel_b, panel_n = panel_shape(B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost)
-    triangle = _triangle(request, config)
+    triangle, folded = _triangle(request, config), _folded(plan, request.symmetric)
     one = panel_b >= B and panel_n >= N
     if not one:
         plan.set_neutral()
+    partials = op.x, op.x
     for first_b, end_b in panels(B, panel_b):
         for first_n, end_n in panels(N, panel_n):
             if request.symmetric and end_n <= first_b:
                 continue
+            panel = (first_b, first_n, end_b, end_n)
             length_b, length_n = end_b - first_b, end_n - first_n
             tiles_b, tiles_n = cdiv(length_b, config.block_b), cdiv(length_n, config.block_n)
-            row_partials = empty_partials(slots[0], tiles_n * config.parts, length_b, op.x.device)
-            column_partials = empty_partials(slots[1], tiles_b, length_n, op.x.device)
+            tiles = tiles_n * config.parts, tiles_b
+            partials = (
+                empty_partials(slots[0], tiles[0], length_b, op.x.device),
+                empty_partials(slots[1], tiles[1], length_n, op.x.device),
+            )
             if op.same_only:
-                for partials, count, side in ((row_partials, slots[0], 0), (column_partials, slots[1], 1)):
-                    if count:
-                        set_neutral(partials.view(count, -1), entries[side])
+                for side in (0, 1):
+                    if slots[side]:
+                        set_neutral(partials[side].view(slots[side], -1), plan.entries[side])
             for kind in kinds_of_tiles(request, op):
                 code = program(request, op, codes, triangle=request.symmetric, tiles=kind)
                 _serve(
-                    _stats_kernel, op, config, code, (first_b, first_n, end_b, end_n), *inputs, row_partials,
-                    column_partials, *dimensions, *guide, **_arithmetic(request), **_guide_precision(request),
+                    _stats_kernel, op, config, code, panel, *inputs, *partials, *dimensions, *guide,
+                    **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            panel = (first_b, first_n, end_b, end_n)
-            _fold(0, row_partials, plan.states[0], tiles_n * config.parts, panel, entries[0], one, triangle)
-            fresh = one and not request.symmetric
-            _fold(1, column_partials, plan.states[1], tiles_b, panel, entries[1], fresh, triangle)
+            if one:
+                _fold(plan, panel, partials, tiles, folded, triangle, request.symmetric, fresh=True, finish=True)
+            elif request.symmetric:  # an owner may be on both sides: one after the other
+                _fold(plan, panel, partials, tiles, folded, triangle)
+                _fold(plan, panel, partials, tiles, folded[::-1], triangle)
+            else:
+                _fold(plan, panel, partials, tiles, folded)
+    if not one:
+        _fold(plan, (0, 0, B, N), partials, (0, 0), folded, finish=True)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -348,9 +386,8 @@ def _weights_panels(request: Request, plan: Backward) -> None:
     op, slots = plan.op, plan.slots.used
     symmetric, device = request.symmetric, op.x.device
     config = _config("weights", request)
-    parameters = Parameters(device, symmetric)
-    codes, diagonal = weights_codes(request, plan, parameters)
-    packed = parameters.packed()
+    codes, diagonal, layout = weights_codes(request, plan)
+    packed = layout.packed(device, plan.tensor)
     inputs, dimensions = _inputs(op, packed, config.block_d)
     guide = _guide(op, config.block_d)
     store = plan.dx is not None or plan.dy is not None
@@ -395,12 +432,12 @@ def _weights_panels(request: Request, plan: Backward) -> None:
                     column_partials, panel, packed[1] if plan.scale is None else plan.scale, *dimensions, *guide,
                     stride_w, visits=visits, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            for side, partials, tiles, weight_sum in (
-                (0, row_partials, tiles_n * config.parts, plan.row_sum), (1, column_partials, tiles_b, column_sum)
-            ):  # fmt: skip
-                written = written_slots(visible, side) + ((weight_sum,) if weight_sum >= 0 else ())
-                entries = tuple(v for slot in written for v in (int(Reduction.SUM), slot))
-                _fold(side, partials, plan.states[side], tiles, (first_b, first_n, end_b, end_n), entries)
+            written = tuple(
+                tuple(v for slot in of_side for v in (int(Reduction.SUM), slot, 0, 0))
+                for of_side in (written_slots(visible, 0, plan.row_sum), written_slots(visible, 1, column_sum))
+            )
+            tiles = tiles_n * config.parts, tiles_b
+            _fold(plan, (first_b, first_n, end_b, end_n), (row_partials, column_partials), tiles, written)
             if store:
                 w = panel.view(length_b, stride_w)[:, :length_n]
                 multiply = accumulate if visits is None else _visited_product(request, config, visits)
@@ -455,11 +492,11 @@ def _single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor, Ten
     device, count = request.x.device, len(extremes)
     op = operands(request, {e.mask for e in extremes}, **_OWN)
     extremes = [op.arranged_extreme(e) for e in extremes]
-    parameters = Parameters(device, request.symmetric)
-    codes = extremes_codes(extremes, request.symmetric, parameters)
+    codes, layout = extremes_codes(extremes, request.symmetric)
+    packed = layout.packed(device, lambda e, name: getattr(extremes[e], name))
     config = _config("extremes", request)
     by_squares = _by_squares(request, extremes)
-    inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
+    inputs, dimensions = _inputs(op, packed, config.block_d)
     places = op.places()
     columns_of, triangle = int(request.symmetric), _triangle(request, config)
 
@@ -534,11 +571,11 @@ def _top_k(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     device = request.x.device
     op = operands(request, {extreme.mask}, **_OWN)
     extreme = op.arranged_extreme(extreme)
-    parameters = Parameters(device, request.symmetric)
-    codes = extremes_codes([extreme], False, parameters)
+    codes, layout = extremes_codes([extreme], False)
+    packed = layout.packed(device, lambda _, name: getattr(extreme, name))
     config = _config("top_k", request)
     by_squares = _by_squares(request, [extreme])
-    inputs, dimensions = _inputs(op, parameters.packed(), config.block_d)
+    inputs, dimensions = _inputs(op, packed, config.block_d)
     places = op.places()
     k = extreme.k
     wide = triton.next_power_of_2(k)

@@ -6,7 +6,10 @@ self-similarity has two: tile (I, J) also stands for its mirror image (J, I).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -89,44 +92,55 @@ _SLOTS = {
     "weight": WEIGHT_SLOT,
     "value": VALUE_SLOT,
 }
+#: What the statistics and their cotangents say of a term.
+_KNOWN = {"cotangent": COTANGENT, "mean": MEAN, "logsumexp": LSE}
 _FIELDS = {"scale": SCALE, "offset": OFFSET, "other_offset": OTHER, "weight": WEIGHT, "above": ABOVE, "below": BELOW}
 #: Numbers that change nothing, so that the kernels leave the arithmetic out.
 _NEUTRAL = {"scale": 1.0, "offset": 0.0, "above": None, "below": None, "other_offset": None, "weight": None}
 
 
-@dataclass
-class Parameters:
-    """The parameters of all terms, packed."""
+#: Which tensor of a pass a kernel reads: (term, name) of a parameter, or of what a backward pass knows of the term.
+Source = tuple[int, str]
 
-    device: torch.device
+
+@dataclass
+class Layout:
+    """Where the kernels of a pass find each parameter: the same for every call of one structure."""
+
     shared: bool  # self-similarity: rows and columns have the same vectors
     numbers: list[float] = field(default_factory=list)
-    scalars: list[Tensor] = field(default_factory=list)
-    vectors: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
-    seen: dict = field(default_factory=dict)  # (id of tensor, place) → position
+    scalars: list[Source] = field(default_factory=list)
+    vectors: tuple[list[Source], list[Source]] = field(default_factory=lambda: ([], []))
+    seen: dict = field(default_factory=dict)  # (what a tensor is, place) → position
 
-    def add(self, value: float | Tensor | None, neutral: float | None, side: int, vector=False) -> tuple[int, int]:
-        """(kind, position) of a parameter that runs along `side`."""
+    def add(
+        self, value: float | Tensor | None, neutral: float | None, side: int, source: Source, known: int = -1,
+        vector: bool = False,
+    ) -> tuple[int, int]:  # fmt: skip
+        """(kind, position) of a parameter that runs along `side`; `known`: its number among a request's parameters."""
         if value is None or (not isinstance(value, Tensor) and value == neutral):
             return ABSENT.value, 0
         if not isinstance(value, Tensor):
             return NUMBER.value, _position(self.numbers, float(value))
         if value.numel() == 1 and not vector:
-            return SCALAR.value, self._tensor(self.scalars, value, "scalars")
+            return SCALAR.value, self._tensor(self.scalars, source, known, "scalars")
         side = 0 if self.shared else side
-        return VECTOR.value, self._tensor(self.vectors[side], value, side)
+        return VECTOR.value, self._tensor(self.vectors[side], source, known, side)
 
-    def _tensor(self, pool: list[Tensor], value: Tensor, place) -> int:
-        key = (value.data_ptr(), value.dtype, value.stride(), value.numel(), place)
+    def _tensor(self, pool: list[Source], source: Source, known: int, place) -> int:
+        key = (known if known >= 0 else source, place)
         if key not in self.seen:
             self.seen[key] = len(pool)
-            pool.append(value.detach())
+            pool.append(source)
         return self.seen[key]
 
-    def packed(self) -> tuple[tuple[float, ...], Tensor, Tensor, Tensor]:
-        """numbers, scalars (S,), row_vectors (P, padded B), column_vectors (Q, padded N)."""
-        nothing = torch.empty(1, dtype=torch.float32, device=self.device)
-        scalars, rows, columns = (_stack(v) if v else nothing for v in (self.scalars, *self.vectors))
+    def packed(self, device: torch.device, tensor_of: Callable[[int, str], Tensor]) -> tuple:
+        """numbers, scalars (S,), row_vectors (P, padded B), column_vectors (Q, padded N) of one call."""
+        nothing = torch.empty(1, dtype=torch.float32, device=device)
+        scalars, rows, columns = (
+            _stack([tensor_of(*source) for source in pool]) if pool else nothing
+            for pool in (self.scalars, *self.vectors)
+        )
         rows = padded(rows) if self.vectors[0] else nothing
         columns = rows if self.shared else padded(columns) if self.vectors[1] else nothing
         return tuple(self.numbers) or (0.0,), scalars.reshape(-1), rows, columns
@@ -134,7 +148,22 @@ class Parameters:
 
 def _stack(values: list[Tensor]) -> Tensor:
     """(values, length) float32."""
-    return torch.stack([v.to(torch.float32) for v in values])
+    return torch.stack([v if v.dtype == torch.float32 else v.to(torch.float32) for v in values])
+
+
+#: What is known of calls by their structure; more are forgotten together.
+_MOST = 1 << 10
+_remembered: dict[tuple, Any] = {}
+
+
+def once(key: tuple, make: Callable[[], Any]) -> Any:
+    """What `make` returned for this key, which holds the structure of a call and whatever else it depends on."""
+    found = _remembered.get(key)
+    if found is None:
+        if len(_remembered) >= _MOST:
+            _remembered.clear()
+        found = _remembered[key] = make()
+    return found
 
 
 def _position(pool: list, value) -> int:
@@ -143,7 +172,7 @@ def _position(pool: list, value) -> int:
     return pool.index(value)
 
 
-def _common(term: FlatTerm, mirrored: bool, parameters: Parameters) -> list[int]:
+def _common(t: int, term: FlatTerm, mirrored: bool, layout: Layout) -> list[int]:
     """Fields that statistics and weights share."""
     side = int(term.axis) ^ int(mirrored)
     code = [0] * WIDTH.value
@@ -157,10 +186,10 @@ def _common(term: FlatTerm, mirrored: bool, parameters: Parameters) -> list[int]
     code[GUIDE.value] = int(term.guide)
     for name, at in _FIELDS.items():
         along = 1 - side if name in ALONG_OTHERS else side
-        code[at.value : at.value + 2] = parameters.add(
-            getattr(term, name), _NEUTRAL[name], along, vector=name in ALONG_OTHERS
+        code[at.value : at.value + 2] = layout.add(
+            getattr(term, name), _NEUTRAL[name], along, (t, name), term.index[name], vector=name in ALONG_OTHERS
         )
-    code[CONSTANT.value : CONSTANT.value + 2] = parameters.add(term.constant, None, side)
+    code[CONSTANT.value : CONSTANT.value + 2] = layout.add(term.constant, None, side, (t, "constant"))
     for slot in (SLOT, PARTNER, *_SLOTS.values()):
         code[slot.value] = -1
     return code
@@ -216,10 +245,15 @@ def program(
 ) -> tuple[int, ...]:
     """A complete program from its evaluations; `squares`: the squares of its distances will do."""
     flags = (op.scaled, request.exclude_self, request.exclude is not None, op.same_only, triangle, store, scaled)
-    labelled = any(mask in (Mask.SAME, Mask.DIFFERENT) for mask in codes[MASK.value :: WIDTH.value])
-    guided = any(codes[GUIDE.value :: WIDTH.value])
-    sums = (row_sum, column_sum, int(request.symmetric), tiles, int(labelled), int(guided))
+    sums = (row_sum, column_sum, int(request.symmetric), tiles, *_asks(codes))
     return (int(Similarity.SQUARED_EUCLIDEAN if squares else request.similarity), *map(int, flags), *sums, *codes)
+
+
+@functools.lru_cache(_MOST)
+def _asks(codes: tuple[int, ...]) -> tuple[int, int]:
+    """Whether evaluations ask for labels, and for a second product."""
+    labelled = any(mask in (Mask.SAME, Mask.DIFFERENT) for mask in codes[MASK.value :: WIDTH.value])
+    return int(labelled), int(any(codes[GUIDE.value :: WIDTH.value]))
 
 
 def kinds_of_tiles(request: Request, op: Operands) -> tuple[int, ...]:
@@ -233,70 +267,76 @@ def _flat(codes: list[list[int]]) -> tuple[int, ...]:
     return tuple(v for code in codes for v in code)
 
 
-def statistics_codes(request: Request, plan: Forward, parameters: Parameters) -> tuple[int, ...]:
-    """Evaluations of a pass over the statistics."""
-    codes = []
-    for mirrored in (False, True) if request.symmetric else (False,):
-        for term, first in zip(plan.terms, plan.firsts, strict=True):
-            code = _common(term, mirrored, parameters)
-            code[SLOT.value] = first
-            codes.append(code)
-    _pair_up(codes, request.pair_mask is None and request.exclude is None)
-    return _flat(codes)
+def statistics_codes(request: Request, plan: Forward) -> tuple[tuple[int, ...], Layout]:
+    """Evaluations of a pass over the statistics, and where their parameters are."""
+
+    def make() -> tuple[tuple[int, ...], Layout]:
+        codes, layout = [], Layout(request.symmetric)
+        for mirrored in (False, True) if request.symmetric else (False,):
+            for t, (term, first) in enumerate(zip(plan.terms, plan.firsts, strict=True)):
+                code = _common(t, term, mirrored, layout)
+                code[SLOT.value] = first
+                codes.append(code)
+        _pair_up(codes, request.pair_mask is None and request.exclude is None)
+        return _flat(codes), layout
+
+    return once(("statistics", request.structure), make)
 
 
-def weights_codes(request: Request, plan: Backward, parameters: Parameters) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Evaluations of blocks off and on the diagonal.
+def weights_codes(request: Request, plan: Backward) -> tuple[tuple[int, ...], tuple[int, ...], Layout]:
+    """Evaluations of blocks off and on the diagonal, and where their parameters are.
 
     On a diagonal block every pair is visited twice, so mirrored evaluations add to the pair weights only.
     """
-    codes, terms = [], []
-    for mirrored in (False, True) if request.symmetric else (False,):
-        for t, term in enumerate(plan.terms):
-            if plan.cotangents[t] is None and not plan.with_value:
-                continue
-            code = _common(term, mirrored, parameters)
-            side = code[SIDE.value]
-            if plan.cotangents[t] is not None:
-                code[COTANGENT.value : COTANGENT.value + 2] = parameters.add(
-                    plan.cotangents[t], None, side, vector=True
-                )
-            for at, value in zip((MEAN, LSE), plan.statistics[t], strict=True):
-                code[at.value : at.value + 2] = parameters.add(value, None, side, vector=True)
-            for name, at in _SLOTS.items():
-                code[at.value] = plan.slots.of.get((t, name), -1)
-            codes.append(code)
-            terms.append(term)
-    _pair_up(codes, request.pair_mask is None and request.exclude is None)
-    diagonal = [list(code) for code in codes]
-    for code in diagonal:
-        if code[MIRRORED.value]:
-            for at in _SLOTS.values():
-                code[at.value] = -1
-    for evaluations in (codes, diagonal):
-        _share_sums(evaluations, terms)
-    return _flat(codes), _flat(diagonal)
+
+    def make() -> tuple[tuple[int, ...], tuple[int, ...], Layout]:
+        codes, terms, layout = [], [], Layout(request.symmetric)
+        for mirrored in (False, True) if request.symmetric else (False,):
+            for t, term in enumerate(plan.terms):
+                if plan.cotangents[t] is None and not plan.with_value:
+                    continue
+                code = _common(t, term, mirrored, layout)
+                for name, at in _KNOWN.items():
+                    code[at.value : at.value + 2] = layout.add(
+                        plan.tensor(t, name), None, code[SIDE.value], (t, name), vector=True
+                    )
+                for name, at in _SLOTS.items():
+                    code[at.value] = plan.slots.of.get((t, name), -1)
+                codes.append(code)
+                terms.append(term)
+        _pair_up(codes, request.pair_mask is None and request.exclude is None)
+        diagonal = [list(code) for code in codes]
+        for code in diagonal:
+            if code[MIRRORED.value]:
+                for at in _SLOTS.values():
+                    code[at.value] = -1
+        for evaluations in (codes, diagonal):
+            _share_sums(evaluations, terms)
+        return _flat(codes), _flat(diagonal), layout
+
+    return once(("weights", request.structure, plan.with_value, *plan.slots.of.items()), make)
 
 
-def extremes_codes(extremes: list[Extreme], symmetric: bool, parameters: Parameters) -> tuple[int, ...]:
-    """Evaluations of a mining pass; slot e is extreme e."""
-    codes = []
+def extremes_codes(extremes: list[Extreme], symmetric: bool) -> tuple[tuple[int, ...], Layout]:
+    """Evaluations of a mining pass, and where their parameters are; slot e is extreme e."""
+    codes, layout = [], Layout(symmetric)
     for mirrored in (False, True) if symmetric else (False,):
         for e, extreme in enumerate(extremes):
             code = [0] * WIDTH.value
             code[REDUCTION.value] = int(extreme.largest)
             code[MASK.value] = int(extreme.mask)
             code[SIDE.value] = code[MIRRORED.value] = int(mirrored)
-            for at, value in ((ABOVE, extreme.above), (BELOW, extreme.below)):
-                code[at.value : at.value + 2] = parameters.add(value, None, int(mirrored))
+            for name, at in (("above", ABOVE), ("below", BELOW)):
+                code[at.value : at.value + 2] = layout.add(getattr(extreme, name), None, int(mirrored), (e, name))
             code[SLOT.value], code[PARTNER.value] = e, -1
             codes.append(code)
-    return _flat(codes)
+    return _flat(codes), layout
 
 
-def written_slots(codes: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """Slots of sums that weights write on one side."""
-    slots = set()
+@functools.lru_cache(_MOST)
+def written_slots(codes: tuple[int, ...], side: int, weight_sum: int) -> tuple[int, ...]:
+    """Slots of sums that weights write on one side; `weight_sum`: that of the weights themselves, or -1."""
+    slots = {weight_sum} - {-1}
     for at in range(0, len(codes), WIDTH.value):
         code = codes[at : at + WIDTH.value]
         for name, slot in _SLOTS.items():

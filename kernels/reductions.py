@@ -129,14 +129,75 @@ def owner_moments(s, keep, SIDE: tl.constexpr):
     return count, mean, tl.sum(deviation * deviation, 1 - SIDE), low, high
 
 
+# --- merging the partials of tiles ------------------------------------------------------------------------------------
+# A running statistic is five vectors (BLOCK,) in float64, of which a reduction uses as many as it has partials.
+
+
 @triton.jit
-def running(ptrs, inside, NEUTRAL: tl.constexpr, FRESH: tl.constexpr):
-    """(BLOCK,) float64 of the running statistics; what is neutral where nothing was merged yet."""
-    if FRESH:
-        value = tl.full(inside.shape, NEUTRAL, tl.float64)
+def nothing_merged(at, REDUCTION: tl.constexpr):
+    """The statistics of no tile."""
+    zero = tl.zeros(at.shape, tl.float64)
+    inf = zero + float("inf")
+    if REDUCTION == MOMENTS:
+        values = (zero, zero, zero, inf, -inf)
+    elif (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
+        values = (zero, zero, zero, zero, zero)
     else:
-        value = tl.load(ptrs, mask=inside, other=0.0)
-    return value
+        values = (-inf, zero, zero, zero, zero)
+    return values
+
+
+@triton.jit
+def running(state, step, inside, REDUCTION: tl.constexpr):
+    """The statistics so far, from the state's first slot of each owner; `step` from one slot to the next."""
+    first = tl.load(state, mask=inside, other=0.0)
+    second = first
+    third = first
+    fourth = first
+    fifth = first
+    if (REDUCTION != SUM) and (REDUCTION != COUNT):
+        second = tl.load(state + step, mask=inside, other=0.0)
+        if REDUCTION != LOGSUMEXP:
+            third = tl.load(state + 2 * step, mask=inside, other=0.0)
+        if REDUCTION == MOMENTS:
+            fourth = tl.load(state + 3 * step, mask=inside, other=0.0)
+            fifth = tl.load(state + 4 * step, mask=inside, other=0.0)
+    return (first, second, third, fourth, fifth)
+
+
+@triton.jit
+def keep_running(values, state, step, inside, REDUCTION: tl.constexpr):
+    """Write the statistics so far where `running` reads them."""
+    tl.store(state, values[0], mask=inside)
+    if (REDUCTION != SUM) and (REDUCTION != COUNT):
+        tl.store(state + step, values[1], mask=inside)
+        if REDUCTION != LOGSUMEXP:
+            tl.store(state + 2 * step, values[2], mask=inside)
+        if REDUCTION == MOMENTS:
+            tl.store(state + 3 * step, values[3], mask=inside)
+            tl.store(state + 4 * step, values[4], mask=inside)
+
+
+@triton.jit
+def write_results(values, out, step, inside, REDUCTION: tl.constexpr):
+    """Write what a reduction's statistics say, in float32; `step` from one slot of the results to the next."""
+    first, second, third, fourth, fifth = values
+    if (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
+        tl.store(out, first.to(tl.float32), mask=inside)
+    elif REDUCTION == MOMENTS:
+        tl.store(out, first.to(tl.float32), mask=inside)
+        tl.store(out + step, second.to(tl.float32), mask=inside)
+        tl.store(out + 2 * step, (third / tl.maximum(first, 1.0)).to(tl.float32), mask=inside)
+        tl.store(out + 3 * step, fourth.to(tl.float32), mask=inside)
+        tl.store(out + 4 * step, fifth.to(tl.float32), mask=inside)
+    else:
+        logsumexp = (first + tl.log(second)).to(tl.float32)
+        if REDUCTION == SOFTMAX_MEAN:
+            mean = tl.where(second == 0.0, 0.0, third / tl.where(second == 0.0, 1.0, second))
+            tl.store(out, mean.to(tl.float32), mask=inside)
+            tl.store(out + step, logsumexp, mask=inside)
+        else:
+            tl.store(out, logsumexp, mask=inside)
 
 
 @triton.jit
@@ -156,66 +217,47 @@ def was_visited(tile, at, corner, SIDE: tl.constexpr, TRIANGLE: tl.constexpr):
 
 
 @triton.jit
-def fold_entry(
-    partial_ptr,
-    state_ptr,
+def merged(
+    values,
+    partial_ptr,  # (slots, tiles, length) float32
     at,  # (BLOCK,) position in the panel
     tiles,
     length,
-    first,
-    state_length,
-    corner,
+    corner,  # (first_b, first_n, end_n) of the panel
     REDUCTION: tl.constexpr,
     SLOT: tl.constexpr,
-    FRESH: tl.constexpr,
     SIDE: tl.constexpr,
     TRIANGLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Merge one statistic's partials; one tile of tiles at a time, in their order."""
+    """The statistics with the partials of a panel's tiles, in the order of the tiles."""
+    first, second, third, fourth, fifth = values
     t = tl.arange(0, BLOCK_T)
-    state = state_ptr + tl.cast(state_length, tl.int64) * SLOT + first + at
     step = tl.cast(tiles, tl.int64) * length  # from one slot of the partials to the next
     inside = at < length
     if (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
-        total = running(state, inside, 0.0, FRESH)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
             mask = mask & was_visited((start + t)[:, None], at[None, :], corner, SIDE, TRIANGLE)
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
-            total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
-        tl.store(state, total, mask=inside)
+            first += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
     elif REDUCTION == MOMENTS:
-        count = running(state, inside, 0.0, FRESH)
-        mean = running(state + state_length, inside, 0.0, FRESH)
-        spread = running(state + 2 * state_length, inside, 0.0, FRESH)
-        low = running(state + 3 * state_length, inside, float("inf"), FRESH)
-        high = running(state + 4 * state_length, inside, -float("inf"), FRESH)
         for start in range(0, tiles, 1):
             offset = step * SLOT + tl.cast(start, tl.int64) * length + at
             mask = inside & was_visited(start, at, corner, SIDE, TRIANGLE)
             c = tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64)
-            difference = tl.load(partial_ptr + offset + step, mask=mask, other=0.0).to(tl.float64) - mean
+            difference = tl.load(partial_ptr + offset + step, mask=mask, other=0.0).to(tl.float64) - second
             m2 = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
             lo = tl.load(partial_ptr + offset + 3 * step, mask=mask, other=float("inf")).to(tl.float64)
             hi = tl.load(partial_ptr + offset + 4 * step, mask=mask, other=-float("inf")).to(tl.float64)
-            share = c / tl.maximum(count + c, 1.0)
-            spread += m2 + tl.where(c == 0.0, 0.0, difference * difference * count * share)
-            mean += tl.where(c == 0.0, 0.0, difference * share)
-            count += c
-            low = tl.where((lo < low) | (lo != lo), lo, low)
-            high = tl.where((hi > high) | (hi != hi), hi, high)
-        tl.store(state, count, mask=inside)
-        tl.store(state + state_length, mean, mask=inside)
-        tl.store(state + 2 * state_length, spread, mask=inside)
-        tl.store(state + 3 * state_length, low, mask=inside)
-        tl.store(state + 4 * state_length, high, mask=inside)
+            share = c / tl.maximum(first + c, 1.0)
+            third += m2 + tl.where(c == 0.0, 0.0, difference * difference * first * share)
+            second += tl.where(c == 0.0, 0.0, difference * share)
+            first += c
+            fourth = tl.where((lo < fourth) | (lo != lo), lo, fourth)
+            fifth = tl.where((hi > fifth) | (hi != hi), hi, fifth)
     else:
-        m = running(state, inside, -float("inf"), FRESH).to(tl.float32)
-        mass = running(state + state_length, inside, 0.0, FRESH)
-        weighted = mass
-        if REDUCTION == SOFTMAX_MEAN:
-            weighted = running(state + 2 * state_length, inside, 0.0, FRESH)
+        m = first.to(tl.float32)
         for start in range(0, tiles, BLOCK_T):
             mask = (t[:, None] < tiles - start) & inside[None, :]
             mask = mask & was_visited((start + t)[:, None], at[None, :], corner, SIDE, TRIANGLE)
@@ -227,39 +269,106 @@ def fold_entry(
             old = exp(m - shift).to(tl.float64)
             # An empty tile counts for nothing, and 0 * inf must not make it count.
             factor = tl.where(tile_mass == 0.0, 0.0, exp(tile_m - shift[None, :])).to(tl.float64)
-            mass = tl.where(mass == 0.0, 0.0, mass * old) + tl.sum(tile_mass.to(tl.float64) * factor, 0)
+            second = tl.where(second == 0.0, 0.0, second * old) + tl.sum(tile_mass.to(tl.float64) * factor, 0)
             if REDUCTION == SOFTMAX_MEAN:
                 tile_t = tl.load(partial_ptr + offset + 2 * step, mask=mask, other=0.0).to(tl.float64)
-                weighted = weighted * old + tl.sum(tile_t * factor, 0)
+                third = third * old + tl.sum(tile_t * factor, 0)
             m = new_m
-        tl.store(state, m.to(tl.float64), mask=inside)
-        tl.store(state + state_length, mass, mask=inside)
-        if REDUCTION == SOFTMAX_MEAN:
-            tl.store(state + 2 * state_length, weighted, mask=inside)
+        first = m.to(tl.float64)
+    return (first, second, third, fourth, fifth)
 
 
-@triton.jit(do_not_specialize=["tiles", "length", "first", "state_length", "first_b", "first_n", "end_n"])
+@triton.jit
+def fold_owners(
+    block,
+    own,  # (partial_ptr, tiles, first, end, state_ptr, order_ptr, owners) of the side whose owners these are
+    other,  # the same of the other side; read if JOINT
+    outs,  # (row_out_ptr, column_out_ptr)
+    lengths,  # (rows, columns) of the results
+    corner,
+    ENTRIES: tl.constexpr,
+    SIDE: tl.constexpr,
+    JOINT: tl.constexpr,
+    FRESH: tl.constexpr,
+    FINISH: tl.constexpr,
+    ORDERED: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge a panel's partials of BLOCK owners."""
+    partial_ptr, tiles, first, end, state_ptr, order_ptr, owners = own
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    length = end - first
+    inside = at < length
+    place = (first + at).to(tl.int64)
+    if ORDERED:
+        place = tl.load(order_ptr + first + at, mask=inside, other=0)
+    step = tl.cast(owners, tl.int64)
+    for n in tl.static_range(len(ENTRIES) // 4):
+        state = state_ptr + step * ENTRIES[4 * n + 1] + first + at
+        if FRESH:
+            values = nothing_merged(at, ENTRIES[4 * n])
+        else:
+            values = running(state, step, inside, ENTRIES[4 * n])
+        values = merged(
+            values, partial_ptr, at, tiles, length, corner, ENTRIES[4 * n], ENTRIES[4 * n + 1], SIDE, TRIANGLE, BLOCK_T
+        )
+        if JOINT:
+            values = merged(
+                values, other[0], at, other[1], length, corner, ENTRIES[4 * n], ENTRIES[4 * n + 1], 1 - SIDE, TRIANGLE,
+                BLOCK_T,
+            )  # fmt: skip
+        if FINISH:
+            out_step = tl.cast(lengths[ENTRIES[4 * n + 2]], tl.int64)
+            out = outs[ENTRIES[4 * n + 2]] + out_step * ENTRIES[4 * n + 3] + place
+            write_results(values, out, out_step, inside, ENTRIES[4 * n])
+        else:
+            keep_running(values, state, step, inside, ENTRIES[4 * n])
+
+
+@triton.jit(do_not_specialize=["row_tiles", "column_tiles", "first_b", "first_n", "end_b", "end_n", "rows", "columns"])
 def _fold_kernel(
-    partial_ptr,  # (slots, tiles, length) float32
-    state_ptr,  # (slots, state_length) float64
-    tiles,
-    length,
-    first,  # position of the panel in the state
-    state_length,
-    first_b,  # the panel; read if TRIANGLE
+    row_partials_ptr,  # (slots, row_tiles, end_b - first_b) float32
+    column_partials_ptr,  # (slots, column_tiles, end_n - first_n)
+    row_state_ptr,  # (slots, rows) float64; not touched if FRESH and FINISH
+    column_state_ptr,  # (slots, columns)
+    row_order_ptr,  # (rows,) int64: where the caller has each; read if ORDERED
+    column_order_ptr,  # (columns,)
+    row_out_ptr,  # (slots, rows) float32; written if FINISH
+    column_out_ptr,  # (slots, columns)
+    row_tiles,
+    column_tiles,
+    first_b,  # the panel
     first_n,
+    end_b,
     end_n,
-    ENTRIES: tl.constexpr,  # (reduction, slot, ...)
+    rows,
+    columns,
+    ROWS: tl.constexpr,  # what owners along the rows have: (reduction, slot, side of its results, their slot, ...)
+    COLUMNS: tl.constexpr,  # owners along the columns
+    JOINT: tl.constexpr,  # the panel is a whole self-similarity: ROWS get the partials of both sides
     FRESH: tl.constexpr,  # nothing was merged yet: the state is not read
-    SIDE: tl.constexpr,  # of the owners: 0 rows, 1 columns
+    FINISH: tl.constexpr,  # nothing comes later: the results are written, not the state
+    ORDERED: tl.constexpr,
     TRIANGLE: tl.constexpr,  # (BLOCK_B, BLOCK_N, PARTS) where tiles below the diagonal were not visited, () elsewhere
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge the partials of one panel into the running statistics."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for n in tl.static_range(len(ENTRIES) // 2):
-        fold_entry(
-            partial_ptr, state_ptr, at, tiles, length, first, state_length, (first_b, first_n, end_n),
-            ENTRIES[2 * n], ENTRIES[2 * n + 1], FRESH, SIDE, TRIANGLE, BLOCK_T,
+    """Merge the partials of one panel into the running statistics, of both sides."""
+    row_side = (row_partials_ptr, row_tiles, first_b, end_b, row_state_ptr, row_order_ptr, rows)
+    column_side = (column_partials_ptr, column_tiles, first_n, end_n, column_state_ptr, column_order_ptr, columns)
+    outs, lengths, corner = (row_out_ptr, column_out_ptr), (rows, columns), (first_b, first_n, end_n)
+    blocks = 0
+    if len(ROWS) > 0:
+        blocks = tl.cdiv(end_b - first_b, BLOCK)
+    if tl.program_id(0) < blocks:
+        fold_owners(
+            tl.program_id(0), row_side, column_side, outs, lengths, corner, ROWS, 0, JOINT, FRESH, FINISH, ORDERED,
+            TRIANGLE, BLOCK_T, BLOCK,
+        )  # fmt: skip
+    else:
+        fold_owners(
+            tl.program_id(0) - blocks, column_side, row_side, outs, lengths, corner, COLUMNS, 1, False, FRESH, FINISH,
+            ORDERED, TRIANGLE, BLOCK_T, BLOCK,
         )  # fmt: skip

@@ -214,7 +214,8 @@ def test_sizes_share_a_compilation(program, record):
     assert sources(128, 256) <= sources(130, 77) == sources(301, 272)
     for launched in record(_run(program, "half", 64)):
         source = launched.source()
-        sizes = {"N", "first_b", "first_n", "end_b", "end_n", "tiles", "length", "first", "state_length", "stripes"}
+        sizes = {"N", "first_b", "first_n", "end_b", "end_n", "rows", "columns", "row_tiles", "column_tiles"}
+        sizes |= {"tiles", "length", "first", "state_length", "stripes"}
         for name in sizes & set(source.signature):
             assert source.signature[name] == "i32" and (launched.kernel.arg_names.index(name),) not in source.attrs
 

@@ -70,6 +70,14 @@ class Backward:
     dy: Tensor | None
     scale: Tensor | None  # (1,) for float16: pair weights are multiplied by it before rounding
 
+    def tensor(self, t: int, name: str) -> Tensor | float | None:
+        """A parameter of a term, its "cotangent", or its statistic, "mean" or "logsumexp"."""
+        if name == "cotangent":
+            return self.cotangents[t]
+        if name in ("mean", "logsumexp"):
+            return self.statistics[t][name == "logsumexp"]
+        return getattr(self.terms[t], name)
+
 
 def weights(
     request: Request,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,12 +33,29 @@ class Forward:
     firsts: list[int]  # first partial of each term
     slots: tuple[int, int]  # partials per row and per column
     entries: tuple[tuple[int, ...], tuple[int, ...]]  # (reduction, first partial, ...) that a side's tiles write
-    states: tuple[Tensor, Tensor]  # running statistics (slots, B), (slots, N), float64
+    found: tuple[Tensor, Tensor]  # the results, rows (R, B) and columns (C, N), in the caller's order
+    symmetric: bool
+
+    @functools.cached_property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Running statistics (slots, B), (slots, N), float64, uninitialised."""
+        rows, columns = (
+            torch.empty(slots, side.shape[0], dtype=torch.float64, device=side.device)
+            for slots, side in zip(self.slots, (self.op.x, self.op.y), strict=True)
+        )
+        return rows, rows if self.symmetric else columns
 
     def set_neutral(self) -> None:
         """Nothing was merged yet."""
         for state, entries in zip(self.states, self.entries, strict=True):
             set_neutral(state, entries)
+
+    def finish(self) -> None:
+        """Results from the running statistics."""
+        for term, first in zip(self.terms, self.firsts, strict=True):
+            side = int(term.axis)
+            out = self.found[side][term.slot : term.slot + term.reduction.slots]
+            _finish(term.reduction, self.op.restore(self.states[side][first:], side), out)
 
 
 def set_neutral(buffer: Tensor, entries: tuple[int, ...]) -> None:
@@ -66,26 +84,20 @@ def statistics(
     plain_tiles: bool = False,
     rowwise: Rowwise = TORCH,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of all terms, rows (R, B) and columns (C, N); `reduce_panels` fills the states from every tile."""
+    """Statistics of all terms, rows (R, B) and columns (C, N); `reduce_panels` finds them from every tile."""
     B, N = request.shape
-    device = request.x.device
+    device, dtype = request.x.device, statistics_dtype(request.x)
     op = operands(request, {t.mask for t in request.terms}, plain_tiles, rowwise)
     terms = op.arranged_terms(request.terms)
     firsts, slots, entries = _layout(terms, request.symmetric)
-    rows_state = torch.empty(slots[0], B, dtype=torch.float64, device=device)
-    columns_state = rows_state if request.symmetric else torch.empty(slots[1], N, dtype=torch.float64, device=device)
-    plan = Forward(op, terms, firsts, slots, entries, (rows_state, columns_state))
+    rows, columns = count_slots(request.spec)
+    found = (torch.empty(rows, B, dtype=dtype, device=device), torch.empty(columns, N, dtype=dtype, device=device))
+    plan = Forward(op, terms, firsts, slots, entries, found, request.symmetric)
     if B and N:
         reduce_panels(request, plan)
     else:
         plan.set_neutral()
-    rows, columns = count_slots(request.spec)
-    dtype = statistics_dtype(request.x)
-    found = (torch.empty(rows, B, dtype=dtype, device=device), torch.empty(columns, N, dtype=dtype, device=device))
-    for term, first in zip(terms, firsts, strict=True):
-        side = int(term.axis)
-        out = found[side][term.slot : term.slot + term.reduction.slots]
-        _finish(term.reduction, op.restore(plan.states[side][first:], side), out)
+        plan.finish()
     return found
 
 

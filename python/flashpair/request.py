@@ -83,6 +83,12 @@ class Request:
             _slots(self._terms)
         return self._terms
 
+    @functools.cached_property
+    def structure(self) -> tuple:
+        """What calls have in common that differ in the values and lengths of their tensors alone."""
+        given = tuple(v is None for v in (self.y, self.labels, self.pair_mask, self.exclude))
+        return given, tuple(p.numel() == 1 for p in self.params), tuple(self.spec), tuple(self.consts)
+
     @property
     def similarity(self) -> Similarity:
         return Similarity(self.spec[SIMILARITY])

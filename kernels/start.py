@@ -1,0 +1,55 @@
+"""Starting a kernel again. Triton examines every argument at every launch, which takes the host longer than a kernel of
+a small batch takes the device; here a launch like an earlier one goes to the kernel that was compiled for that."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+
+import torch
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+#: Launches that are known; more are forgotten together. Batches whose lengths vary add one for each length.
+_MOST = 1 << 12
+_known: dict[tuple, tuple[CompiledKernel, list]] = {}
+_dtype = operator.attrgetter("dtype")
+
+
+@functools.cache
+def _parts(function: Callable, count: int) -> tuple[Callable, Callable]:
+    """What takes the tensors, named `..._ptr`, and the rest from the first `count` arguments of a kernel."""
+    pointers = [name.endswith("_ptr") for name in function.__code__.co_varnames[:count]]
+    tensors = [n for n, is_pointer in enumerate(pointers) if is_pointer]
+    rest = [n for n, is_pointer in enumerate(pointers) if not is_pointer]
+    return operator.itemgetter(*tensors), operator.itemgetter(*rest)
+
+
+def start(kernel, programs: int, args: tuple, constants: dict) -> None:
+    """`kernel[(programs,)](*args, **constants)`; tensors are named `..._ptr`, others are numbers and tuples of floats.
+
+    What Triton may compile apart is part of the signature: dtypes, alignment, each number, each constant. Its switches
+    that change what is compiled are read when a launch is new.
+    """
+    if not isinstance(kernel, JITFunction) or torch.version.hip is not None:  # interpreted, or of other rules
+        kernel[(programs,)](*args, **constants)
+        return
+    tensors_of, rest_of = _parts(kernel.fn, len(args))
+    tensors = tensors_of(args)
+    signature = (
+        kernel.fn,
+        tensors[0].get_device(),
+        *map(_dtype, tensors),
+        *[tensor.data_ptr() % 16 for tensor in tensors],
+        *[len(value) if type(value) is tuple else value for value in rest_of(args)],
+        *constants.items(),
+    )
+    found = _known.get(signature)
+    if found is not None:
+        found[0][(programs, 1, 1)](*args, *found[1])
+        return
+    compiled = kernel[(programs,)](*args, **constants)
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[signature] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
