@@ -36,18 +36,19 @@ class Slots:
 
 
 def _slots(terms: list[FlatTerm], symmetric: bool, needs_params: tuple[bool, ...], with_value: bool) -> Slots:
+    # One name after the other, so that what one parameter's terms say of it is mostly in neighbouring slots.
     slots = Slots()
-    for t, term in enumerate(terms):
-        for name in DIFFERENTIABLE:
+    for name in DIFFERENTIABLE:
+        for t, term in enumerate(terms):
             index = term.index[name]
             if index >= 0 and needs_params[index]:
                 side = 0 if symmetric else int(term.axis) ^ int(name in ALONG_OTHERS)
                 slots.of[t, name] = slots.take(side)
                 slots.uses.append((index, side, slots.of[t, name]))
-        if with_value:
-            side = 0 if symmetric else int(term.axis)
-            slots.of[t, "value"] = slots.take(side)
-            slots.values.append((side, slots.of[t, "value"]))
+    for t, term in enumerate(terms) if with_value else ():
+        side = 0 if symmetric else int(term.axis)
+        slots.of[t, "value"] = slots.take(side)
+        slots.values.append((side, slots.of[t, "value"]))
     return slots
 
 
@@ -167,8 +168,7 @@ def _gradients(
     dparams = _parameter_gradients(request, op, slots, states)
     total = None
     if with_value:
-        values = [states[side][slot] for side, slot in slots.values]
-        total = (torch.cat(values) if values else states[0].new_zeros(1)).sum().to(dtype)
+        total = _sum_of(states, slots.values).to(dtype)
     return total, dx, dy, dparams
 
 
@@ -224,6 +224,20 @@ def _half_scale(
     return torch.where(scale.isfinite(), scale, 1.0).reshape(1)
 
 
+def _sum_of(states: tuple[Tensor, Tensor], places: list[tuple[int, int]]) -> Tensor:
+    """0-d sum over all owners of slots (side, slot); neighbouring ones are one piece of a state."""
+    runs: list[list[int]] = []  # side, first slot, end
+    for side, slot in places:
+        if runs and runs[-1][0] == side and runs[-1][2] == slot:
+            runs[-1][2] += 1
+        else:
+            runs.append([side, slot, slot + 1])
+    pieces = [states[side][first:end] for side, first, end in runs]
+    if len(pieces) == 1:
+        return pieces[0].sum()
+    return torch.cat([piece.reshape(-1) for piece in pieces] or [states[0].new_zeros(1)]).sum()
+
+
 def _parameter_gradients(request: Request, op: Operands, slots: Slots, states) -> list[Tensor | None]:
     """Each parameter's gradient: the sum over its uses."""
     uses: dict[int, list[tuple[int, int]]] = {}
@@ -232,7 +246,7 @@ def _parameter_gradients(request: Request, op: Operands, slots: Slots, states) -
     found: list[Tensor | None] = [None] * len(request.params)
     for index, places in uses.items():
         if request.params[index].numel() == 1:
-            found[index] = torch.cat([states[side][slot] for side, slot in places]).sum().reshape(1)
+            found[index] = _sum_of(states, places).reshape(1)
         else:
             parts = [op.restore(states[side][slot], side) for side, slot in places]
             # Views of one state may not leave an operator together.
