@@ -13,17 +13,15 @@ from triton.runtime.jit import JITFunction
 
 #: Launches that are known; more are forgotten together. Batches whose lengths vary add one for each length.
 _MOST = 1 << 12
-_known: dict[tuple, tuple[CompiledKernel, list]] = {}
+known: dict[tuple, tuple[CompiledKernel, list]] = {}
 _dtype = operator.attrgetter("dtype")
 
 
 @functools.cache
-def _parts(function: Callable, count: int) -> tuple[Callable, Callable]:
-    """What takes the tensors, named `..._ptr`, and the rest from the first `count` arguments of a kernel."""
+def _parts(function: Callable, count: int) -> tuple[list[int], list[int]]:
+    """Which of the first `count` arguments of a kernel are tensors, which are named `..._ptr`, and which are not."""
     pointers = [name.endswith("_ptr") for name in function.__code__.co_varnames[:count]]
-    tensors = [n for n, is_pointer in enumerate(pointers) if is_pointer]
-    rest = [n for n, is_pointer in enumerate(pointers) if not is_pointer]
-    return operator.itemgetter(*tensors), operator.itemgetter(*rest)
+    return [n for n, is_one in enumerate(pointers) if is_one], [n for n, is_one in enumerate(pointers) if not is_one]
 
 
 def start(kernel, programs: int, args: tuple, constants: dict) -> None:
@@ -35,21 +33,21 @@ def start(kernel, programs: int, args: tuple, constants: dict) -> None:
     if not isinstance(kernel, JITFunction) or torch.version.hip is not None:  # interpreted, or of other rules
         kernel[(programs,)](*args, **constants)
         return
-    tensors_of, rest_of = _parts(kernel.fn, len(args))
-    tensors = tensors_of(args)
+    pointers, others = _parts(kernel.fn, len(args))
+    tensors = [args[n] for n in pointers]
     signature = (
         kernel.fn,
         tensors[0].get_device(),
         *map(_dtype, tensors),
         *[tensor.data_ptr() % 16 for tensor in tensors],
-        *[len(value) if type(value) is tuple else value for value in rest_of(args)],
+        *[len(args[n]) if type(args[n]) is tuple else args[n] for n in others],
         *constants.items(),
     )
-    found = _known.get(signature)
+    found = known.get(signature)
     if found is not None:
         found[0][(programs, 1, 1)](*args, *found[1])
         return
     compiled = kernel[(programs,)](*args, **constants)
-    if len(_known) >= _MOST:
-        _known.clear()
-    _known[signature] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+    if len(known) >= _MOST:
+        known.clear()
+    known[signature] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]

@@ -29,12 +29,13 @@ pytest.importorskip("triton", reason="no Triton wheel for this platform")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from flashpair.kernels import configs, launch
+from flashpair.kernels import configs, launch, start
 from flashpair.kernels.program import PLAIN, TILES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import ahead_of_time
 from ahead_of_time import SHARED_MEMORY, Launch, compiled
+from stand_in import Driver, standing_in
 
 ALL = os.environ.get("FLASHPAIR_COMPILE_ALL", "0") not in ("0", "")
 
@@ -302,7 +303,7 @@ class _Work(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("program", "most"), [("clip", 10), ("siglip", 11), ("supcon", 6), ("multi_similarity", 18), ("batch_hard", 13)]
+    ("program", "most"), [("clip", 10), ("siglip", 12), ("supcon", 8), ("multi_similarity", 22), ("batch_hard", 15)]
 )
 def test_passes_over_one_panel_ask_pytorch_for_little(program, most, record, monkeypatch):
     """Forward and backward; at small sizes a step takes as long as its launches."""
@@ -332,3 +333,101 @@ def test_buffers_fit_the_workspace(program, budget, record):
     for launched in found:
         held = [launched.arguments[name] for name in buffers if name in launched.arguments]
         assert sum(buffer.numel() * buffer.element_size() for buffer in held) <= budget, launched.name
+
+
+# --- starting kernels again -------------------------------------------------------------------------------------------
+
+
+class _Listing(Driver):
+    """Keeps what was started: kernel, programs, arguments."""
+
+    def __init__(self, architecture: int) -> None:
+        super().__init__(architecture)
+        self.seen: list[tuple] = []
+
+    def started(self, kernel, programs: int, arguments: tuple) -> None:
+        self.seen.append((kernel, programs, arguments))
+
+    def taken(self) -> list[tuple]:
+        found, self.seen = self.seen, []
+        return found
+
+
+def _told(arguments: tuple) -> list:
+    """Arguments as far as two launches of one step agree in them: not where tensors are."""
+    return [(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_launch_like_an_earlier_one_gets_what_triton_would_give_it(program):
+    step = _run(program, "half", 64)
+    with standing_in(kind=_Listing) as driver:
+        step()
+        first = driver.taken()  # by Triton, wherever a signature was new
+        step()
+        again = driver.taken()
+        start.known.clear()
+        step()
+        by_triton = driver.taken()
+    assert len(again) == len(by_triton) == len(first) > 0
+    for (kernel, programs, arguments), (theirs, their_programs, their_arguments) in zip(again, by_triton, strict=True):
+        assert kernel is theirs and programs == their_programs, kernel.name
+        assert _told(arguments) == _told(their_arguments), kernel.name
+
+
+def _launched(driver: _Listing, x: torch.Tensor, **options):
+    """Norms of x: its kernel and what came of it."""
+    launch._norms(x, options.get("normalize", True), options.get("squared", False))
+    ((kernel, _, arguments),) = driver.taken()
+    return kernel, arguments
+
+
+def test_what_triton_compiles_apart_is_never_mistaken():
+    whole = torch.empty(1024 * 80 + 8, dtype=torch.bfloat16)
+    x = whole[: 1024 * 64].view(1024, 64)
+    others = {
+        "dtype": x.half(),
+        "alignment": whole[1 : 1024 * 64 + 1].view(1024, 64),
+        "the first number's divisibility": whole[: 1024 * 65].view(1024, 65)[:, :64],
+        "a later number's divisibility": x[:, :40],
+    }
+    with standing_in(kind=_Listing) as driver:
+        kernel, _ = _launched(driver, x)
+        for what, other in others.items():
+            assert _launched(driver, other)[0] is not kernel, what
+            assert _launched(driver, x)[0] is kernel, what
+        assert _launched(driver, x, squared=True)[0] is not kernel
+        assert _launched(driver, x.clone())[0] is kernel
+
+
+def test_numbers_reach_the_kernel_as_they_are():
+    """A scale that is a number is no part of the signature: another one starts the same kernel, with its value."""
+    x = torch.randn(40, 32).bfloat16()
+    with standing_in(kind=_Listing) as driver:
+        for scale in (3.0, 4.0):
+            pair_reduce(x, x, [Term(Reduction.LOGSUMEXP, scale=scale)])
+        found = [(k, a) for k, _, a in driver.taken() if k.name == "_stats_kernel"]
+        known = len(start.known)
+        pair_reduce(x, x, [Term(Reduction.LOGSUMEXP, scale=5.0)])
+        assert len(start.known) == known
+    kernels, numbers = zip(*((k, a[k.src.fn.arg_names.index("numbers")]) for k, a in found), strict=True)
+    assert {values[0] for values in numbers} == {3.0, 4.0}
+    assert len(set(map(id, kernels))) == len(kernels) / 2
+
+
+def test_few_launches_are_remembered(monkeypatch):
+    monkeypatch.setattr(start, "_MOST", 3)
+    with standing_in(kind=_Listing) as driver:
+        for rows in range(300, 310):
+            _launched(driver, torch.empty(rows, 64, dtype=torch.bfloat16))
+            assert 0 < len(start.known) <= 3
+
+
+def test_the_stand_in_leaves_nothing_behind():
+    from triton.runtime import driver
+
+    before = driver._active
+    with standing_in():
+        pair_reduce(torch.randn(8, 8), terms=[Term(Reduction.SUM)])
+        assert start.known
+    assert driver._active is before and not start.known

@@ -1,0 +1,129 @@
+"""What a step costs the host on backend triton: Python, PyTorch's operators and Triton's launches, not the kernels.
+
+    python bench/host.py                 every case with a pass over pairs; to results/host.json
+    python bench/host.py clip supcon     cases whose name contains a pattern
+
+Small batches of a GPU take as long as their launches, so this is what limits them. Without a GPU a driver stands in
+that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
+start them on a GPU. With a GPU its own driver is used, and the host waits for it between
+steps only. "by Triton" are the same steps with every launch through Triton's own search (kernels/start.py saves it).
+All contestants take turns in one process with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import machine
+import torch
+from cases import CASES
+from inputs import Inputs
+from results import BOTH, merge, spread
+from stand_in import standing_in
+from timers import step
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+BATCH, WIDTH = 64, 64
+CHOSEN = ("clip", "siglip", "supcon", "ntxent", "ms-random", "circle", "batch-hard")
+OURS, BY_TRITON = "flashpair", "by Triton"
+PATH = machine.RESULTS / "host.json"
+KEY = ("case", "batch", "width", "dtype", "driver", "device")
+#: Operators that make a view or take memory: nothing runs on a device.
+NO_WORK = (
+    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "select", "slice", "split",
+    "split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view",
+)  # fmt: skip
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that would start something on a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += name not in NO_WORK and func.namespace != "flashpair"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def by_triton() -> Iterator[None]:
+    """Every launch through Triton's own search."""
+    from flashpair.kernels import launch
+
+    def start(kernel, programs: int, args: tuple, constants: dict) -> None:
+        kernel[(programs,)](*args, **constants)
+
+    with patch.object(launch, "start", start):
+        yield
+
+
+def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> dict:
+    """Milliseconds of a step's host time by contestant, interleaved; launches and operators of one step."""
+    inputs: Inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
+    ours = case.implementations()[OURS]
+    contestants = {OURS: contextlib.nullcontext, BY_TRITON: by_triton}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(5):
+        step(ours, inputs)
+    launches.clear()
+    with Operators() as operators:
+        step(ours, inputs)
+    found = {"launches": len(launches), "operators": operators.count}
+    for n in range(rounds + 1):
+        for name, during in contestants.items():
+            with during():
+                begin = time.perf_counter()
+                for _ in range(steps):
+                    step(ours, inputs)
+                taken = time.perf_counter() - begin
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if n:  # in the first one everything is new
+                times[name].append(1e3 * taken / steps)
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    return {
+        "milliseconds": {name: spread(values) for name, values in times.items()},
+        "times_flashpair": {BY_TRITON: spread(ratios)},
+        **found,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("patterns", nargs="*", help="run the cases whose name contains one of these")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20, help="steps of a round")
+    parser.add_argument("--out", default=str(PATH))
+    options = parser.parse_args(arguments)
+    chosen = [c for c in CASES if c.name in CHOSEN and any(p in c.name for p in options.patterns or [""])]
+    if not chosen:
+        parser.error(f"no case contains one of {options.patterns}; cases are {', '.join(CHOSEN)}")
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    with contextlib.ExitStack() as stack:
+        launches = [] if device == "cuda" else stack.enter_context(standing_in()).launches
+        for case in tqdm(chosen, desc="host", leave=False):
+            measured = measure(case, device, launches, options.rounds, options.steps)
+            rows.append(
+                {
+                    "case": case.name, "batch": BATCH, "width": WIDTH, "dtype": "bfloat16", "direction": BOTH,
+                    "driver": "Triton's" if device == "cuda" else "stand-in", **measured, **machine.describe(device),
+                }
+            )  # fmt: skip
+    print(f"{'case':12}{'ms':>8}{'by Triton':>12}{'launches':>10}{'operators':>11}")
+    for row in rows:
+        time_of, ratio = row["milliseconds"][OURS]["median"], row["times_flashpair"][BY_TRITON]["median"]
+        print(f"{row['case']:12}{time_of:8.2f}{ratio:11.2f}x{row['launches']:10}{row['operators']:11}")
+    merge(Path(options.out), rows, KEY)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A driver for Triton that starts nothing, and a compiler that compiles nothing: what a step costs the host, without a
+GPU.
+
+Kernels are looked up and called with their arguments as on a GPU of the architecture; results hold anything. What
+mining finds is nothing, so that no index is out of range.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Kernel(CompiledKernel):
+    """A kernel that was not compiled."""
+
+    def __init__(self, source: ASTSource, of: Driver) -> None:
+        self.src, self.name = source, source.fn.__name__
+        self.module = self.function = 0
+        self.packed_metadata = ()
+        _ = source.fn.cache_key  # finds the globals that the kernel reads, which Triton compares at every launch
+        names = source.fn.arg_names
+        found = [(names.index(n), missing) for n, missing in (("values_ptr", -torch.inf), ("indices_ptr", -1))
+                 if "indices_ptr" in names]  # fmt: skip
+
+        def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
+            of.started(self, x, arguments)
+            for at, missing in found:
+                arguments[at].fill_(missing)
+
+        self._run = run
+
+
+class Driver(DriverBase):
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+        self.launches: list[str] = []  # names of kernels
+
+    def started(self, kernel: Kernel, programs: int, arguments: tuple) -> None:
+        """Called for every launch."""
+        self.launches.append(kernel.name)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self):
+        return triton.testing.do_bench
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def standing_in(architecture: int = 90, kind: type[Driver] = Driver) -> Iterator[Driver]:
+    """Backend triton on CPU tensors, without its kernels and the gradients' products."""
+    from flashpair.kernels import configs, launch, start
+
+    from flashpair import backend_triton, use_backend
+
+    active, stand_in = driver._active, kind(architecture)
+    kernels = [f for f in vars(launch).values() if isinstance(f, JITFunction)]
+
+    def forget() -> None:  # what was found for one driver is not for the other
+        start.known.clear()
+        for kernel in kernels:
+            kernel.device_caches.clear()
+
+    driver.set_active(stand_in)
+    forget()
+    try:
+        with (
+            patch("triton.compiler.compile", lambda source, target, options: Kernel(source, stand_in)),
+            patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
+            patch.object(configs, "architecture", lambda device: architecture),
+            patch.object(launch, "accumulate", lambda out, w, operand, transposed: None),
+            use_backend("triton"),
+        ):
+            yield stand_in
+    finally:
+        driver._active = active
+        forget()
