@@ -181,14 +181,14 @@ def measure(case: str, ranks: int, options) -> dict:
             alone = on_ranks(ranks, case=case, contestants=[name], memory=True, **size)
             row["times"][name]["growth"] = alone[name]["growth"]
     facts = machine.describe()
-    return row | {**facts, "threads": "1 a rank", "commit": machine.commit(), "sources": machine.source_hash()}
+    return row | {**facts, "threads": "1 a rank", "commit": machine.commit()}
 
 
 def table(rows: list[dict]) -> list[str]:
     lines = ["| loss | ranks × rows | D | contestant | step | against the first | growth of a rank | |"]
     lines.append("|---|---|---:|---|---:|---|---:|---|")
     for row in rows:
-        stale = "stale" if row["sources"] != machine.source_hash() else ""
+        stale = "stale" if machine.is_stale(row) else ""
         for name, found in row["times"].items():
             place = f"| `{row['case']}` | {row['ranks']} × {row['batch'] // row['ranks']:,} | {row['width']} | {name} |"
             if "defect" in found:

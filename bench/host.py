@@ -1,19 +1,20 @@
 """What a step costs the host on backend triton: Python, PyTorch's operators and Triton's launches, not the kernels.
 
-    python bench/host.py                 every case with a pass over pairs; to results/host.json
+    python bench/host.py                 every case of the table; to results/host.json and docs/triton.md
     python bench/host.py clip supcon     cases whose name contains a pattern
 
 Small batches of a GPU take as long as their launches, so this is what limits them. Without a GPU a driver stands in
 that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
 start them on a GPU. With a GPU its own driver is used, and the host waits for it between
-steps only. "by Triton" are the same steps with every launch through Triton's own search (kernels/start.py saves it).
-All contestants take turns in one process with one thread.
+rounds only. "by Triton": the same steps with every launch through Triton's own search (kernels/start.py saves it);
+"dense": the loss in PyTorch, on the same tensors. All take turns in one process with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from unittest.mock import patch
 
 import machine
 import torch
-from cases import CASES
+from cases import CASES, Implementation
 from inputs import Inputs
 from results import BOTH, merge, spread
 from stand_in import standing_in
@@ -29,10 +30,11 @@ from timers import step
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-BATCH, WIDTH = 64, 64
+BATCH, WIDTH = 256, 64
 CHOSEN = ("clip", "siglip", "supcon", "ntxent", "ms-random", "circle", "batch-hard")
-OURS, BY_TRITON = "flashpair", "by Triton"
+OURS, BY_TRITON, DENSE = "flashpair", "by Triton", "dense"
 PATH = machine.RESULTS / "host.json"
+BEGIN, END = "<!-- host: begin (written by bench/host.py) -->", "<!-- host: end -->"
 KEY = ("case", "batch", "width", "dtype", "driver", "device")
 #: Operators that make a view or take memory: nothing runs on a device.
 NO_WORK = (
@@ -65,33 +67,37 @@ def by_triton() -> Iterator[None]:
 
 
 def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> dict:
-    """Milliseconds of a step's host time by contestant, interleaved; launches and operators of one step."""
+    """Milliseconds of a step's host time by contestant, interleaved; kernels and operators of one step."""
     inputs: Inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
-    ours = case.implementations()[OURS]
-    contestants = {OURS: contextlib.nullcontext, BY_TRITON: by_triton}
+    ours, dense = Implementation(case.flashpair), Implementation(case.dense)
+    contestants = {OURS: ours, BY_TRITON: Implementation(case.flashpair, by_triton), DENSE: dense}
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(5):
-        step(ours, inputs)
+    operators = {}
     launches.clear()
-    with Operators() as operators:
-        step(ours, inputs)
-    found = {"launches": len(launches), "operators": operators.count}
+    for name in (DENSE, OURS):
+        with Operators() as counted:
+            step(contestants[name], inputs)
+        operators[name] = counted.count
+    kernels = len(launches)
     for n in range(rounds + 1):
-        for name, during in contestants.items():
-            with during():
-                begin = time.perf_counter()
-                for _ in range(steps):
-                    step(ours, inputs)
-                taken = time.perf_counter() - begin
+        for name, implementation in contestants.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                step(implementation, inputs)
+            taken = time.perf_counter() - begin
             if device == "cuda":
                 torch.cuda.synchronize()
             if n:  # in the first one everything is new
                 times[name].append(1e3 * taken / steps)
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
     return {
         "milliseconds": {name: spread(values) for name, values in times.items()},
-        "times_flashpair": {BY_TRITON: spread(ratios)},
-        **found,
+        "times_flashpair": {
+            name: spread([b / a for a, b in zip(times[OURS], values, strict=True)])
+            for name, values in times.items()
+            if name != OURS
+        },
+        "kernels": kernels,
+        "operators": operators,
     }
 
 
@@ -115,14 +121,32 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(
                 {
                     "case": case.name, "batch": BATCH, "width": WIDTH, "dtype": "bfloat16", "direction": BOTH,
-                    "driver": "Triton's" if device == "cuda" else "stand-in", **measured, **machine.describe(device),
+                    **measured, **machine.describe(device), "driver": "Triton's" if device == "cuda" else "stand-in",
+                    "sources": machine.source_hash("cuda"),
                 }
             )  # fmt: skip
-    print(f"{'case':12}{'ms':>8}{'by Triton':>12}{'launches':>10}{'operators':>11}")
-    for row in rows:
-        time_of, ratio = row["milliseconds"][OURS]["median"], row["times_flashpair"][BY_TRITON]["median"]
-        print(f"{row['case']:12}{time_of:8.2f}{ratio:11.2f}x{row['launches']:10}{row['operators']:11}")
+    print(*table(rows), sep="\n")
     merge(Path(options.out), rows, KEY)
+    if options.out == str(PATH):
+        write_table(json.loads(PATH.read_text()))
+
+
+def table(rows: list[dict]) -> list[str]:
+    header = ["case", "host, ms", BY_TRITON, DENSE, "kernels", "operators", "operators of dense", ""]
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
+    for row in rows:
+        cells = [row["case"], "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["milliseconds"][OURS])]
+        ratios = (row["times_flashpair"][name] for name in (BY_TRITON, DENSE))
+        cells += ["{median:.2f}x ({low:.2f}-{high:.2f})".format(**ratio) for ratio in ratios]
+        cells += [str(n) for n in (row["kernels"], row["operators"][OURS], row["operators"][DENSE])]
+        lines.append(f"| {' | '.join(cells)} | {'stale' if machine.is_stale(row) else ''} |")
+    return lines
+
+
+def write_table(rows: list[dict]) -> None:
+    places = sorted({f"{r['device']}, driver: {r['driver']}, torch {r['torch']}, {r['date']}" for r in rows})
+    page = machine.ROOT / "docs" / "triton.md"
+    page.write_text(machine.with_block(page, BEGIN, END, [*(f"- {p}" for p in places), "", *table(rows), ""]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MEASURED = ("csrc", "kernels", "python/flashpair")
+#: Of these what only GPUs run, besides `kernels` and `csrc/*_cuda*`.
+GPU_ONLY = tuple(
+    f"python/flashpair/{name}.py"
+    for name in ("backend_cuda", "backend_triton", "backward", "extremes", "forward", "operands", "program_cuda",
+                 "rowwise")
+)  # fmt: skip
 
 #: Threads stay where they are: two of them on one core would be measured as a slow implementation.
 PINNED = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
@@ -36,14 +42,29 @@ def environment(allocator: str, threads: int) -> dict[str, str]:
     return {**inherited, **PINNED, **ALLOCATORS[allocator], "OMP_NUM_THREADS": str(threads)}
 
 
-def source_hash() -> str:
-    """Twelve digits over every source that a measurement depends on."""
+def _matters(path: Path, device: str) -> bool:
+    """Whether a measurement on a device depends on a source."""
+    if device != "cpu":
+        return True
+    return path.parts[0] != "kernels" and "_cuda" not in path.stem and path.as_posix() not in GPU_ONLY
+
+
+@functools.cache
+def source_hash(device: str) -> str:
+    """Twelve digits over every source that a measurement on "cpu" or "cuda" depends on, as it is when first asked."""
     digest = hashlib.sha256()
     for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}:
-                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+            place = path.relative_to(ROOT)
+            if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and _matters(place, device):
+                digest.update(str(place).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def is_stale(row: dict) -> bool:
+    """Whether the sources of a row have changed since. Rows of a GPU and predictions for one are of all sources."""
+    on_gpu = "driver" in row or "floor_ms" in row
+    return row["sources"] != source_hash("cuda" if on_gpu else "cpu")
 
 
 def tuned_hash() -> str:
@@ -151,7 +172,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "pytorch-metric-learning": installed("pytorch-metric-learning"),
         **(gpu_software() if device == "cuda" else {"bfloat16": bfloat16_instructions()}),
         "commit": commit(),
-        "sources": source_hash(),
+        "sources": source_hash(device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 

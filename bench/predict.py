@@ -205,7 +205,7 @@ def step(case, batch: int, width: int, gpu: Gpu) -> dict:
     floor += 1e3 * growth * flop / (gpu.flop * gpu.clock * gpu.multiprocessors)
     return {
         "case": case.name, "batch": batch, "width": width, "kernels": [dataclasses.asdict(k) for k in kernels],
-        "gemm_ms": gemm_ms, "predicted_ms": total, "floor_ms": floor, "sources": machine.source_hash(),
+        "gemm_ms": gemm_ms, "predicted_ms": total, "floor_ms": floor, "sources": machine.source_hash("cuda"),
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from results import BOTH, GEMM, REGRESSION, change, matmul_units, of_peak, regre
 
 BEGIN, END = "<!-- measured: begin (written by bench/report.py) -->", "<!-- measured: end -->"
 STALE = "stale"
-OTHER_RESULTS = ("speed", "memory", "family", "contrast", "distributed", "predictions")  # than those of a GPU
+OTHER_RESULTS = ("speed", "memory", "family", "contrast", "distributed", "predictions", "host")  # than those of a GPU
 
 
 def load(name: str) -> list[dict]:
@@ -33,8 +33,8 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def freshness(row: dict, sources: str) -> str:
-    return "" if row["sources"] == sources else f"{STALE} ({row['sources'][:6]})"
+def freshness(row: dict) -> str:
+    return f"{STALE} ({row['sources'][:6]})" if machine.is_stale(row) else ""
 
 
 def provenance(rows: list[dict]) -> list[str]:
@@ -83,7 +83,7 @@ def _size(row: dict) -> list[str]:
     return [row["case"], f"{row['batch']}x{row['width']}{narrow}"]
 
 
-def speed_summary(rows: list[dict], sources: str) -> list[str]:
+def speed_summary(rows: list[dict]) -> list[str]:
     """One line a case: the warm allocator, forward + backward, everybody's ratio."""
     swept = {(case, b, d) for case in curves.CASES for b in curves.BATCHES for d in curves.WIDTHS}
     swept -= {(case, 4096, d) for case in curves.CASES for d in (128, 512)}
@@ -100,13 +100,13 @@ def speed_summary(rows: list[dict], sources: str) -> list[str]:
             *_size(r), f"{ours['median']:.1f}" if ours else r["not_run"].get("flashpair", "-"),
             f"{100 * peak:.0f}%" if peak else "-", ratio.get("dense", "-"), ratio.get("compile", "-"), peers or "-",
             " / ".join(f"{kept[n]:.0f}" if n in kept else "-" for n in ("flashpair", "dense")), since(r),
-            freshness(r, sources),
+            freshness(r),
         ])  # fmt: skip
     header = ["case", "BxD", "flashpair, ms", "of peak", "dense", "compile", "others", "keeps, MiB", "since", ""]
     return table(header, body)
 
 
-def speed_section(rows: list[dict], sources: str) -> list[str]:
+def speed_section(rows: list[dict]) -> list[str]:
     """What README shows."""
     rows = newest_machine(rows)
     if not rows:
@@ -121,14 +121,14 @@ def speed_section(rows: list[dict], sources: str) -> list[str]:
         "",
         *provenance(rows),
         "",
-        *speed_summary(rows, sources),
+        *speed_summary(rows),
         "",
         "![time and memory against B, time against D](docs/bench-sweep.png)",
         "",
     ]
 
 
-def speed_details(rows: list[dict], sources: str) -> list[str]:
+def speed_details(rows: list[dict]) -> list[str]:
     """Every row of every machine, with spreads, and what did not run."""
     lines = []
     for place in dict.fromkeys(map(machine_of, rows)):
@@ -145,7 +145,7 @@ def speed_details(rows: list[dict], sources: str) -> list[str]:
                     *head, name, f"{t['median']:.2f} ({t['low']:.2f}-{t['high']:.2f})",
                     f"**{ratio['median']:.2f}x** ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else unit,
                     f"{kept[name]:.1f}" if name in kept else "-",
-                    *([f"{100 * r['foreign_load']:.0f}%", since(r), freshness(r, sources)] if not ratio else [""] * 3),
+                    *([f"{100 * r['foreign_load']:.0f}%", since(r), freshness(r)] if not ratio else [""] * 3),
                 ])  # fmt: skip
                 head = [""] * len(head)
             for name, reason in r["not_run"].items():
@@ -160,7 +160,7 @@ def speed_details(rows: list[dict], sources: str) -> list[str]:
     return [text, "", *lines] if lines else lines
 
 
-def memory_section(rows: list[dict], sources: str) -> list[str]:
+def memory_section(rows: list[dict]) -> list[str]:
     rows = newest_machine(rows)
     if not rows:
         return ["No memory has been measured yet: `python bench/memory.py`.", ""]
@@ -174,7 +174,7 @@ def memory_section(rows: list[dict], sources: str) -> list[str]:
             r["not_run"] if "not_run" in r else f"{r['mebibytes']:.0f}",
             f"{r['inputs_mebibytes']:.0f}" if "inputs_mebibytes" in r else "-",
             f"{4 * r['batch'] * r.get('columns', r['batch']) / 2**20:.0f}",
-            freshness(r, sources),
+            freshness(r),
         ]
         for r in rows
         if not r.get("sweep")
@@ -200,12 +200,12 @@ def gpu_results() -> dict[str, list[dict]]:
     return {name: load(name) for name in names if name not in OTHER_RESULTS}
 
 
-def goals_section(rows: list[dict], sources: str, which: tuple[goals.Goal, ...] = goals.GPU_GOALS) -> list[str]:
+def goals_section(rows: list[dict], which: tuple[goals.Goal, ...] = goals.GPU_GOALS) -> list[str]:
     """Every goal with what was measured; met or missed only where it was."""
     body = []
     for goal in which:
         state, text, used = goals.judge(goal, rows)
-        stale = STALE if any(freshness(r, sources) for r in used) else ""
+        stale = STALE if any(freshness(r) for r in used) else ""
         body.append([", ".join(goal.cases), goal.text, *forecast(goal), text, state, stale])
     device = next((r["device"] for r in measured(rows)), None)
     on_gpu = which is goals.GPU_GOALS
@@ -227,11 +227,11 @@ def forecast(goal: goals.Goal) -> list[str]:
     value = goals.predicted(goal, steps)
     if value is None:
         return ["-"]
-    stale = "" if all(s["sources"] == machine.source_hash() for s in steps) else f", {STALE}"
+    stale = f", {STALE}" if any(map(machine.is_stale, steps)) else ""
     return [f"{value:.2f}x{stale}" if goal.against else f"{value:.1f} ms{stale}"]
 
 
-def gpu_section(rows: list[dict], sources: str) -> list[str]:
+def gpu_section(rows: list[dict]) -> list[str]:
     """Times, memory, and what did not run."""
     done = measured(rows)
     names = list(dict.fromkeys(name for r in done for name in [*r["milliseconds"], *r["not_run"]]))
@@ -240,7 +240,7 @@ def gpu_section(rows: list[dict], sources: str) -> list[str]:
         size = [r["case"], str(r["batch"]), str(r["width"]), r["dtype"]]
         if "not_measured" in r:
             cells = [f"not measured ({r['not_measured']})", *["-"] * len(names)]
-            times.append([*size, *cells, freshness(r, sources)])
+            times.append([*size, *cells, freshness(r)])
             continue
         cells = []
         for name in names:
@@ -248,10 +248,10 @@ def gpu_section(rows: list[dict], sources: str) -> list[str]:
             text = f"{time['median']:.2f} ({time['low']:.2f}-{time['high']:.2f})" if time else "-"
             cells.append(text + (f", {units[0]:.1f} U, {100 * units[1]:.0f}%" if units else ""))
         unit = r["gemm_milliseconds"]
-        times.append([*size, f"{unit['median']:.3f}" if unit else "-", *cells, freshness(r, sources)])
+        times.append([*size, f"{unit['median']:.3f}" if unit else "-", *cells, freshness(r)])
         extra = {name: value - r["gradient_mebibytes"] for name, value in r["extra_mebibytes"].items()}
         cells = [f"{extra[name]:.0f}" if name in extra else "-" for name in names]
-        memory.append([*size, *cells, freshness(r, sources)])
+        memory.append([*size, *cells, freshness(r)])
     against: dict[str, dict[str, list[str]]] = {}
     for r in done:
         for name, reason in r["not_run"].items():
@@ -279,16 +279,16 @@ def gpu_section(rows: list[dict], sources: str) -> list[str]:
     ]
 
 
-def write_gpu(name: str, rows: list[dict], sources: str) -> list[str]:
+def write_gpu(name: str, rows: list[dict]) -> list[str]:
     """bench/results/<gpu>.md and .png; returns the text."""
     device = next((r["device"] for r in rows), name)
-    text = [f"# {device}", "", "Printed by `make gpu`.", "", *goals_section(rows, sources), *gpu_section(rows, sources)]
+    text = [f"# {device}", "", "Printed by `make gpu`.", "", *goals_section(rows), *gpu_section(rows)]
     (machine.RESULTS / f"{name}.md").write_text("\n".join(text))
-    draw(measured(rows), sources, machine.RESULTS / f"{name}.png")
+    draw(measured(rows), machine.RESULTS / f"{name}.png")
     return text
 
 
-def draw(rows: list[dict], sources: str, path: Path) -> bool:
+def draw(rows: list[dict], path: Path) -> bool:
     """Bars of the ratios, the first size and dtype of each allocator; False where there is nothing to draw."""
     rows = [r for r in rows if r["times_flashpair"]]
     if not rows:
@@ -306,7 +306,7 @@ def draw(rows: list[dict], sources: str, path: Path) -> bool:
             ]
             places = [i + (k - (len(others) - 1) / 2) * 0.8 / len(others) for i, _ in found]
             axes.bar(places, [value for _, value in found], 0.8 / len(others), label=name)
-        stale = [f"{r['case']}\n({STALE})" if freshness(r, sources) else r["case"] for r in chosen]
+        stale = [f"{r['case']}\n({STALE})" if freshness(r) else r["case"] for r in chosen]
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(chosen)), stale, fontsize=8)
         baseline = chosen[0].get("baseline", "flashpair")
@@ -322,6 +322,7 @@ def write_pages() -> None:
     import contrast
     import distributed
     import family
+    import host
     import versus
 
     for suite in (family.SUITE, contrast.SUITE):
@@ -329,6 +330,8 @@ def write_pages() -> None:
             versus.write_table(suite, rows)
     if rows := load("distributed"):
         distributed.write_table(rows)
+    if rows := load("host"):
+        host.write_table(rows)
 
 
 def main() -> int:
@@ -338,24 +341,23 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; exit status 1 where something is out of date"
     )
     options = parser.parse_args()
-    sources = machine.source_hash()
     speed, memory, gpus = measured(load("speed")), load("memory"), gpu_results()
     if options.gpu:
         if options.gpu not in gpus:
             known = f"there are {', '.join(gpus)}" if gpus else "there are none"
             raise SystemExit(f"bench/report.py: no results of {options.gpu!r}; {known}")
-        print("\n".join(write_gpu(options.gpu, gpus[options.gpu], sources)))
+        print("\n".join(write_gpu(options.gpu, gpus[options.gpu])))
         states = [goals.judge(goal, gpus[options.gpu])[0] for goal in goals.GOALS]
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("met", "missed", "not measured"))
         print(f"goals: {counts}; wrote bench/results/{options.gpu}.md")
         return 0
-    goal_rows = [goals_section(newest_machine(speed), sources, goals.CPU_GOALS)]
-    goal_rows += [goals_section(rows, sources) for rows in gpus.values()] or [goals_section([], sources)]
-    block = [*speed_section(speed, sources), *memory_section(memory, sources), *(x for part in goal_rows for x in part)]
+    goal_rows = [goals_section(newest_machine(speed), goals.CPU_GOALS)]
+    goal_rows += [goals_section(rows) for rows in gpus.values()] or [goals_section([])]
+    block = [*speed_section(speed), *memory_section(memory), *(x for part in goal_rows for x in part)]
     block += [f"More of each GPU: {', '.join(f'[{n}](bench/results/{n}.md)' for n in gpus)}.", ""] if gpus else []
     readme = machine.ROOT / "README.md"
     text = machine.with_block(readme, BEGIN, END, block)
-    stale = [r for r in [*speed, *memory, *(r for rows in gpus.values() for r in rows)] if freshness(r, sources)]
+    stale = [r for r in [*speed, *memory, *(r for rows in gpus.values() for r in rows)] if freshness(r)]
     if options.check:
         print(f"{len(stale)} stale rows; README.md is {'current' if text == readme.read_text() else 'out of date'}")
         return int(bool(stale) or text != readme.read_text())
@@ -363,16 +365,16 @@ def main() -> int:
     machine.RESULTS.mkdir(parents=True, exist_ok=True)
     local = [line.replace("](bench/results/", "](") for line in block]
     local = [line.replace("](docs/", "](../../docs/") for line in local if "All rows" not in line]
-    details = ["# All rows", "", *speed_details(speed, sources)]
+    details = ["# All rows", "", *speed_details(speed)]
     (machine.RESULTS / "README.md").write_text("\n".join(["# Measured results", "", *local, *details]))
     for name, rows in gpus.items():
-        write_gpu(name, rows, sources)
+        write_gpu(name, rows)
     write_pages()
     newest = newest_machine(speed)
     docs = machine.ROOT / "docs"
     at_default = [r for r in newest if r["direction"] == BOTH and (r["batch"] == 4096 or r["width"] == 256)]
     drawn = [path for path, done in (
-        (docs / "bench-speed.png", draw(at_default, sources, docs / "bench-speed.png")),
+        (docs / "bench-speed.png", draw(at_default, docs / "bench-speed.png")),
         (docs / "bench-sweep.png", curves.draw(newest, newest_machine(memory), docs / "bench-sweep.png")),
     ) if done]  # fmt: skip
     print("\n".join(block))

@@ -94,7 +94,7 @@ def standing_in(architecture: int = 90, kind: type[Driver] = Driver) -> Iterator
             patch("triton.compiler.compile", lambda source, target, options: Kernel(source, stand_in)),
             patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
             patch.object(configs, "architecture", lambda device: architecture),
-            patch.object(launch, "accumulate", lambda out, w, operand, transposed: None),
+            patch.object(launch, "accumulate", lambda *product: None),
             use_backend("triton"),
         ):
             yield stand_in

@@ -166,7 +166,7 @@ def measure(suite: Suite, name: str, options) -> dict:
     elif "defect" not in row:
         row |= answer(command, options.threads)
     facts = machine.describe()
-    return row | {**facts, "threads": options.threads, "commit": machine.commit(), "sources": machine.source_hash()}
+    return row | {**facts, "threads": options.threads, "commit": machine.commit()}
 
 
 def describe_row(row: dict) -> str:
@@ -182,7 +182,6 @@ def describe_row(row: dict) -> str:
 
 def table(suite: Suite, rows: list[dict]) -> list[str]:
     """Both sizes of each loss on a line."""
-    sources = machine.source_hash()
     lines = [f"| loss | B = 4096, D = 128 | {suite.other} | B = 65,536, D = 64 | its memory | |"]
     lines.append("|---|---|---|---|---|---|")
     for name in suite.names:
@@ -199,7 +198,7 @@ def table(suite: Suite, rows: list[dict]) -> list[str]:
             ran = "growth" in large
             cells[2] = f"{large['seconds']:.0f} s" if ran else large["why"]
             cells[3] = f"{large['growth'] / 2**20:.0f} MiB" if ran else "-"
-        stale = [r for r in (small, large) if r and r["sources"] != sources]
+        stale = [r for r in (small, large) if r and machine.is_stale(r)]
         lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {'stale' if stale else ''} |")
     machines = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, {r['date']}" for r in rows})
     return [*(f"- {m}" for m in machines), "", *lines]

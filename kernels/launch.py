@@ -147,9 +147,13 @@ def _guide_precision(request: Request) -> dict:
     return {"GUIDE_PRECISION": "ieee" if exact and request.precision == Precision.IEEE else "tf32"}
 
 
+#: Whether the kernels are interpreted, which Triton decides when they are defined.
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
 def _arithmetic(request: Request) -> dict:
     # The interpreter multiplies the bit patterns of bfloat16.
-    upcast = request.x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
+    upcast = request.x.dtype == torch.bfloat16 and _INTERPRETED
     return {"INPUT_PRECISION": "ieee" if _kind(request) == "ieee" else "tf32", "UPCAST": upcast}
 
 
@@ -446,15 +450,19 @@ def _weights_panels(request: Request, plan: Backward) -> None:
 
 def _visited_product(
     request: Request, config: configs.TileConfig, visits: Visits
-) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
+) -> Callable[[Tensor, Tensor, Tensor, bool, bool], None]:
     """`backward.accumulate` for a panel of which only the visited tiles were written."""
 
-    def multiply(out: Tensor, w: Tensor, operand: Tensor, transposed: bool) -> None:
+    def multiply(out: Tensor, w: Tensor, operand: Tensor, transposed: bool, fresh: bool) -> None:
         block, blocks = (config.block_n, config.block_b) if transposed else (config.block_b, config.block_n)
         own_tiles, tiles = visits.map.shape[::-1] if transposed else visits.map.shape
         bounds = visits.bounds[int(transposed)]
         features = 64
-        out += (operand * 0).sum(0, dtype=out.dtype)  # what is not finite shows in every row, as in a full product
+        nothing = (operand * 0).sum(0, dtype=out.dtype)  # what is not finite shows in every row, as in a full product
+        if fresh:
+            out.copy_(nothing.expand_as(out))
+        else:
+            out += nothing
         launch(
             _visited_product_kernel, own_tiles * cdiv(out.shape[1], features), None, w, operand, out, visits.map,
             bounds[0], bounds[1], w.stride(0), operand.stride(0), out.stride(0), out.shape[1], out.shape[0],

@@ -147,8 +147,9 @@ class Layout:
 
 
 def _stack(values: list[Tensor]) -> Tensor:
-    """(values, length) float32."""
-    return torch.stack([v if v.dtype == torch.float32 else v.to(torch.float32) for v in values])
+    """(values, length) float32; a single vector as a view of itself."""
+    wide = [v if v.dtype == torch.float32 else v.to(torch.float32) for v in values]
+    return torch.stack(wide) if len(wide) > 1 else wide[0].reshape(1, -1)
 
 
 #: What is known of calls by their structure; more are forgotten together.

@@ -20,9 +20,9 @@ def states(rows: list[dict]) -> dict[str, str]:
 def test_nothing_is_met_that_was_not_measured():
     assert set(states([]).values()) == {"not measured"}
     assert set(states([unmeasured("clip"), unmeasured("supcon")]).values()) == {"not measured"}
-    section = "\n".join(report.goals_section([], "now"))
+    section = "\n".join(report.goals_section([]))
     assert section.count("| not measured |") == len(goals.GPU_GOALS) and "no GPU has been measured yet" in section
-    section = "\n".join(report.goals_section([], "now", goals.CPU_GOALS))
+    section = "\n".join(report.goals_section([], goals.CPU_GOALS))
     assert section.count("| not measured |") == len(goals.CPU_GOALS) and "no CPU has been measured yet" in section
 
 
@@ -110,7 +110,7 @@ def test_the_report_of_a_gpu(tmp_path, monkeypatch):
     """Stale rows are marked, rows that were not reached are named, and so are the absent peers."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    monkeypatch.setattr(machine, "source_hash", lambda: "now")
+    monkeypatch.setattr(machine, "source_hash", lambda device: "now")
     times = {goals.TRITON: 8.0, goals.CUDA: 12.0, goals.DENSE: 20.0}
     rows = [measured("clip", times, sources="before"), measured("supcon", times), unmeasured("siglip")]
     results.merge(tmp_path / f"{GPU.slug}.json", rows, results.KEY)
@@ -142,7 +142,7 @@ def test_a_sweep_that_was_cut_short_is_reported(tmp_path, monkeypatch, capsys):
     results.merge(tmp_path / "speed.json", [*rows, unmeasured("clip", batch=16384, width=128) | cpu], results.KEY)
     monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
     assert report.main() == 1 and "1 stale rows" in capsys.readouterr().out
-    text = "\n".join([*report.speed_section(rows, "now"), *report.speed_details(rows, "now")])
+    text = "\n".join([*report.speed_section(rows), *report.speed_details(rows)])
     assert "| clip | 4096x128 | 1.0 | - | **3.00x** |" in text and "inf_cl: No module named 'inf_cl' (clip)" in text
 
 
@@ -155,12 +155,12 @@ def test_narrow_rows_of_a_cpu_say_so():
     ]
     for row in rows:
         del row["driver"]  # of a GPU's rows only
-    text = "\n".join(report.speed_section(rows, "now"))
+    text = "\n".join(report.speed_section(rows))
     assert "| clip | 4096x128 bfloat16 | 1.0 | - | **3.00x** |" in text
     assert "| clip | 4096x128 | 1.0 | - | **4.00x** |" in text
     narrow, wide = sorted(report.provenance(rows), key=len, reverse=True)
     assert "backend cpu, bfloat16 by amx_bf16, commit abc" in narrow and "backend cpu, commit abc" in wide
-    details = "\n".join(report.speed_details(rows, "now"))
+    details = "\n".join(report.speed_details(rows))
     assert "| clip | 4096x128 | bfloat16 | forward+backward | warm | flashpair |" in details
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,9 +68,19 @@ class Backward:
     states: tuple[Tensor, Tensor]  # running sums (slots, B), (slots, N), float64
     x: Tensor  # (B, D), (N, D) as the matrix products read them
     y: Tensor
-    dx: Tensor | None  # (B, D), (N, D) in the dtype of statistics
+    dx: Tensor | None  # (B, D), (N, D) in the dtype of statistics, uninitialised
     dy: Tensor | None
     scale: Tensor | None  # (1,) for float16: pair weights are multiplied by it before rounding
+    reached: list[int] = field(default_factory=lambda: [0, 0])  # rows of dx and dy that hold a sum, the first ones
+
+    def first_touch(self, side: int, rows: slice) -> bool:
+        """Whether nothing was written yet to these rows of a gradient; afterwards it was.
+
+        Panels come in the order of their columns, those of the first rows first, so that what was written has no gap.
+        """
+        fresh = rows.start >= self.reached[side]
+        self.reached[side] = max(self.reached[side], rows.stop)
+        return fresh
 
     def tensor(self, t: int, name: str) -> Tensor | float | None:
         """A parameter of a term, its "cotangent", or its statistic, "mean" or "logsumexp"."""
@@ -148,12 +159,14 @@ def _gradients(
     rows_state = torch.zeros(slots.used[0], B, dtype=torch.float64, device=device)
     columns_state = rows_state if symmetric else torch.zeros(slots.used[1], N, dtype=torch.float64, device=device)
     states = (rows_state, columns_state)
-    dx = torch.zeros(op.x.shape, dtype=dtype, device=device) if need_x else None
-    dy = torch.zeros(op.y.shape, dtype=dtype, device=device) if need_y else None
+    passes = bool(B and N) and (with_value or any(c is not None for c in cotangents))
+    gradient = functools.partial(torch.empty if passes else torch.zeros, dtype=dtype, device=device)
+    dx = gradient(op.x.shape) if need_x else None
+    dy = gradient(op.y.shape) if need_y else None
     scale = _half_scale(terms, cotangents, op.guide, device) if op.x.dtype == torch.float16 and B and N else None
     x = rowwise.unit_rows(op.x) if op.scaled else op.x
     y = x if symmetric else rowwise.unit_rows(op.y) if op.scaled else op.y
-    if B and N and (with_value or any(c is not None for c in cotangents)):
+    if passes:
         plan = Backward(
             op, terms, cotangents, statistics, with_value, slots, row_sum, column_sum, states, x, y, dx, dy, scale
         )
@@ -172,15 +185,16 @@ def _gradients(
     return total, dx, dy, dparams
 
 
-def accumulate(out: Tensor, w: Tensor, operand: Tensor, transposed: bool) -> None:
-    """out += w @ operand, or wᵀ @ operand, in the dtype of out, float32 or float64."""
+def accumulate(out: Tensor, w: Tensor, operand: Tensor, transposed: bool, fresh: bool) -> None:
+    """out = or += (not `fresh`) w @ operand, or wᵀ @ operand, in the dtype of out, float32 or float64."""
     a, b = w.T if transposed else w, operand
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if wide and not a.is_cuda:
+        a, b, wide = a.to(out.dtype), b.to(out.dtype), {}
+    if fresh:
+        torch.mm(a, b, out=out, **wide)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        torch.addmm(out, a, b, out=out, **wide)
 
 
 def add_panel(
@@ -189,16 +203,16 @@ def add_panel(
     first_b: int,
     first_n: int,
     mirror: bool,  # the panel also stands for its mirror image: a self-similarity off the diagonal
-    multiply: Callable[[Tensor, Tensor, Tensor, bool], None] = accumulate,
+    multiply: Callable[[Tensor, Tensor, Tensor, bool, bool], None] = accumulate,
 ) -> None:
     """Multiply the pair weights of one panel into the gradients."""
     rows, columns = slice(first_b, first_b + w.shape[0]), slice(first_n, first_n + w.shape[1])
     if plan.dx is not None:
-        multiply(plan.dx[rows], w, plan.y[columns], False)
+        multiply(plan.dx[rows], w, plan.y[columns], False, plan.first_touch(0, rows))
         if mirror:
-            multiply(plan.dx[columns], w, plan.x[rows], True)
+            multiply(plan.dx[columns], w, plan.x[rows], True, plan.first_touch(0, columns))
     if plan.dy is not None:
-        multiply(plan.dy[columns], w, plan.x[rows], True)
+        multiply(plan.dy[columns], w, plan.x[rows], True, plan.first_touch(1, columns))
 
 
 def _half_scale(

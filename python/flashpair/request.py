@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +57,12 @@ class FlatTerm:
     below: float | Tensor | None
     slot: int = 0  # first row of this term in the statistics of its axis
 
+    def with_tensors(self, tensors: dict[str, Tensor]) -> FlatTerm:
+        """A copy with tensors for some parameters; the constructor takes four times as long."""
+        term = object.__new__(FlatTerm)
+        term.__dict__ = {**self.__dict__, **tensors}
+        return term
+
 
 @dataclass
 class Request:
@@ -80,7 +85,6 @@ class Request:
     def terms(self) -> list[FlatTerm]:
         if self._terms is None:
             self._terms = decode_terms(self.spec, self.consts, self.params)
-            _slots(self._terms)
         return self._terms
 
     @functools.cached_property
@@ -179,41 +183,41 @@ def encode(
 
 
 @functools.lru_cache(256)
-def _decoded(spec: tuple[int, ...], consts: tuple[float, ...]) -> list[dict[str, Any]]:
-    """The fields of each term that are no tensors; a step repeats those of the last."""
+def _decoded(spec: tuple[int, ...], consts: tuple[float, ...]) -> list[FlatTerm]:
+    """The terms without their tensors; a step repeats those of the last."""
     terms = []
     for t in range(count_terms(spec)):
         fields = spec[HEADER + t * PER_TERM : HEADER + (t + 1) * PER_TERM]
         scale, offset, above, below, constant = consts[5 * t : 5 * t + 5]
         terms.append(
-            {
-                "reduction": Reduction(fields[0]),
-                "score": Score(fields[1]),
-                "mask": Mask(fields[2]),
-                "axis": Axis(fields[3]),
-                "combine": Combine(fields[4]),
-                "detach_weights": bool(fields[5]),
-                "guide": Guide(fields[6]),
-                "constant": constant,
-                "index": dict(zip(PARAMETERS, fields[FIRST_PARAMETER:], strict=True)),
-                "scale": scale,
-                "offset": offset,
-                "other_offset": None,
-                "weight": None,
-                "above": None if above == -torch.inf else above,
-                "below": None if below == torch.inf else below,
-            }
+            FlatTerm(
+                reduction=Reduction(fields[0]),
+                score=Score(fields[1]),
+                mask=Mask(fields[2]),
+                axis=Axis(fields[3]),
+                combine=Combine(fields[4]),
+                detach_weights=bool(fields[5]),
+                guide=Guide(fields[6]),
+                constant=constant,
+                index=dict(zip(PARAMETERS, fields[FIRST_PARAMETER:], strict=True)),
+                scale=scale,
+                offset=offset,
+                other_offset=None,
+                weight=None,
+                above=None if above == -torch.inf else above,
+                below=None if below == torch.inf else below,
+            )
         )
+    _slots(terms)
     return terms
 
 
 def decode_terms(spec: list[int], consts: list[float], params: list[Tensor]) -> list[FlatTerm]:
     """Inverse of `encode` for the terms."""
-    terms = []
-    for known in _decoded(tuple(spec), tuple(consts)):
-        tensors = {name: params[at].reshape(-1) for name, at in known["index"].items() if at >= 0}
-        terms.append(FlatTerm(**{**known, **tensors}))
-    return terms
+    return [
+        known.with_tensors({name: params[at].reshape(-1) for name, at in known.index.items() if at >= 0})
+        for known in _decoded(tuple(spec), tuple(consts))
+    ]
 
 
 def count_terms(spec: Sequence[int]) -> int:
