@@ -299,6 +299,7 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
                 )  # fmt: skip
                 _fold(rows, plan.states[0], tiles_n, end_b - first_b, first_b, entries[0], stream)
                 _fold(columns, plan.states[1], tiles_b, end_n - first_n, first_n, entries[1], stream)
+    plan.finish()
 
 
 def _shape(request: Request, cost, tall: int = 1024) -> tuple[int, int]:
