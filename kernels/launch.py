@@ -48,6 +48,8 @@ from .weights import _weights_kernel
 #: Tiles of a panel from which on the few that a launch serves are listed first. A program that only finds that its tile
 #: is not served takes the place of one that works, on a multiprocessor that holds one or two.
 LISTED_TILES = 2048
+#: Owners whose partials, or entries of extremes, one program merges.
+FOLDED = 128
 #: Programs that fill a GPU; decides into how many stripes a top-k pass cuts its columns.
 _ENOUGH_PROGRAMS = 512
 
@@ -176,15 +178,15 @@ def _fold(
     finish: bool = False,
 ) -> None:
     """Merge one panel's partials (slots, tiles, length) of both sides into the running statistics."""
-    block, op = 128, plan.op
-    blocks = sum(cdiv(panel[2 + side] - panel[side], block) for side in (0, 1) if entries[side])
+    op = plan.op
+    blocks = sum(cdiv(panel[2 + side] - panel[side], FOLDED) for side in (0, 1) if entries[side])
     outs = plan.found if finish else partials
     states = partials if fresh and finish else plan.states
     ordered = finish and op.orders[0] is not None
     launch(
         _fold_kernel, blocks, None, *partials, *states, *(op.orders if ordered else partials), *outs, *tiles, *panel,
         op.x.shape[0], op.y.shape[0], ROWS=entries[0], COLUMNS=entries[1], JOINT=joint, FRESH=fresh, FINISH=finish,
-        ORDERED=ordered, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
+        ORDERED=ordered, TRIANGLE=triangle, BLOCK_T=8, BLOCK=FOLDED,
     )  # fmt: skip
 
 
@@ -555,10 +557,10 @@ def _merge(
     triangle: tuple[int, ...],
 ) -> None:
     """Merge one panel's entries (count, tiles, length) into the best (count, rows) of a side."""
-    first, length, block = panel[side], panel[2 + side] - panel[side], 128
+    first, length = panel[side], panel[2 + side] - panel[side]
     launch(
-        _best_kernel, cdiv(length, block), None, partials, best, tiles, length, first, best.shape[1], panel[0],
-        panel[1], panel[3], COUNT=best.shape[0], FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=block,
+        _best_kernel, cdiv(length, FOLDED), None, partials, best, tiles, length, first, best.shape[1], panel[0],
+        panel[1], panel[3], COUNT=best.shape[0], FRESH=fresh, SIDE=side, TRIANGLE=triangle, BLOCK_T=8, BLOCK=FOLDED,
     )  # fmt: skip
 
 

@@ -57,8 +57,9 @@ def test_in_a_process_of_its_own():
 
 
 @pytest.fixture
-def small_tiles():
-    """Tiles of 16 by 16, and poisoned memory."""
+def small_tiles(monkeypatch):
+    """Tiles of 16 by 16, folds of 16 owners, and poisoned memory."""
+    monkeypatch.setattr(launch, "FOLDED", 16)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills torch.empty
     assert torch.empty(3).isnan().all()
