@@ -7,7 +7,8 @@ Small batches of a GPU take as long as their launches, so this is what limits th
 that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
 start them on a GPU. With a GPU its own driver is used, and the host waits for it between
 rounds only. "by Triton": the same steps with every launch through Triton's own search (kernels/start.py saves it);
-"dense": the loss in PyTorch, on the same tensors. All take turns in one process with one thread.
+"dense": the loss in PyTorch on 16 rows, so that its operators compute little. All take turns in one process with one
+thread.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ from unittest.mock import patch
 import machine
 import torch
 from cases import CASES, Implementation
-from inputs import Inputs
 from results import BOTH, merge, spread
 from stand_in import standing_in
 from timers import step
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-BATCH, WIDTH = 256, 64
+BATCH, FEW, WIDTH = 256, 16, 64
 CHOSEN = ("clip", "siglip", "supcon", "ntxent", "ms-random", "circle", "batch-hard")
 OURS, BY_TRITON, DENSE = "flashpair", "by Triton", "dense"
 PATH = machine.RESULTS / "host.json"
@@ -68,7 +68,8 @@ def by_triton() -> Iterator[None]:
 
 def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> dict:
     """Milliseconds of a step's host time by contestant, interleaved; kernels and operators of one step."""
-    inputs: Inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
+    inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
+    inputs_of = {OURS: inputs, BY_TRITON: inputs, DENSE: case.make(FEW, WIDTH).to(torch.bfloat16, device)}
     ours, dense = Implementation(case.flashpair), Implementation(case.dense)
     contestants = {OURS: ours, BY_TRITON: Implementation(case.flashpair, by_triton), DENSE: dense}
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -76,14 +77,14 @@ def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> 
     launches.clear()
     for name in (DENSE, OURS):
         with Operators() as counted:
-            step(contestants[name], inputs)
+            step(contestants[name], inputs_of[name])
         operators[name] = counted.count
     kernels = len(launches)
     for n in range(rounds + 1):
         for name, implementation in contestants.items():
             begin = time.perf_counter()
             for _ in range(steps):
-                step(implementation, inputs)
+                step(implementation, inputs_of[name])
             taken = time.perf_counter() - begin
             if device == "cuda":
                 torch.cuda.synchronize()
