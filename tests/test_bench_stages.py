@@ -54,8 +54,9 @@ except KeyboardInterrupt:
 """
     ticks = []
     start = time.monotonic()
-    outcome = gpu.run_stage(stage(program), GPU, tmp_path, 4.0, lambda: ticks.append(1))
-    assert time.monotonic() - start < 10
+    # A quarter of the limit is for what it has to say, which takes long where many tests run.
+    outcome = gpu.run_stage(stage(program), GPU, tmp_path, 8.0, lambda: ticks.append(1))
+    assert time.monotonic() - start < 20
     assert (outcome.state, outcome.line) == ("cut off", "interrupted after 1 row")
     assert (tmp_path / "result").read_text() == "row 1" and "row 1" in (tmp_path / "some.log").read_text()
     assert gone(int((tmp_path / "child").read_text())) and ticks
