@@ -17,6 +17,7 @@ STYLE = {
     "chunked": {"color": "tab:orange"},
     "open_clip": {"color": "tab:green"},
     "metric-learning": {"color": "tab:purple"},
+    "torch chunked": {"color": "tab:cyan"},
 }
 RATIOS = (0.5, 1, 2, 5, 10, 20, 50)
 

@@ -180,12 +180,17 @@ def describe_row(row: dict) -> str:
     return f"{1e3 * row['seconds']:.0f} ms, {peer}"
 
 
+def _newest(rows: list[dict]) -> dict | None:
+    """The row that was measured last, of several machines say; one of the sources as they are before all others."""
+    return max(rows, key=lambda r: (not machine.is_stale(r), r["date"]), default=None)
+
+
 def table(suite: Suite, rows: list[dict]) -> list[str]:
     """Both sizes of each loss on a line."""
     lines = [f"| loss | B = 4096, D = 128 | {suite.other} | B = 65,536, D = 64 | its memory | |"]
     lines.append("|---|---|---|---|---|---|")
     for name in suite.names:
-        small, large = (next((r for r in rows if r["loss"] == name and r["batch"] == b), None) for b in (4096, 65536))
+        small, large = (_newest([r for r in rows if r["loss"] == name and r["batch"] == b]) for b in (4096, 65536))
         if small is None and large is None:
             continue
         cells = ["-"] * 4
@@ -198,8 +203,9 @@ def table(suite: Suite, rows: list[dict]) -> list[str]:
             ran = "growth" in large
             cells[2] = f"{large['seconds']:.0f} s" if ran else large["why"]
             cells[3] = f"{large['growth'] / 2**20:.0f} MiB" if ran else "-"
-        stale = [r for r in (small, large) if r and machine.is_stale(r)]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {'stale' if stale else ''} |")
+        stale = [f"{r['batch']:,}" for r in (small, large) if r and machine.is_stale(r)]
+        told = f"stale (B = {stale[0]})" if len(stale) == 1 and small and large else "stale" if stale else ""
+        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {told} |")
     machines = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}, {r['date']}" for r in rows})
     return [*(f"- {m}" for m in machines), "", *lines]
 
