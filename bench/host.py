@@ -5,10 +5,9 @@
 
 Small batches of a GPU take as long as their launches, so this is what limits them. Without a GPU a driver stands in
 that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
-start them on a GPU. With a GPU its own driver is used, and the host waits for it between
-rounds only. "by Triton": the same steps with every launch through Triton's own search (kernels/start.py saves it);
-"dense": the loss in PyTorch on 16 rows, so that its operators compute little. All take turns in one process with one
-thread.
+start them on a GPU. With a GPU its own driver is used, and the host waits for it between rounds only. "by Triton": the
+same steps with every launch through Triton's own search (kernels/start.py saves it); "dense": the loss in PyTorch on 16
+rows, so that its operators compute little. All take turns in one process with one thread.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ import machine
 import torch
 from cases import CASES, Implementation
 from results import BOTH, merge, spread
-from stand_in import standing_in
+from stand_in import Operators, standing_in
 from timers import step
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 BATCH, FEW, WIDTH = 256, 16, 64
@@ -36,22 +34,6 @@ OURS, BY_TRITON, DENSE = "flashpair", "by Triton", "dense"
 PATH = machine.RESULTS / "host.json"
 BEGIN, END = "<!-- host: begin (written by bench/host.py) -->", "<!-- host: end -->"
 KEY = ("case", "batch", "width", "dtype", "driver", "device")
-#: Operators that make a view or take memory: nothing runs on a device.
-NO_WORK = (
-    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "select", "slice", "split",
-    "split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view",
-)  # fmt: skip
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that would start something on a device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.count += name not in NO_WORK and func.namespace != "flashpair"
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -66,7 +48,22 @@ def by_triton() -> Iterator[None]:
         yield
 
 
-def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> dict:
+@contextlib.contextmanager
+def counting_kernels() -> Iterator[list[str]]:
+    """The names of the kernels that are started inside the block."""
+    from flashpair.kernels import launch
+
+    names, begin = [], launch.start
+
+    def start(kernel, programs: int, args: tuple, constants: dict) -> None:
+        names.append(kernel.__name__)
+        begin(kernel, programs, args, constants)
+
+    with patch.object(launch, "start", start):
+        yield names
+
+
+def measure(case, device: str, rounds: int, steps: int) -> dict:
     """Milliseconds of a step's host time by contestant, interleaved; kernels and operators of one step."""
     inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
     inputs_of = {OURS: inputs, BY_TRITON: inputs, DENSE: case.make(FEW, WIDTH).to(torch.bfloat16, device)}
@@ -74,12 +71,10 @@ def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> 
     contestants = {OURS: ours, BY_TRITON: Implementation(case.flashpair, by_triton), DENSE: dense}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     operators = {}
-    launches.clear()
     for name in (DENSE, OURS):
-        with Operators() as counted:
+        with Operators() as counted, counting_kernels() as kernels:
             step(contestants[name], inputs_of[name])
-        operators[name] = counted.count
-    kernels = len(launches)
+        operators[name] = len(counted.names)
     for n in range(rounds + 1):
         for name, implementation in contestants.items():
             begin = time.perf_counter()
@@ -97,7 +92,7 @@ def measure(case, device: str, launches: list[str], rounds: int, steps: int) -> 
             for name, values in times.items()
             if name != OURS
         },
-        "kernels": kernels,
+        "kernels": len(kernels),
         "operators": operators,
     }
 
@@ -116,9 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     with contextlib.ExitStack() as stack:
-        launches = [] if device == "cuda" else stack.enter_context(standing_in()).launches
+        if device != "cuda":
+            stack.enter_context(standing_in())
         for case in tqdm(chosen, desc="host", leave=False):
-            measured = measure(case, device, launches, options.rounds, options.steps)
+            measured = measure(case, device, options.rounds, options.steps)
             rows.append(
                 {
                     "case": case.name, "batch": BATCH, "width": WIDTH, "dtype": "bfloat16", "direction": BOTH,

@@ -1,5 +1,5 @@
 """A driver for Triton that starts nothing, and a compiler that compiles nothing: what a step costs the host, without a
-GPU.
+GPU; and a count of PyTorch's operators.
 
 Kernels are looked up and called with their arguments as on a GPU of the architecture; results hold anything. What
 mining finds is nothing, so that no index is out of range.
@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource, CompiledKernel
@@ -43,11 +44,9 @@ class Kernel(CompiledKernel):
 class Driver(DriverBase):
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
-        self.launches: list[str] = []  # names of kernels
 
     def started(self, kernel: Kernel, programs: int, arguments: tuple) -> None:
         """Called for every launch."""
-        self.launches.append(kernel.name)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -70,6 +69,27 @@ class Driver(DriverBase):
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+#: Operators that make a view or take memory: nothing runs on a device.
+NO_WORK = (
+    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "select", "slice", "split",
+    "split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view",
+)  # fmt: skip
+
+
+class Operators(TorchDispatchMode):
+    """The names of PyTorch's operators inside the block that would start something on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in NO_WORK and func.namespace != "flashpair":
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from bench_support import ROOT
 
 import machine  # isort: skip
@@ -28,6 +29,23 @@ def test_host_time_is_measured_beside_triton_and_dense_code(tmp_path, capsys):
     assert row["kernels"] == 6 and 0 < row["operators"]["flashpair"] < row["operators"]["dense"]
     assert row["driver"] in ("stand-in", "Triton's") and not machine.is_stale(row)
     assert "| clip | " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""), reason="kernels are interpreted")
+def test_by_triton_goes_round_what_is_remembered():
+    pytest.importorskip("triton", reason="no Triton wheel for this platform")
+    import host
+    from flashpair.kernels import start
+    from stand_in import standing_in
+
+    case = next(c for c in CASES if c.name == "clip")
+    inputs = case.make(32, 16).to(torch.bfloat16)
+    with standing_in():
+        with host.by_triton(), host.counting_kernels() as kernels:
+            step(case.implementations()["flashpair"], inputs)
+        assert kernels and not start.known
+        step(case.implementations()["flashpair"], inputs)
+        assert start.known
 
 
 def test_a_pattern_that_meets_no_case_is_refused(capsys):

@@ -103,3 +103,28 @@ def test_distributed_losses_are_gated_and_timed(tmp_path):
         assert all(found["seconds"] > 0 for found in row["times"].values())
         assert row["times"]["flashpair, gather"]["growth"] >= 0
     assert len(distributed.table(list(rows.values()))) >= 2 + 2 + 3
+
+
+def test_the_newest_row_of_a_loss_is_shown_and_which_size_is_stale(monkeypatch):
+    """One of the sources as they are before later ones of others, else the last that was measured."""
+    import contrast
+    import machine
+    import versus
+
+    monkeypatch.setattr(machine, "source_hash", lambda device: "now")
+    facts = {"loss": "DCLLoss", "device": "some CPU", "threads": 2, "torch": "2", "why": ""}
+    timed = facts | {"batch": 4096, "ratio": 3.0, "low": 2.0, "high": 4.0}
+    large = facts | {"batch": 65536, "seconds": 13.0, "growth": 1 << 20}
+    old = timed | {"seconds": 0.1, "sources": "before", "date": "2026-01-03"}
+    older = timed | {"seconds": 0.2, "sources": "before", "date": "2026-01-02"}
+    now = timed | {"seconds": 0.3, "sources": "now", "date": "2026-01-01"}
+
+    def shown(*rows: dict) -> str:
+        return next(line for line in versus.table(contrast.SUITE, list(rows)) if line.startswith("| `DCLLoss`"))
+
+    assert shown(old, now, older).startswith("| `DCLLoss` | 300 ms |") and shown(old, now).endswith("|  |")
+    assert shown(older, old).startswith("| `DCLLoss` | 100 ms |") and shown(older, old).endswith("| stale |")
+    before = large | {"sources": "before", "date": "2026-01-01"}
+    assert shown(now, before).endswith("| stale (B = 65,536) |")
+    assert shown(old, before).endswith("| stale |")
+    assert shown(now, before | {"sources": "now"}).endswith("|  |")

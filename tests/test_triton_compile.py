@@ -35,7 +35,7 @@ from flashpair.kernels.program import PLAIN, TILES
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import ahead_of_time
 from ahead_of_time import SHARED_MEMORY, Launch, compiled
-from stand_in import Driver, standing_in
+from stand_in import Driver, Operators, standing_in
 
 ALL = os.environ.get("FLASHPAIR_COMPILE_ALL", "0") not in ("0", "")
 
@@ -281,33 +281,12 @@ def test_launchers_never_wait(program, kind, record, monkeypatch):
     assert record(_run(program, kind, 40))
 
 
-#: Operators that launch nothing on a device.
-_NO_WORK = (
-    "alias", "as_strided", "detach", "empty", "expand", "new_empty", "select", "slice", "split_with_sizes", "t",
-    "transpose", "unsqueeze", "view",
-)  # fmt: skip
-
-
-class _Work(TorchDispatchMode):
-    """Counts the operators that launch something on a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in _NO_WORK:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("program", "most"), [("clip", 10), ("siglip", 12), ("supcon", 8), ("multi_similarity", 22), ("batch_hard", 15)]
 )
 def test_passes_over_one_panel_ask_pytorch_for_little(program, most, record, monkeypatch):
     """Forward and backward; at small sizes a step takes as long as its launches."""
-    work = _Work()
+    work = Operators()
 
     def counted(function, *args):
         with work:
