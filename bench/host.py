@@ -5,9 +5,10 @@
 
 Small batches of a GPU take as long as their launches, so this is what limits them. Without a GPU a driver stands in
 that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
-start them on a GPU. With a GPU its own driver is used, and the host waits for it between rounds only. "by Triton": the
-same steps with every launch through Triton's own search (kernels/start.py saves it); "dense": the loss in PyTorch on 16
-rows, so that its operators compute little. All take turns in one process with one thread.
+start them on a GPU. With a GPU its own driver is used, and the host waits for it between rounds only. "decided anew":
+the same steps without recordings (python/flashpair/recording.py), as the first of a kind is; "by Triton": also with every
+launch through Triton's own search (kernels/start.py saves it); "dense": the loss in PyTorch on 16 rows, so that its
+operators compute little. All take turns in one process with one thread.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 BATCH, FEW, WIDTH = 256, 16, 64
 CHOSEN = ("clip", "siglip", "supcon", "ntxent", "ms-random", "circle", "batch-hard")
-OURS, BY_TRITON, DENSE = "flashpair", "by Triton", "dense"
+OURS, ANEW, BY_TRITON, DENSE = "flashpair", "decided anew", "by Triton", "dense"
 PATH = machine.RESULTS / "host.json"
 BEGIN, END = "<!-- host: begin (written by bench/host.py) -->", "<!-- host: end -->"
 KEY = ("case", "batch", "width", "dtype", "driver", "device")
@@ -38,13 +39,24 @@ KEY = ("case", "batch", "width", "dtype", "driver", "device")
 
 @contextlib.contextmanager
 def by_triton() -> Iterator[None]:
-    """Every launch through Triton's own search."""
+    """Every pass decided anew, and every launch through Triton's own search."""
     from flashpair.kernels import launch
+
+    from flashpair import recording
 
     def start(kernel, programs: int, args: tuple, constants: dict) -> None:
         kernel[(programs,)](*args, **constants)
 
-    with patch.object(launch, "start", start):
+    with recording.deciding_anew(), patch.object(launch, "start", start):
+        yield
+
+
+@contextlib.contextmanager
+def decided_anew() -> Iterator[None]:
+    """Every pass decided anew: nothing is played from a recording."""
+    from flashpair import recording
+
+    with recording.deciding_anew():
         yield
 
 
@@ -59,16 +71,21 @@ def counting_kernels() -> Iterator[list[str]]:
         names.append(kernel.__name__)
         begin(kernel, programs, args, constants)
 
-    with patch.object(launch, "start", start):
+    with decided_anew(), patch.object(launch, "start", start):
         yield names
 
 
 def measure(case, device: str, rounds: int, steps: int) -> dict:
     """Milliseconds of a step's host time by contestant, interleaved; kernels and operators of one step."""
     inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
-    inputs_of = {OURS: inputs, BY_TRITON: inputs, DENSE: case.make(FEW, WIDTH).to(torch.bfloat16, device)}
+    inputs_of = {OURS: inputs, ANEW: inputs, BY_TRITON: inputs, DENSE: case.make(FEW, WIDTH).to(torch.bfloat16, device)}
     ours, dense = Implementation(case.flashpair), Implementation(case.dense)
-    contestants = {OURS: ours, BY_TRITON: Implementation(case.flashpair, by_triton), DENSE: dense}
+    contestants = {
+        OURS: ours,
+        ANEW: Implementation(case.flashpair, decided_anew),
+        BY_TRITON: Implementation(case.flashpair, by_triton),
+        DENSE: dense,
+    }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     operators = {}
     for name in (DENSE, OURS):
@@ -129,11 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict]) -> list[str]:
-    header = ["case", "host, ms", BY_TRITON, DENSE, "kernels", "operators", "operators of dense", ""]
+    header = ["case", "host, ms", ANEW, BY_TRITON, DENSE, "kernels", "operators", "operators of dense", ""]
     lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
     for row in rows:
         cells = [row["case"], "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["milliseconds"][OURS])]
-        ratios = (row["times_flashpair"][name] for name in (BY_TRITON, DENSE))
+        ratios = (row["times_flashpair"][name] for name in (ANEW, BY_TRITON, DENSE))
         cells += ["{median:.2f}x ({low:.2f}-{high:.2f})".format(**ratio) for ratio in ratios]
         cells += [str(n) for n in (row["kernels"], row["operators"][OURS], row["operators"][DENSE])]
         lines.append(f"| {' | '.join(cells)} | {'stale' if machine.is_stale(row) else ''} |")

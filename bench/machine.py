@@ -21,7 +21,7 @@ MEASURED = ("csrc", "kernels", "python/flashpair")
 GPU_ONLY = tuple(
     f"python/flashpair/{name}.py"
     for name in ("backend_cuda", "backend_triton", "backward", "extremes", "forward", "operands", "program_cuda",
-                 "rowwise")
+                 "recording", "rowwise")
 )  # fmt: skip
 
 #: Threads stay where they are: two of them on one core would be measured as a slow implementation.

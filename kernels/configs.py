@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import recording
 from .program import PLAIN
 
 
@@ -218,10 +219,12 @@ def override(config: TileConfig) -> Iterator[None]:
     """Use one configuration for every kernel, so that small problems have several tiles."""
     global _override
     previous, _override = _override, config
+    recording.forget()
     try:
         yield
     finally:
         _override = previous
+        recording.forget()
 
 
 def architecture(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from ..extremes import MISSING, shared_passes
 from ..forward import Forward, set_neutral, statistics
 from ..operands import Operands, on_device, operands
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
+from ..recording import recorded
 from ..request import Request
 from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
@@ -181,7 +182,7 @@ def _fold(
     op = plan.op
     blocks = sum(cdiv(panel[2 + side] - panel[side], FOLDED) for side in (0, 1) if entries[side])
     outs = plan.found if finish else partials
-    states = partials if fresh and finish else plan.states
+    states = partials if fresh and finish else plan.sums.sides if isinstance(plan, Backward) else plan.states
     ordered = finish and op.orders[0] is not None
     launch(
         _fold_kernel, blocks, None, *partials, *states, *(op.orders if ordered else partials), *outs, *tiles, *panel,
@@ -306,6 +307,7 @@ _OWN = {"plain_tiles": True, "rowwise": Rowwise(_norms, _unit_rows, _gradient)}
 
 
 @on_device
+@recorded
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics of all terms: rows (R, B) and columns (C, N), float32."""
     return statistics(request, _stats_panels, **_OWN)
@@ -376,12 +378,14 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 
 
 @on_device
+@recorded
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
     """Gradients (dx, dy, [dparam, ...]) from the cotangents of the statistics."""
     return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _weights_panels, **_OWN)
 
 
 @on_device
+@recorded
 def sums(request: Request, needs):
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""
     return backward.sums(request, needs, stats, _weights_panels, **_OWN)
@@ -406,6 +410,7 @@ def _weights_panels(request: Request, plan: Backward) -> None:
     panel_b, panel_n = panel_shape(
         B, N, config.block_b, config.block_n, request.max_workspace_bytes, cost, square=symmetric, tall=1024
     )
+    one = panel_b >= B and panel_n >= N
     workspace = torch.empty(
         min(panel_b, B) * round_up(min(panel_n, N), 16) if store else 1, dtype=op.x.dtype, device=device
     )
@@ -438,12 +443,14 @@ def _weights_panels(request: Request, plan: Backward) -> None:
                     column_partials, panel, packed[1] if plan.scale is None else plan.scale, *dimensions, *guide,
                     stride_w, visits=visits, **_arithmetic(request), **_guide_precision(request),
                 )  # fmt: skip
-            written = tuple(
-                tuple(v for slot in of_side for v in (int(Reduction.SUM), slot, 0, 0))
-                for of_side in (written_slots(visible, 0, plan.row_sum), written_slots(visible, 1, column_sum))
-            )
+            written = written_slots(visible, 0, plan.row_sum), written_slots(visible, 1, column_sum)
+            folded = tuple(tuple(v for slot in of for v in (int(Reduction.SUM), slot, 0, 0)) for of in written)
+            if one:
+                plan.sums.written = tuple(map(set, (written[0] + written[1],) * 2 if symmetric else written))
+            elif first_b == first_n == 0:
+                plan.sums.flat.zero_()
             tiles = tiles_n * config.parts, tiles_b
-            _fold(plan, (first_b, first_n, end_b, end_n), (row_partials, column_partials), tiles, written)
+            _fold(plan, (first_b, first_n, end_b, end_n), (row_partials, column_partials), tiles, folded, fresh=one)
             if store:
                 w = panel.view(length_b, stride_w)[:, :length_n]
                 multiply = accumulate if visits is None else _visited_product(request, config, visits)
@@ -480,6 +487,7 @@ def _visited_product(
 
 
 @on_device
+@recorded
 def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     """[(values (B, k), indices (B, k)), ...] of the extremes; those with k = 1 share one pass."""
     found = {}

@@ -11,9 +11,11 @@ import torch
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from ..recording import note
+
 #: Launches that are known; more are forgotten together. Batches whose lengths vary add one for each length.
 _MOST = 1 << 12
-known: dict[tuple, tuple[CompiledKernel, list]] = {}
+known: dict[tuple, tuple[CompiledKernel, tuple]] = {}
 _dtype = operator.attrgetter("dtype")
 
 
@@ -30,9 +32,17 @@ def start(kernel, programs: int, args: tuple, constants: dict) -> None:
     What Triton may compile apart is part of the signature: dtypes, alignment, each number, each constant. Its switches
     that change what is compiled are read when a launch is new.
     """
+    with torch._C.DisableTorchFunction():  # a recording takes down the launch, not what happens inside
+        run, values = _started(kernel, programs, args, constants)
+    note(run, values)
+
+
+def _started(kernel, programs: int, args: tuple, constants: dict) -> tuple[Callable, tuple]:
+    """Start a kernel; what starts it again, and with which arguments."""
     if not isinstance(kernel, JITFunction) or torch.version.hip is not None:  # interpreted, or of other rules
-        kernel[(programs,)](*args, **constants)
-        return
+        run = functools.partial(kernel[(programs,)], **constants)
+        run(*args)
+        return run, args
     pointers, others = _parts(kernel.fn, len(args))
     tensors = [args[n] for n in pointers]
     signature = (
@@ -45,9 +55,11 @@ def start(kernel, programs: int, args: tuple, constants: dict) -> None:
     )
     found = known.get(signature)
     if found is not None:
-        found[0][(programs, 1, 1)](*args, *found[1])
-        return
+        run, values = found[0][(programs, 1, 1)], (*args, *found[1])
+        run(*values)
+        return run, values
     compiled = kernel[(programs,)](*args, **constants)
     if len(known) >= _MOST:
         known.clear()
-    known[signature] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+    known[signature] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    return compiled[(programs, 1, 1)], (*args, *known[signature][1])

@@ -4,13 +4,14 @@ import pytest
 import support
 import torch
 
-from flashpair import dispatch
+from flashpair import dispatch, recording
 
 
 @pytest.fixture(autouse=True)
 def _clean():
     torch.manual_seed(0)
     dense_backend.calls.clear()
+    recording.forget()  # tests change what decides on kernels
     yield
 
 

@@ -34,6 +34,7 @@ from flashpair import (
     operands,
     pair_reduce,
     pair_sum,
+    recording,
     use_backend,
 )
 
@@ -116,6 +117,24 @@ def test_scores_keep_their_digits():
     support.check_scores("triton", torch.float32)
 
 
+@interpreted
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+@pytest.mark.parametrize(
+    "extremes", [(Extreme(Mask.SAME, False), Extreme(Mask.DIFFERENT)), (Extreme(Mask.DIFFERENT, k=3),)], ids=len
+)
+def test_played_mining(extremes, side):
+    for seed in range(3):
+        data = make(*_shape(side, 17, 18), 5, seed=seed, precision=torch.float32).to(torch.float32)
+        found = []
+        for backend in ("triton", "reference"):
+            with use_backend(backend):
+                found.append(mine(**data.pairs, extremes=extremes, similarity=Similarity.EUCLIDEAN))
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got.indices, want.indices)
+            torch.testing.assert_close(got.values, want.values, rtol=1e-5, atol=1e-6)
+    assert all(recording.recordings.values())
+
+
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "exclude",
     "scalar_of_everything", "softmax_mean_parameters", "moments", "guide_threshold", "guide_weight",
@@ -128,6 +147,21 @@ NARROW = only(
 def test_narrow_inputs(program, side, dtype):
     data = make(*_shape(side, 33, 18), 17, grid=program.grid, precision=dtype)
     support.compare(program.run, data, "triton", dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("program", "side"), on_sides(NARROW))
+def test_played_passes(program, side, dtype):
+    """The third pass of a kind is played from a recording, with the tensors of its own call."""
+    for seed in range(3):
+        data = make(*_shape(side, 17, 18), 5, seed=seed, grid=program.grid, precision=dtype)
+        data.scale += seed
+        if seed == 2:
+            assert recording.recordings and all(recording.recordings.values())
+            support.compare(program.run, data, "triton", dtype, ill_conditioned=True)
+        else:
+            evaluate(program.run, data.to(dtype), "triton")
 
 
 @interpreted

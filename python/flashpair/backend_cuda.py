@@ -285,20 +285,19 @@ def _reduce_panels(request: Request, plan: Forward) -> None:
         return source.bytes * rows * columns + source.dtype.itemsize * partials
 
     shape = _shape(request, cost)
-    with float32_products(op.x, request.precision):
-        for panel in _panel_pairs(request, shape):
-            first_b, end_b, first_n, end_n = panel
-            s, t = source.panel(*panel), source.guide(*panel, request.precision)
-            tiles_b, tiles_n = cdiv(end_b - first_b, source.tile_rows), cdiv(end_n - first_n, TILE_COLUMNS)
-            for program, used, entries in programs:
-                rows = empty_partials(used[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
-                columns = empty_partials(used[1], tiles_b, end_n - first_n, op.x.device, source.dtype)
-                torch.ops.flashpair_cuda.stats(
-                    program.beside(t), s, program.vectors, program.codes(panel, source.tile_rows), program.numbers,
-                    stream, rows, columns,
-                )  # fmt: skip
-                _fold(rows, plan.states[0], tiles_n, end_b - first_b, first_b, entries[0], stream)
-                _fold(columns, plan.states[1], tiles_b, end_n - first_n, first_n, entries[1], stream)
+    for panel in _panel_pairs(request, shape):
+        first_b, end_b, first_n, end_n = panel
+        s, t = source.panel(*panel), source.guide(*panel, request.precision)
+        tiles_b, tiles_n = cdiv(end_b - first_b, source.tile_rows), cdiv(end_n - first_n, TILE_COLUMNS)
+        for program, used, entries in programs:
+            rows = empty_partials(used[0], tiles_n, end_b - first_b, op.x.device, source.dtype)
+            columns = empty_partials(used[1], tiles_b, end_n - first_n, op.x.device, source.dtype)
+            torch.ops.flashpair_cuda.stats(
+                program.beside(t), s, program.vectors, program.codes(panel, source.tile_rows), program.numbers,
+                stream, rows, columns,
+            )  # fmt: skip
+            _fold(rows, plan.states[0], tiles_n, end_b - first_b, first_b, entries[0], stream)
+            _fold(columns, plan.states[1], tiles_b, end_n - first_n, first_n, entries[1], stream)
     plan.finish()
 
 
@@ -354,6 +353,7 @@ def _weight_chunks(plan: Backward) -> Iterator[list[int]]:
 
 def _add_panels(request: Request, plan: Backward) -> None:
     source = _Source(plan.op, _fused(plan.op.x), "weights")
+    plan.sums.flat.zero_()
     for chunk in _weight_chunks(plan):
         terms = [plan.terms[t] for t in chunk]
         program = program_of(
@@ -411,7 +411,7 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
         ):
             of_side = [*written[side], *([slots.index(extra)] if extra >= 0 else [])]
             entries = [v for partial in of_side for v in (int(Reduction.SUM), partial, slots[partial])]
-            _fold(partials, plan.states[side], tiles, length, first, entries, stream)
+            _fold(partials, plan.sums.sides[side], tiles, length, first, entries, stream)
         if store:
             add_panel(plan, w, first_b, first_n, request.symmetric and not on_diagonal)
 
@@ -464,30 +464,29 @@ def _mine_single(request: Request, extremes: list[Extreme]) -> list[tuple[Tensor
         partials = cdiv(columns, TILE_COLUMNS) * rows + columns_of * cdiv(rows, source.tile_rows) * columns
         return source.bytes * rows * columns + entry * count * partials
 
-    with float32_products(op.x, request.precision):
-        for panel in _panel_pairs(request, _shape(request, cost)) if B and N else ():
-            first_b, end_b, first_n, end_n = panel
-            sides = (
-                (cdiv(end_n - first_n, TILE_COLUMNS), first_b, end_b),
-                (cdiv(end_b - first_b, source.tile_rows), first_n, end_n),
-            )[: 1 + columns_of]
-            partials = []
-            for tiles, first, end in sides:
-                size = count * tiles * (end - first)
-                partials.append(torch.empty(size, dtype=source.dtype, device=device))
-                partials.append(torch.empty(size, dtype=torch.int32, device=device))
-            nothing = [partials[0].new_empty(0), partials[1].new_empty(0)] if len(partials) == 2 else []
-            torch.ops.flashpair_cuda.extremes(
-                program.operands, source.panel(*panel), program.vectors, program.codes(panel, source.tile_rows),
-                program.numbers, stream, partials + nothing,
-            )  # fmt: skip
-            for side, (tiles, first, end) in enumerate(sides):
-                values, places = (p.view(count, -1) for p in partials[2 * side : 2 * side + 2])
-                for e, extreme in enumerate(extremes):
-                    into = [b[first:end] for b in best[e]]
-                    torch.ops.flashpair_cuda.merge_best(
-                        values[e], places[e], *into, tiles, end - first, 1, extreme.largest, stream
-                    )
+    for panel in _panel_pairs(request, _shape(request, cost)) if B and N else ():
+        first_b, end_b, first_n, end_n = panel
+        sides = (
+            (cdiv(end_n - first_n, TILE_COLUMNS), first_b, end_b),
+            (cdiv(end_b - first_b, source.tile_rows), first_n, end_n),
+        )[: 1 + columns_of]
+        partials = []
+        for tiles, first, end in sides:
+            size = count * tiles * (end - first)
+            partials.append(torch.empty(size, dtype=source.dtype, device=device))
+            partials.append(torch.empty(size, dtype=torch.int32, device=device))
+        nothing = [partials[0].new_empty(0), partials[1].new_empty(0)] if len(partials) == 2 else []
+        torch.ops.flashpair_cuda.extremes(
+            program.operands, source.panel(*panel), program.vectors, program.codes(panel, source.tile_rows),
+            program.numbers, stream, partials + nothing,
+        )  # fmt: skip
+        for side, (tiles, first, end) in enumerate(sides):
+            values, places = (p.view(count, -1) for p in partials[2 * side : 2 * side + 2])
+            for e, extreme in enumerate(extremes):
+                into = [b[first:end] for b in best[e]]
+                torch.ops.flashpair_cuda.merge_best(
+                    values[e], places[e], *into, tiles, end - first, 1, extreme.largest, stream
+                )
     return [_restored(op, *b) for b in best]
 
 
@@ -510,20 +509,19 @@ def _mine_many(request: Request, extreme: Extreme) -> tuple[Tensor, Tensor]:
     shape = (
         panel_shape(B, N, FUSED_ROWS, TILE_COLUMNS, request.max_workspace_bytes, cost, tall=1024) if B and N else (1, 1)
     )
-    with float32_products(op.x, request.precision):
-        for first_b, end_b in panels(B, shape[0]):
-            for first_n, end_n in panels(N, shape[1]):
-                panel, rows = (first_b, end_b, first_n, end_n), end_b - first_b
-                lists = stripes(rows, end_n - first_n)
-                found = (
-                    torch.empty(lists, rows, k, dtype=source.dtype, device=device),
-                    torch.empty(lists, rows, k, dtype=torch.int32, device=device),
-                )
-                torch.ops.flashpair_cuda.top_k(
-                    program.operands, source.panel(*panel), program.vectors, program.codes(panel, source.tile_rows),
-                    program.numbers, stream, k, lists, *found,
-                )  # fmt: skip
-                torch.ops.flashpair_cuda.merge_best(
-                    *found, values[first_b:end_b], places[first_b:end_b], lists, rows, k, extreme.largest, stream
-                )
+    for first_b, end_b in panels(B, shape[0]):
+        for first_n, end_n in panels(N, shape[1]):
+            panel, rows = (first_b, end_b, first_n, end_n), end_b - first_b
+            lists = stripes(rows, end_n - first_n)
+            found = (
+                torch.empty(lists, rows, k, dtype=source.dtype, device=device),
+                torch.empty(lists, rows, k, dtype=torch.int32, device=device),
+            )
+            torch.ops.flashpair_cuda.top_k(
+                program.operands, source.panel(*panel), program.vectors, program.codes(panel, source.tile_rows),
+                program.numbers, stream, k, lists, *found,
+            )  # fmt: skip
+            torch.ops.flashpair_cuda.merge_best(
+                *found, values[first_b:end_b], places[first_b:end_b], lists, rows, k, extreme.largest, stream
+            )
     return _restored(op, values, places)

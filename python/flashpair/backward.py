@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .operands import ALONG_OTHERS, Operands, operands
-from .panels import float32_products
 from .request import FlatTerm, Request, statistics_dtype
 from .rowwise import TORCH, Rowwise
 from .terms import Guide, Reduction, Similarity
@@ -53,6 +52,55 @@ def _slots(terms: list[FlatTerm], symmetric: bool, needs_params: tuple[bool, ...
     return slots
 
 
+class Sums:
+    """Running sums of a pass, float64, a vector per slot and side; those of a self-similarity are the same."""
+
+    def __init__(self, slots: Slots, rows: int, columns: int, shared: bool, device: torch.device) -> None:
+        of_rows = slots.used[0] * rows
+        self.lengths = rows, rows if shared else columns
+        self.firsts = 0, 0 if shared else of_rows
+        self.written = set(range(slots.used[0])), set(range(slots.used[1]))  # the others are 0, whatever they hold
+        self.flat = torch.empty(  # not filled
+            of_rows + (0 if shared else slots.used[1] * columns), dtype=torch.float64, device=device
+        )
+        of_both = (self.flat,) * 2 if shared or not slots.used[1] else (self.flat[:of_rows], self.flat[of_rows:])
+        self.sides = tuple(  # (slots, rows), (slots, columns)
+            half.view(count, -1) if count else half[:0] for half, count in zip(of_both, slots.used, strict=True)
+        )
+
+    def vector(self, side: int, slot: int) -> Tensor:
+        """(owners,) of one slot."""
+        found = self.sides[side][slot]
+        return found if slot in self.written[side] else torch.zeros_like(found)
+
+    def total(self, places: list[tuple[int, int]]) -> Tensor:
+        """0-d sum over all owners of slots (side, slot)."""
+        pieces: list[list[int]] = []  # first entry, end; what follows one another is one piece
+        for side, slot in self._of_any(places):
+            first = self.firsts[side] + slot * self.lengths[side]
+            if pieces and pieces[-1][1] == first:
+                pieces[-1][1] += self.lengths[side]
+            else:
+                pieces.append([first, first + self.lengths[side]])
+        found = [self.flat[first:end] for first, end in pieces]
+        return (torch.cat(found) if len(found) > 1 else found[0] if found else self.flat[:0]).sum()
+
+    def totals(self, wanted: list[list[tuple[int, int]]]) -> list[Tensor]:
+        """The `total` of each, which may be a view, in few operators."""
+        if len(wanted) < 3:
+            return [self.total(places) for places in wanted]
+        wanted = [self._of_any(places) for places in wanted]
+        of_slots = {side: self.sides[side].sum(1) for side in sorted({side for of in wanted for side, _ in of})}
+        found = []
+        for places in wanted:
+            parts = [of_slots[side][slot] for side, slot in places]
+            found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum() if parts else self.flat[:0].sum())
+        return found
+
+    def _of_any(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(side, slot) for side, slot in places if slot in self.written[side]]
+
+
 @dataclass
 class Backward:
     """A pass over the pair weights; a self-similarity has one gradient and one state, which both sides add to."""
@@ -65,7 +113,7 @@ class Backward:
     slots: Slots
     row_sum: int  # slots of the sums of weights, for distances; -1 for none
     column_sum: int
-    states: tuple[Tensor, Tensor]  # running sums (slots, B), (slots, N), float64
+    sums: Sums  # not filled
     x: Tensor  # (B, D), (N, D) as the matrix products read them
     y: Tensor
     dx: Tensor | None  # (B, D), (N, D) in the dtype of statistics, uninitialised
@@ -156,9 +204,7 @@ def _gradients(
         column_sum = row_sum if symmetric else slots.take(1)
     if symmetric:
         slots.used[1] = slots.used[0]
-    rows_state = torch.zeros(slots.used[0], B, dtype=torch.float64, device=device)
-    columns_state = rows_state if symmetric else torch.zeros(slots.used[1], N, dtype=torch.float64, device=device)
-    states = (rows_state, columns_state)
+    sums = Sums(slots, B, N, symmetric, device)
     passes = bool(B and N) and (with_value or any(c is not None for c in cotangents))
     gradient = functools.partial(torch.empty if passes else torch.zeros, dtype=dtype, device=device)
     dx = gradient(op.x.shape) if need_x else None
@@ -168,21 +214,19 @@ def _gradients(
     y = x if symmetric else rowwise.unit_rows(op.y) if op.scaled else op.y
     if passes:
         plan = Backward(
-            op, terms, cotangents, statistics, with_value, slots, row_sum, column_sum, states, x, y, dx, dy, scale
+            op, terms, cotangents, statistics, with_value, slots, row_sum, column_sum, sums, x, y, dx, dy, scale
         )
-        with float32_products(x, request.precision):
-            add_panels(request, plan)
+        add_panels(request, plan)
+    else:
+        sums.flat.zero_()
     if dx is not None:
-        sums_of = rows_state[row_sum] if distance else None
+        sums_of = sums.sides[0][row_sum] if distance else None
         dx = op.restore(rowwise.gradient(dx, x, op.raw_x, request.normalize, sums_of, scale), 0, 0)
     if dy is not None:
-        sums_of = columns_state[column_sum] if distance else None
+        sums_of = sums.sides[1][column_sum] if distance else None
         dy = op.restore(rowwise.gradient(dy, y, op.raw_y, request.normalize, sums_of, scale), 1, 0)
-    dparams = _parameter_gradients(request, op, slots, states)
-    total = None
-    if with_value:
-        total = _sum_of(states, slots.values).to(dtype)
-    return total, dx, dy, dparams
+    dparams, total = _parameter_gradients(request, op, slots, sums)
+    return None if total is None else total.to(dtype), dx, dy, dparams
 
 
 def accumulate(out: Tensor, w: Tensor, operand: Tensor, transposed: bool, fresh: bool) -> None:
@@ -238,31 +282,28 @@ def _half_scale(
     return torch.where(scale.isfinite(), scale, 1.0).reshape(1)
 
 
-def _sum_of(states: tuple[Tensor, Tensor], places: list[tuple[int, int]]) -> Tensor:
-    """0-d sum over all owners of slots (side, slot); neighbouring ones are one piece of a state."""
-    runs: list[list[int]] = []  # side, first slot, end
-    for side, slot in places:
-        if runs and runs[-1][0] == side and runs[-1][2] == slot:
-            runs[-1][2] += 1
-        else:
-            runs.append([side, slot, slot + 1])
-    pieces = [states[side][first:end] for side, first, end in runs]
-    if len(pieces) == 1:
-        return pieces[0].sum()
-    return torch.cat([piece.reshape(-1) for piece in pieces] or [states[0].new_zeros(1)]).sum()
-
-
-def _parameter_gradients(request: Request, op: Operands, slots: Slots, states) -> list[Tensor | None]:
-    """Each parameter's gradient: the sum over its uses."""
+def _parameter_gradients(
+    request: Request, op: Operands, slots: Slots, sums: Sums
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Each parameter's gradient, which is the sum over its uses, and the value of a pass of sums."""
     uses: dict[int, list[tuple[int, int]]] = {}
     for index, side, slot in slots.uses:
         uses.setdefault(index, []).append((side, slot))
     found: list[Tensor | None] = [None] * len(request.params)
+    numbers = {}  # those that are one number
     for index, places in uses.items():
         if request.params[index].numel() == 1:
-            found[index] = _sum_of(states, places).reshape(1)
+            numbers[index] = places
         else:
-            parts = [op.restore(states[side][slot], side) for side, slot in places]
-            # Views of one state may not leave an operator together.
+            parts = [op.restore(sums.vector(side, slot), side) for side, slot in places]
             found[index] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone()
-    return found
+    value = len(request.params)
+    if slots.values:
+        numbers[value] = slots.values
+    totals = sums.totals(list(numbers.values()))
+    numbers = dict(zip(numbers, totals, strict=True))
+    total = numbers.pop(value, None)
+    for index, number in numbers.items():
+        # What leaves an operator shares no memory.
+        found[index] = number.to(request.params[index].dtype, copy=True).reshape(1)
+    return found, total

@@ -5,13 +5,13 @@ Nothing here or in `panels`, `forward`, `backward` and `extremes` reads a device
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .panels import float32_products
 from .request import PARAMETERS, FlatTerm, Request
 from .rowwise import TORCH, Rowwise, padded_length
 from .terms import Extreme, Mask, Similarity
@@ -37,12 +37,14 @@ def unserved(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
 
 
 def on_device(launcher):
-    """Run a launcher, whose first argument is a request, with the device of that request current."""
+    """Run a launcher, whose first argument is a request, with the device and the precision of that request current."""
 
     @functools.wraps(launcher)
-    def run(request: Request, *args, **kwargs):
-        with torch.cuda.device(request.x.device) if request.x.is_cuda else contextlib.nullcontext():
-            return launcher(request, *args, **kwargs)
+    def run(request: Request, *args):
+        if not request.x.is_cuda:
+            return launcher(request, *args)
+        with torch.cuda.device(request.x.device), float32_products(request.x, request.precision):
+            return launcher(request, *args)
 
     return run
 

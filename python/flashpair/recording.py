@@ -1,0 +1,216 @@
+"""A pass that comes again is played from a recording: its operators and launches, without what decided on them.
+
+What a GPU backend does depends on what its arguments look like, never on their elements: nothing waits for the device.
+So a pass whose arguments look like earlier ones starts the same operators and kernels in the same order, and deciding
+again on panels, tiles and programs would take the host several times as long as starting them. Such a pass is recorded
+when it comes the second time, and played from the third time on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .request import Request
+
+#: Recordings that are kept; a batch of another length is another pass.
+MOST = 1 << 8
+#: Calls of the longest one. Larger problems have so many panels that the device is behind the host anyway.
+LONGEST = 1 << 10
+#: Methods that tell what a tensor looks like, as properties do.
+_LOOKS = {
+    "__len__", "data_ptr", "dim", "element_size", "get_device", "is_contiguous", "is_floating_point", "numel", "size",
+    "stride",
+}  # fmt: skip
+#: Functions without an effect of their own: left out of a recording that does not use their result.
+_PURE = {
+    "__get__", "__getitem__", "contiguous", "detach", "empty", "empty_like", "expand", "expand_as", "new_empty",
+    "reshape", "select", "split", "t", "to", "unbind", "view",
+}  # fmt: skip
+
+#: Recordings by what passes look like; None: cannot be recorded.
+recordings: dict[tuple, Callable | None] = {}
+_seen: set[tuple] = set()  # passes that came once
+_now = threading.local()  # the recorder of this thread
+_playing = True
+
+
+def forget() -> None:
+    """Forget all recordings: something changed that decides on kernels and that arguments do not show."""
+    recordings.clear()
+    _seen.clear()
+
+
+@contextlib.contextmanager
+def deciding_anew() -> Iterator[None]:
+    """Inside the block no pass is recorded or played."""
+    global _playing
+    previous, _playing = _playing, False
+    try:
+        yield
+    finally:
+        _playing = previous
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down, as the lines of a function, the calls that are made inside of it."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.reason: str | None = None  # why there can be no recording
+        self.calls: list[tuple[str, list[str], set[str], bool]] = []  # text, results, what it reads, whether it is kept
+        self.names: dict[int, str] = {}  # of tensors, by identity
+        self.alive: list[Tensor] = []  # so that no identity comes twice
+        self.constants: dict[str, Any] = {}
+        for tensor in inputs:
+            self._name(tensor)
+        self.arguments = [f"t{n}" for n in range(len(inputs))]
+
+    def _name(self, tensor: Tensor) -> str:
+        name = f"t{len(self.alive)}"
+        self.alive.append(tensor)
+        self.names.setdefault(id(tensor), name)
+        return name
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def _text(self, value: Any, read: set[str]) -> str:
+        """Source of a value; `read` collects the tensors in it."""
+        if isinstance(value, Tensor):
+            name = self.names.get(id(value))
+            if name is None:
+                self.reason = self.reason or "it reads a tensor that is neither an argument nor its own"
+                return "None"
+            read.add(name)
+            return name
+        if type(value) in (tuple, list):
+            parts = "".join(self._text(v, read) + ", " for v in value)
+            return f"({parts})" if type(value) is tuple else f"[{parts}]"
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        return self._constant(value)
+
+    def add(self, call: Callable, args: tuple, kwargs: dict, found: Any, kept: bool = True) -> None:
+        """A call that returned `found`; without `kept` it is left out where its result is not read."""
+        read: set[str] = set()
+        texts = [self._text(v, read) for v in args] + [f"{k}={self._text(v, read)}" for k, v in kwargs.items()]
+        many = isinstance(found, (tuple, list))
+        results = [self.names.get(id(t)) or self._name(t) for t in (found if many else (found,)) if t is not None]
+        assigned = f"{', '.join(results)}{',' * many} = " if results else ""
+        self.calls.append((f"{assigned}{self._constant(call)}({', '.join(texts)})", results, read, kept))
+        if len(self.calls) > LONGEST:
+            self.reason = self.reason or f"it makes more than {LONGEST} calls"
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        found = function(*args, **kwargs)
+        if self.reason is not None:
+            return found
+        name, pure = function.__name__, function.__name__ in _PURE and "out" not in kwargs
+        results = found if isinstance(found, (tuple, list)) else (found,)
+        if found is None or all(isinstance(result, Tensor) for result in results):
+            if not (pure and id(found) in self.names):  # nothing to do, as for `contiguous` of what is
+                self.add(function, args, kwargs, found, kept=not pure)
+        elif name != "__get__" and name not in _LOOKS:
+            self.reason = f"{name} reads what tensors hold"
+        return found
+
+    def source(self, found: Any) -> str:
+        """The recording: a function of the inputs that returns `found`."""
+        needed: set[str] = set()
+        returned = self._text(found, needed)
+        lines, used = [], set(needed)
+        for text, results, read, kept in reversed(self.calls):
+            if kept or needed.intersection(results):
+                needed |= read
+                last = sorted(read.difference(used))  # memory is given back after its last use
+                lines.append(text + (f"; {' = '.join(last)} = None" if last else ""))
+                used |= read
+        lines = [*reversed(lines), f"return {returned}"]
+        return "\n    ".join([f"def play({', '.join(self.arguments)}):", *lines])
+
+    def finish(self, found: Any) -> Callable | None:
+        source = self.source(found)
+        if self.reason is not None:
+            return None
+        names = dict(self.constants)
+        exec(compile(source, f"<recording of {len(self.calls)} calls>", "exec"), names)
+        return names["play"]
+
+
+def note(call: Callable, args: tuple) -> None:
+    """Tell the recording that is being made, if one is, of a call without results that PyTorch does not see."""
+    recorder = getattr(_now, "recorder", None)
+    if recorder is not None:
+        recorder.add(call, args, {}, None)
+
+
+def _looks(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
+
+
+def _key(launcher: Callable, request: Request, args: tuple) -> tuple[list[Tensor], tuple]:
+    """The tensors of a call, and what they and everything else in it look like."""
+    given = (request.x, request.y, request.labels, request.ref_labels, request.pair_mask, request.exclude)
+    tensors = [t for t in (*given, *request.params, *args) if isinstance(t, Tensor)]
+    values = [a for a in args if not isinstance(a, Tensor)]
+    for extreme in request.extremes:
+        values += [extreme.mask, extreme.largest, extreme.k]
+        for bound in (extreme.above, extreme.below):
+            (tensors if isinstance(bound, Tensor) else values).append(bound)
+            values.append(isinstance(bound, Tensor))
+    same = list(map(id, tensors))  # one tensor in two places may have been read from either
+    places = map(same.index, same)
+    looks = map(_looks, tensors)
+    return tensors, (
+        launcher, request.x.device, request.structure, request.max_workspace_bytes, *values, *looks, *places,
+    )  # fmt: skip
+
+
+def recorded(launcher: Callable) -> Callable:
+    """Play a backend's pass (request, further tensors and hashable values) from a recording where there is one.
+
+    What holds for a thread, as its current device and stream, is not recorded: a pass may read it, but not set it.
+    """
+
+    @functools.wraps(launcher)
+    def run(request: Request, *args):
+        if not _playing or getattr(_now, "recorder", None) is not None:  # part of another pass
+            return launcher(request, *args)
+        tensors, key = _key(launcher, request, args)
+        play = recordings.get(key)
+        if play is not None:
+            return play(*tensors)
+        if key in recordings or not _came_before(key):
+            return launcher(request, *args)
+        recorder = _now.recorder = Recorder(tensors)
+        try:
+            with recorder:
+                found = launcher(request, *args)
+        finally:
+            _now.recorder = None
+        while len(recordings) >= MOST:
+            recordings.pop(next(iter(recordings)))  # the oldest
+        recordings[key] = recorder.finish(found)
+        return found
+
+    return run
+
+
+def _came_before(key: tuple) -> bool:
+    if key in _seen:
+        return True
+    if len(_seen) >= 16 * MOST:
+        _seen.clear()
+    _seen.add(key)
+    return False
