@@ -130,10 +130,12 @@ def recording(starts: bool = False) -> Iterator[list[Launch]]:
     """The launches inside the block, instead of their work; `starts`: beside it."""
     from flashpair.kernels import launch as launchers
 
+    from flashpair.recording import deciding_anew
+
     launches: list[Launch] = []
     kind = Starter if starts else Recorder
     stand_ins = {name: kind(getattr(launchers, name), launches) for name in KERNELS}
-    with patch.multiple(launchers, **stand_ins):
+    with deciding_anew(), patch.multiple(launchers, **stand_ins):
         yield launches
 
 
