@@ -6,9 +6,9 @@
 Small batches of a GPU take as long as their launches, so this is what limits them. Without a GPU a driver stands in
 that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
 start them on a GPU. With a GPU its own driver is used, and the host waits for it between rounds only. "decided anew":
-the same steps without recordings (python/flashpair/recording.py), as the first of a kind is; "by Triton": also with every
-launch through Triton's own search (kernels/start.py saves it); "dense": the loss in PyTorch on 16 rows, so that its
-operators compute little. All take turns in one process with one thread.
+the same steps without recordings (python/flashpair/recording.py), as the first of a kind is; "by Triton": also with
+every launch through Triton's own search (kernels/start.py saves it); "dense": the loss in PyTorch on 16 rows, so that
+its operators compute little. All take turns in one process with one thread.
 """
 
 from __future__ import annotations
