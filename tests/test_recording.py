@@ -190,20 +190,36 @@ def test_only_what_is_used_is_played():
 
 
 def test_memory_is_given_back_after_its_last_use():
+    """Where the pass runs, also while it is recorded, and where it is played."""
     refs, alive = [], []
+    begin, look = lambda t: refs.append(weakref.ref(t)), lambda t: alive.append(refs[-1]() is not None)
 
     def function(r):
         first = r.x + 1
-        recording.note(lambda t: refs.append(weakref.ref(t)), (first,))
+        begin(first)
+        recording.note(begin, (first,))
         second = first * 2
         del first
-        recording.note(lambda t: alive.append(refs[-1]() is not None), (second,))
+        look(second)
+        recording.note(look, (second,))
         return second + 1
 
     launcher, _ = playing(function)
     for _ in range(3):
         launcher(request(torch.ones(2, 2)))
-    assert alive == [False]
+    assert len(refs) == 3 and alive == [False] * 3
+
+
+def test_a_tensor_in_the_place_of_a_dead_one_is_another():
+    """Identities come again; what was known of a tensor goes with it."""
+
+    def function(r):
+        total = torch.zeros_like(r.x)
+        for n in range(50):
+            total += r.x * n
+        return total
+
+    check(function, *[(request(torch.randn(2, 2)),) for _ in range(3)])
 
 
 def test_a_recording_keeps_no_tensor():
@@ -235,9 +251,12 @@ def test_a_pass_inside_another_is_part_of_that():
     for _ in range(3):  # two of its own are played in the end
         inner(request(x))
     seen.clear()
-    for _ in range(3):
+    given = [torch.ones(1, 1) for _ in range(3)]
+    for x in given:
         assert outer(request(x)).item() == 4.0
-    assert len(runs) == 2 and len(seen) == 2  # played in the first, recorded in the second, played in the third
+    assert len(runs) == 2
+    # The inner one is played in the first; in the second it only tells of its call, which the third makes.
+    assert [id(x) for x in seen] == [id(given[0]), id(given[2])]
 
 
 def test_an_error_is_not_recorded():

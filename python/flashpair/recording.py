@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,18 +67,20 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.reason: str | None = None  # why there can be no recording
         self.calls: list[tuple[str, list[str], set[str], bool]] = []  # text, results, what it reads, whether it is kept
-        self.names: dict[int, str] = {}  # of tensors, by identity
-        self.alive: list[Tensor] = []  # so that no identity comes twice
+        self.names: dict[int, tuple[weakref.ref, str]] = {}  # of tensors, by identity while they are alive
+        self.count = 0  # of names
         self.constants: dict[str, Any] = {}
-        for tensor in inputs:
-            self._name(tensor)
-        self.arguments = [f"t{n}" for n in range(len(inputs))]
+        self.arguments = [self._new_name(tensor) for tensor in inputs]
 
-    def _name(self, tensor: Tensor) -> str:
-        name = f"t{len(self.alive)}"
-        self.alive.append(tensor)
-        self.names.setdefault(id(tensor), name)
+    def _new_name(self, tensor: Tensor) -> str:
+        name = f"t{self.count}"
+        self.count += 1
+        self.names[id(tensor)] = weakref.ref(tensor), name
         return name
+
+    def _name(self, tensor: Tensor) -> str | None:
+        found = self.names.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
 
     def _constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"
@@ -87,7 +90,7 @@ class Recorder(TorchFunctionMode):
     def _text(self, value: Any, read: set[str]) -> str:
         """Source of a value; `read` collects the tensors in it."""
         if isinstance(value, Tensor):
-            name = self.names.get(id(value))
+            name = self._name(value)
             if name is None:
                 self.reason = self.reason or "it reads a tensor that is neither an argument nor its own"
                 return "None"
@@ -105,7 +108,7 @@ class Recorder(TorchFunctionMode):
         read: set[str] = set()
         texts = [self._text(v, read) for v in args] + [f"{k}={self._text(v, read)}" for k, v in kwargs.items()]
         many = isinstance(found, (tuple, list))
-        results = [self.names.get(id(t)) or self._name(t) for t in (found if many else (found,)) if t is not None]
+        results = [self._name(t) or self._new_name(t) for t in (found if many else (found,)) if t is not None]
         assigned = f"{', '.join(results)}{',' * many} = " if results else ""
         self.calls.append((f"{assigned}{self._constant(call)}({', '.join(texts)})", results, read, kept))
         if len(self.calls) > LONGEST:
@@ -119,7 +122,7 @@ class Recorder(TorchFunctionMode):
         name, pure = function.__name__, function.__name__ in _PURE and "out" not in kwargs
         results = found if isinstance(found, (tuple, list)) else (found,)
         if found is None or all(isinstance(result, Tensor) for result in results):
-            if not (pure and id(found) in self.names):  # nothing to do, as for `contiguous` of what is
+            if not (pure and isinstance(found, Tensor) and self._name(found)):  # nothing to do, as for `contiguous`
                 self.add(function, args, kwargs, found, kept=not pure)
         elif name != "__get__" and name not in _LOOKS:
             self.reason = f"{name} reads what tensors hold"
