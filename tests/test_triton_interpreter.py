@@ -135,6 +135,23 @@ def test_played_mining(extremes, side):
     assert all(recording.recordings.values())
 
 
+@interpreted
+@pytest.mark.parametrize("shape", [(17, 18), (17, 0), (0, 18), (17, None)], ids=str)
+def test_sums_of_few_parameters(shape):
+    """One or two numbers are summed where they lie, of rows or of columns; what nothing is written to is zero."""
+
+    def run(d):
+        column = Term(Reduction.SUM, Score.SOFTPLUS, axis=Axis.COLUMNS, scale=d.scale, offset=d.bias)
+        by_column = pair_reduce(**d.pairs, terms=[Term(Reduction.SUM, scale=d.row_scale), column])
+        (by_row,) = pair_reduce(**d.pairs, terms=[Term(Reduction.SUM, Score.SOFTPLUS, scale=d.scale)])
+        vectors = {"scale": d.row_scale, "offset": d.row_offset}
+        terms = [Term(Reduction.COUNT, **vectors), Term(Reduction.SUM, other_offset=d.column_offset)]
+        return *by_column, by_row, *pair_reduce(**d.pairs, terms=terms)
+
+    data = make(*shape, 5, precision=torch.float32)
+    support.compare(run, data, "triton", torch.float32, ill_conditioned=True)
+
+
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "exclude",
     "scalar_of_everything", "softmax_mean_parameters", "moments", "guide_threshold", "guide_weight",
