@@ -1,7 +1,7 @@
 # make demo | faces | towers | labels | docstrings | test | bench | lint | format | clean. Each makes .venv first and
 # installs what it needs, once.
 # make test runs the files of tests in JOBS processes; their threads wait without spinning, so as to share the cores.
-# make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize, tune.
+# make gpu uses $(PYTHON) as it is and installs nothing; STAGES: of build, test, bench, report, sanitize, host, tune.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -2,6 +2,7 @@
 
     make gpu                                  build, test, bench, then the report
     make gpu STAGES="build sanitize"          some stages
+    make gpu STAGES=host                      what a step costs the host
     make gpu STAGES=tune                      half an hour: measured tile configurations, to kernels/tuned.json
     make gpu GPU_OUT=dir                      logs, summary and a copy of the results go to dir (default: out/gpu)
 
@@ -31,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TUNED = ROOT / "kernels" / "tuned.json"
+HOST = RESULTS / "host.json"
 SITE = ROOT / "out" / "gpu-site"
 GRACE = 5.0  # seconds between asking a stage to end and ending it
 TESTS = "tests/test_gpu.py"
@@ -151,6 +153,10 @@ def sanitize(gpu: Gpu, seconds: float) -> list[list[str]]:
     return [[*uncached, found, *tool, *shared, *cases] for tool in tools]
 
 
+def host(gpu: Gpu, seconds: float) -> list[list[str]]:
+    return [python("bench/host.py", "--out", str(HOST))]
+
+
 def tune(gpu: Gpu, seconds: float) -> list[list[str]]:
     budget = max(seconds - 180, seconds / 2)  # the row in progress is finished
     return [python("bench/tune.py", "--write", str(TUNED), "--seconds", f"{budget:.0f}")]
@@ -195,6 +201,7 @@ STAGES = {
         Stage("bench", 170, bench, last_line),
         Stage("report", 12, report, last_line),
         Stage("sanitize", 300, sanitize, sanitized),
+        Stage("host", 120, host, last_line),
         Stage("tune", 1800, tune, last_line),
     )
 }
@@ -295,7 +302,7 @@ def run_stage(
 
 def mirror(gpu: Gpu, folder: Path) -> None:
     """Copy the results that are newer than their copies."""
-    for path in (*(gpu.results.with_suffix(suffix) for suffix in (".json", ".md", ".png")), TUNED):
+    for path in (*(gpu.results.with_suffix(suffix) for suffix in (".json", ".md", ".png")), TUNED, HOST):
         copy = folder / path.name
         if path.exists() and (not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime):
             with contextlib.suppress(OSError, shutil.SameFileError):

@@ -146,7 +146,8 @@ def test_an_unknown_stage_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         gpu.arguments(["build", "profile"])
     assert error.value.code == 2
-    assert "unknown stage 'profile'; stages are build, test, bench, report, sanitize, tune" in capsys.readouterr().err
+    stages = "build, test, bench, report, sanitize, host, tune"
+    assert f"unknown stage 'profile'; stages are {stages}" in capsys.readouterr().err
     assert gpu.arguments([]).stages == ["build", "test", "bench", "report"]
     assert gpu.arguments(["sanitize"]).stages == ["sanitize"]
 
