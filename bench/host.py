@@ -150,14 +150,16 @@ def table(rows: list[dict]) -> list[str]:
     lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
     for row in rows:
         cells = [row["case"], "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["milliseconds"][OURS])]
-        ratios = (row["times_flashpair"][name] for name in (ANEW, BY_TRITON, DENSE))
-        cells += ["{median:.2f}x ({low:.2f}-{high:.2f})".format(**ratio) for ratio in ratios]
+        ratios = (row["times_flashpair"].get(name) for name in (ANEW, BY_TRITON, DENSE))
+        cells += ["{median:.2f}x ({low:.2f}-{high:.2f})".format(**ratio) if ratio else "-" for ratio in ratios]
         cells += [str(n) for n in (row["kernels"], row["operators"][OURS], row["operators"][DENSE])]
         lines.append(f"| {' | '.join(cells)} | {'stale' if machine.is_stale(row) else ''} |")
     return lines
 
 
 def write_table(rows: list[dict]) -> None:
+    """The rows of the sources as they are, or all if there are none."""
+    rows = [row for row in rows if not machine.is_stale(row)] or rows
     places = sorted({f"{r['device']}, driver: {r['driver']}, torch {r['torch']}, {r['date']}" for r in rows})
     page = machine.ROOT / "docs" / "triton.md"
     page.write_text(machine.with_block(page, BEGIN, END, [*(f"- {p}" for p in places), "", *table(rows), ""]))

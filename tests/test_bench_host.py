@@ -105,3 +105,30 @@ def test_rows_of_a_cpu_and_of_a_gpu_depend_on_their_own_sources(tmp_path, monkey
     assert machine.is_stale({"sources": cuda}) and not machine.is_stale({"sources": cpu})
     assert machine.is_stale({"sources": cpu, "driver": "580"}) and not machine.is_stale({"sources": cuda, "driver": ""})
     machine.source_hash.cache_clear()
+
+
+def test_the_table_has_rows_of_the_sources_as_they_are(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="no Triton wheel for this platform")
+    import host
+
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "triton.md"
+    page.write_text(f"before\n{host.BEGIN}\n{host.END}\nafter\n")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "is_stale", lambda row: row["device"] == "old")
+    time = {"median": 1.0, "low": 0.5, "high": 2.0}
+
+    def row(device: str, *contestants: str) -> dict:
+        return {
+            "case": "clip", "device": device, "driver": "stand-in", "torch": "2", "date": "today",
+            "milliseconds": {host.OURS: time}, "times_flashpair": dict.fromkeys(contestants, time),
+            "kernels": 1, "operators": {host.OURS: 2, host.DENSE: 3},
+        }  # fmt: skip
+
+    host.write_table([row("old", host.BY_TRITON, host.DENSE)])
+    assert (
+        "| clip | 1.00 (0.50-2.00) | - | 1.00x (0.50-2.00) | 1.00x (0.50-2.00) | 1 | 2 | 3 | stale |"
+        in page.read_text()
+    )
+    host.write_table([row("old"), row("new", host.ANEW, host.BY_TRITON, host.DENSE)])
+    assert "old" not in page.read_text() and "- new, driver: stand-in" in page.read_text()
