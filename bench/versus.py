@@ -230,6 +230,6 @@ def main(suite: Suite, description: str) -> int:
         bar.write(f"{name:36s} {describe_row(row)}")
         if "defect" not in row:
             merge(options.out, [row], ("loss", "batch", "width", "device"))
-    if not options.quick and options.out.exists():
+    if options.out == machine.RESULTS / f"{suite.title}.json" and options.out.exists():
         write_table(suite, json.loads(options.out.read_text()))
     return 1 if defects else 0

@@ -14,7 +14,7 @@ from .. import backward
 from ..backward import Backward, accumulate, add_panel
 from ..extremes import MISSING, shared_passes
 from ..forward import Forward, set_neutral, statistics
-from ..operands import Operands, on_device, operands
+from ..operands import Operands, in_precision, on_device, operands
 from ..panels import cdiv, empty_partials, panel_shape, panels, round_up
 from ..recording import recorded
 from ..request import Request
@@ -378,6 +378,7 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 
 
 @on_device
+@in_precision
 @recorded
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
     """Gradients (dx, dy, [dparam, ...]) from the cotangents of the statistics."""
@@ -385,6 +386,7 @@ def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, 
 
 
 @on_device
+@in_precision
 @recorded
 def sums(request: Request, needs):
     """(total, dx, dy, [dparam, ...]) of a pass of sums: S is computed once."""

@@ -32,18 +32,13 @@ def playing(function):
     return launcher, runs
 
 
-def check(function, *calls: tuple, plays: bool = True) -> str:
-    """All calls look alike: each gives what the function gives, and from the third on it does not run.
-
-    Gives the recording.
-    """
+def check(function, *calls: tuple, plays: bool = True) -> None:
+    """All calls look alike: each gives what the function gives, and from the third on it does not run."""
     launcher, runs = playing(function)
     for call in (*calls, *calls, *calls):
         torch.testing.assert_close(launcher(*call), function(*call), rtol=0, atol=0)
     assert len(runs) == (2 if plays else 3 * len(calls))
-    (found,) = recording.recordings.values()
-    assert (found is not None) == plays
-    return found
+    assert len(recording.recordings) == plays
 
 
 def test_what_passes_do_is_played():
@@ -153,13 +148,15 @@ def test_one_tensor_in_two_places_is_not_taken_for_two():
         (lambda r: r.x * float(r.x.sum()), "__float__ reads what tensors hold"),
         (lambda r: r.x + 1 if (r.x > 0).any() else r.x - 1, "__bool__ reads what tensors hold"),
         (lambda r: r.x + r.x.tolist()[0][0], "tolist reads what tensors hold"),
+        (lambda r: r.x + len(torch.nonzero(r.x > 0)), "nonzero gives shapes by what tensors hold"),
+        (lambda r: r.x + len(r.x[r.x > 0]), "__getitem__ gives shapes by what tensors hold"),
         (lambda r: r.x + FOREIGN, "it reads a tensor that is neither an argument nor its own"),
         (
             lambda r: [r.x + n for n in range(recording.LONGEST + 1)][-1],
             f"it makes more than {recording.LONGEST} calls",
         ),
     ],
-    ids=["item", "float", "bool", "list", "foreign", "long"],
+    ids=["item", "float", "bool", "list", "nonzero", "mask", "foreign", "long"],
 )
 def test_what_depends_on_more_than_looks_is_not_recorded(function, reason, monkeypatch):
     reasons = []
@@ -208,6 +205,43 @@ def test_memory_is_given_back_after_its_last_use():
     for _ in range(3):
         launcher(request(torch.ones(2, 2)))
     assert len(refs) == 3 and alive == [False] * 3
+
+
+def test_results_that_nobody_reads_are_given_back():
+    refs, alive = [], []
+
+    def function(r):
+        values = r.x.sort(dim=1).values
+        recording.note(lambda t: alive.append(any(ref() is not None for ref in refs)), (values,))
+        return values + 1
+
+    launcher, _ = playing(function)
+    x = torch.randn(2, 2)
+    launcher(request(x))
+    launcher(request(x))
+    (play,) = recording.recordings.values()
+    names = play.__globals__
+    sort = next(name for name, value in names.items() if getattr(value, "__name__", "") == "sort")
+    call = names[sort]
+
+    def watched(*args, **kwargs):
+        values, indices = call(*args, **kwargs)
+        refs.append(weakref.ref(indices))
+        return values, indices
+
+    names[sort] = watched
+    launcher(request(x))
+    assert alive == [False]
+
+
+def test_named_results_are_passed_on():
+    """A tuple of a kind of its own is one of its tensors."""
+
+    def function(r):
+        found = r.x.max(dim=1)
+        return torch.stack([v.to(r.x.dtype) for v in found]), torch.cat(found[:1])
+
+    check(function, *[(request(torch.randn(3, 2)),) for _ in range(3)])
 
 
 def test_a_tensor_in_the_place_of_a_dead_one_is_another():
@@ -272,24 +306,90 @@ def test_an_error_is_not_recorded():
     with pytest.raises(RuntimeError, match="not now"):
         launcher(request(x))
     recording.note(pytest.fail, ("nothing records any more",))
+    assert not recording.recordings
     fails = False
-    for _ in range(2):
+    for _ in range(3):
         assert launcher(request(x)).item() == 2.0
-    assert len(runs) == 3
+    assert len(runs) == 4 and len(recording.recordings) == 1
 
 
-def test_few_recordings_are_kept(monkeypatch):
+def test_a_pass_is_recorded_when_its_time_has_come(monkeypatch):
+    monkeypatch.setattr(recording, "RECORDED", 4)
+    launcher, runs = playing(lambda r: r.x + 1)
+    for calls in range(1, 8):
+        launcher(request(torch.ones(1, 1)))
+        assert len(recording.recordings) == (calls >= 4) and len(runs) == min(calls, 4)
+
+
+def test_those_that_were_played_last_are_kept(monkeypatch):
     monkeypatch.setattr(recording, "MOST", 2)
     launcher, runs = playing(lambda r: r.x + 1)
-    for length in (1, 2, 3):
-        for _ in range(3):
-            launcher(request(torch.ones(length, 1)))
+    call = lambda length, times=1: [launcher(request(torch.ones(length, 1))) for _ in range(times)]  # noqa: E731
+    call(1, 3), call(2, 3), call(1), call(3, 3)
     assert len(recording.recordings) == 2 and len(runs) == 6
-    launcher(request(torch.ones(3, 1)))
+    call(1), call(3)
     assert len(runs) == 6
-    for length in range(40):  # passes that come once leave nothing
+    call(2, 3)  # as new as the first time
+    assert len(runs) == 8
+
+
+def test_more_kinds_than_are_kept_are_not_recorded_each_time(monkeypatch):
+    """To record takes longer than to decide anew."""
+    monkeypatch.setattr(recording, "MOST", 4)
+    monkeypatch.setattr(recording, "RECORDED", 8)
+    made = []
+    monkeypatch.setattr(recording.Recorder, "finish", lambda self, found: made.append(found) or (lambda *t: found))
+    launcher, _ = playing(lambda r: r.x + 1)
+    for _ in range(20):
+        for length in range(8):
+            launcher(request(torch.ones(length, 1)))
+    assert len(made) <= 20 * 8 // 8
+    for length in range(100):  # passes that come once leave little
         launcher(request(torch.ones(length, 1)))
-    assert len(recording._seen) <= 32
+    assert len(recording._seen) <= 16 and len(recording.recordings) == 4
+
+
+def test_a_pass_that_cannot_be_recorded_is_tried_once(monkeypatch):
+    made = []
+    finish = recording.Recorder.finish
+    monkeypatch.setattr(recording.Recorder, "finish", lambda self, found: made.append(found) or finish(self, found))
+    launcher, runs = playing(lambda r: r.x * r.x.sum().item())
+    for _ in range(9):
+        launcher(request(torch.ones(1, 1)))
+    assert len(made) == 1 and len(runs) == 9
+
+
+def test_what_is_forgotten_meanwhile_is_not_kept():
+    """Another thread may change tiles while a pass is recorded with the old ones."""
+    launcher, runs = playing(lambda r: (forgets and recording.forget(), r.x + 1)[1])
+    x, forgets = torch.ones(1, 1), False
+    launcher(request(x))
+    forgets = True
+    launcher(request(x))
+    assert not recording.recordings and len(runs) == 2
+
+
+def test_a_full_table_serves_threads(monkeypatch):
+    monkeypatch.setattr(recording, "MOST", 2)
+    launcher, _ = playing(lambda r: r.x + 1)
+    failed = []
+
+    def work(first: int) -> None:
+        try:
+            for n in range(400):
+                length = 1 + (first + n // 3) % 6
+                assert launcher(request(torch.ones(length, 1))).shape == (length, 1)
+                if n % 50 == 0:
+                    recording.forget()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failed and len(recording.recordings) <= 2
 
 
 def test_nothing_is_played_inside_deciding_anew():
@@ -302,6 +402,21 @@ def test_nothing_is_played_inside_deciding_anew():
     assert len(runs) == 3
     launcher(request(x))
     assert len(runs) == 3
+
+
+def test_blocks_of_deciding_anew_may_overlap():
+    launcher, runs = playing(lambda r: r.x + 1)
+    x, first, second = torch.ones(1, 1), recording.deciding_anew(), recording.deciding_anew()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    for _ in range(3):
+        launcher(request(x))
+    second.__exit__(None, None, None)
+    assert len(runs) == 3
+    for _ in range(3):
+        launcher(request(x))
+    assert len(runs) == 5
 
 
 def test_threads_record_apart():

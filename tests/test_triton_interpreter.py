@@ -118,24 +118,6 @@ def test_scores_keep_their_digits():
 
 
 @interpreted
-@pytest.mark.parametrize("side", ["rectangle", "self"])
-@pytest.mark.parametrize(
-    "extremes", [(Extreme(Mask.SAME, False), Extreme(Mask.DIFFERENT)), (Extreme(Mask.DIFFERENT, k=3),)], ids=len
-)
-def test_played_mining(extremes, side):
-    for seed in range(3):
-        data = make(*_shape(side, 17, 18), 5, seed=seed, precision=torch.float32).to(torch.float32)
-        found = []
-        for backend in ("triton", "reference"):
-            with use_backend(backend):
-                found.append(mine(**data.pairs, extremes=extremes, similarity=Similarity.EUCLIDEAN))
-        for got, want in zip(*found, strict=True):
-            assert torch.equal(got.indices, want.indices)
-            torch.testing.assert_close(got.values, want.values, rtol=1e-5, atol=1e-6)
-    assert all(recording.recordings.values())
-
-
-@interpreted
 @pytest.mark.parametrize("shape", [(17, 18), (17, 0), (0, 18), (17, None)], ids=str)
 def test_sums_of_few_parameters(shape):
     """One or two numbers are summed where they lie, of rows or of columns; what nothing is written to is zero."""
@@ -166,19 +148,71 @@ def test_narrow_inputs(program, side, dtype):
     support.compare(program.run, data, "triton", dtype)
 
 
+def _refuse(*args, **kwargs):
+    raise AssertionError("decided anew")
+
+
+def _check_played(run, data_of, dtype, monkeypatch) -> None:
+    """The third pass of a kind is played from a recording, with the tensors of its own call."""
+    for seed in range(2):
+        evaluate(run, data_of(seed).to(dtype), "triton")
+    assert recording.recordings
+    for module, name in ((launch, "statistics"), (launch.backward, "weights"), (launch.backward, "sums")):
+        monkeypatch.setattr(module, name, _refuse)
+    support.compare(run, data_of(2), "triton", dtype, ill_conditioned=True)
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("program", "side"), on_sides(NARROW))
-def test_played_passes(program, side, dtype):
-    """The third pass of a kind is played from a recording, with the tensors of its own call."""
-    for seed in range(3):
+def test_played_passes(program, side, dtype, monkeypatch):
+    def data_of(seed: int) -> support.Data:
         data = make(*_shape(side, 17, 18), 5, seed=seed, grid=program.grid, precision=dtype)
         data.scale += seed
+        return data
+
+    _check_played(program.run, data_of, dtype, monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("listed", LISTED)
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+@pytest.mark.parametrize("name", ["supcon", "nt_xent", "multi_similarity", "contrastive"])
+def test_played_passes_of_several_panels(name, side, listed, monkeypatch):
+    """Sorted by label, with tiles listed or not, and products of the visited tiles."""
+    program = only(name)[0]
+    if side not in program.sides:
+        pytest.skip("a program of the other side")
+    monkeypatch.setattr(launch, "LISTED_TILES", listed)
+    monkeypatch.setattr(operands, "ORDERED_PAIRS", 0)
+    monkeypatch.setattr(launch, "panel_shape", lambda *args, square=False, **_: (32, 32) if square else (32, 64))
+
+    def data_of(seed: int) -> support.Data:
+        return make(*_shape(side, 37, 70), 5, "many", seed, grid=program.grid, precision=torch.float32)
+
+    _check_played(program.run, data_of, torch.float32, monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_played_mining(k, side, bounded, monkeypatch):
+    for seed in range(3):
+        data = make(*_shape(side, 17, 18), 5, seed=seed, precision=torch.float32).to(torch.float32)
+        bounds = {"above": data.row_offset.detach(), "below": 3.5} if bounded else {}
+        extremes = [Extreme(Mask.SAME, False, k, **bounds), Extreme(Mask.DIFFERENT, k=k, **bounds)]
         if seed == 2:
-            assert recording.recordings and all(recording.recordings.values())
-            support.compare(program.run, data, "triton", dtype, ill_conditioned=True)
-        else:
-            evaluate(program.run, data.to(dtype), "triton")
+            assert recording.recordings
+            for name in ("_single", "_top_k"):
+                monkeypatch.setattr(launch, name, _refuse)
+        found = []
+        for backend in ("triton", "reference"):
+            with use_backend(backend):
+                found.append(mine(**data.pairs, extremes=extremes, similarity=Similarity.EUCLIDEAN))
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got.indices, want.indices)
+            torch.testing.assert_close(got.values, want.values, rtol=1e-5, atol=1e-6)
 
 
 @interpreted

@@ -21,7 +21,7 @@ from . import backward, forward
 from .backward import Backward, add_panel
 from .extremes import shared_passes
 from .forward import NEUTRAL, Forward
-from .operands import Operands, on_device, operands, unserved
+from .operands import Operands, in_precision, on_device, operands, unserved
 from .panels import cdiv, empty_partials, float32_products, panel_shape, panels, round_up
 from .program_cuda import LAYOUT, MAX_TERMS, TILE_COLUMNS, Item, Program, evaluations
 from .program_cuda import program as program_of
@@ -254,6 +254,7 @@ def _panel_pairs(request: Request, shape: tuple[int, int]) -> Iterator[tuple[int
 
 
 @on_device
+@in_precision
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics of all terms: rows (R, B), columns (C, N)."""
     return forward.statistics(request, _reduce_panels)
@@ -312,12 +313,14 @@ def _shape(request: Request, cost, tall: int = 1024) -> tuple[int, int]:
 
 
 @on_device
+@in_precision
 def weights(request: Request, rows: Tensor, columns: Tensor, grad_rows: Tensor, grad_columns: Tensor, needs):
     """Gradients of the statistics: dx, dy, dparams."""
     return backward.weights(request, rows, columns, grad_rows, grad_columns, needs, _add_panels)
 
 
 @on_device
+@in_precision
 def sums(request: Request, needs):
     """Sum of all terms and its gradients, in one pass."""
     return backward.sums(request, needs, stats, _add_panels)
@@ -420,6 +423,7 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
 
 
 @on_device
+@in_precision
 def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
     """(values (B, k), indices (B, k)) of each extreme; those with k = 1 share a pass."""
     found: list[tuple[Tensor, Tensor] | None] = [None] * len(request.extremes)

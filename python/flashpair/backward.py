@@ -56,16 +56,15 @@ class Sums:
     """Running sums of a pass, float64, a vector per slot and side; those of a self-similarity are the same."""
 
     def __init__(self, slots: Slots, rows: int, columns: int, shared: bool, device: torch.device) -> None:
-        of_rows = slots.used[0] * rows
+        of_rows, of_columns = slots.used[0] * rows, 0 if shared else slots.used[1] * columns
+        of_rows += of_rows % 2 if of_columns else 0  # those of the columns begin at a multiple of 16 bytes
         self.lengths = rows, rows if shared else columns
         self.firsts = 0, 0 if shared else of_rows
         self.written = set(range(slots.used[0])), set(range(slots.used[1]))  # the others are 0, whatever they hold
-        self.flat = torch.empty(  # not filled
-            of_rows + (0 if shared else slots.used[1] * columns), dtype=torch.float64, device=device
-        )
-        of_both = (self.flat,) * 2 if shared or not slots.used[1] else (self.flat[:of_rows], self.flat[of_rows:])
+        self.flat = torch.empty(of_rows + of_columns, dtype=torch.float64, device=device)  # not filled
         self.sides = tuple(  # (slots, rows), (slots, columns)
-            half.view(count, -1) if count else half[:0] for half, count in zip(of_both, slots.used, strict=True)
+            self.flat[first : first + count * length].view(count, length)
+            for first, count, length in zip(self.firsts, slots.used, self.lengths, strict=True)
         )
 
     def vector(self, side: int, slot: int) -> Tensor:
@@ -94,7 +93,7 @@ class Sums:
         found = []
         for places in wanted:
             parts = [of_slots[side][slot] for side, slot in places]
-            found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum() if parts else self.flat[:0].sum())
+            found.append(parts[0] if len(parts) == 1 else torch.stack(parts or [self.flat.new_zeros(())]).sum())
         return found
 
     def _of_any(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -226,7 +225,7 @@ def _gradients(
         sums_of = sums.sides[1][column_sum] if distance else None
         dy = op.restore(rowwise.gradient(dy, y, op.raw_y, request.normalize, sums_of, scale), 1, 0)
     dparams, total = _parameter_gradients(request, op, slots, sums)
-    return None if total is None else total.to(dtype), dx, dy, dparams
+    return None if total is None else total.to(dtype, copy=True), dx, dy, dparams
 
 
 def accumulate(out: Tensor, w: Tensor, operand: Tensor, transposed: bool, fresh: bool) -> None:
@@ -304,6 +303,7 @@ def _parameter_gradients(
     numbers = dict(zip(numbers, totals, strict=True))
     total = numbers.pop(value, None)
     for index, number in numbers.items():
-        # What leaves an operator shares no memory.
-        found[index] = number.to(request.params[index].dtype, copy=True).reshape(1)
+        # What leaves an operator shares no memory; most are cast to the dtype of their parameter on the way out.
+        cast = request.params[index].dtype != number.dtype
+        found[index] = (number if cast else number.clone()).reshape(1)
     return found, total

@@ -37,13 +37,24 @@ def unserved(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
 
 
 def on_device(launcher):
-    """Run a launcher, whose first argument is a request, with the device and the precision of that request current."""
+    """Run a launcher, whose first argument is a request, with the device of that request current."""
 
     @functools.wraps(launcher)
     def run(request: Request, *args):
         if not request.x.is_cuda:
             return launcher(request, *args)
-        with torch.cuda.device(request.x.device), float32_products(request.x, request.precision):
+        with torch.cuda.device(request.x.device):
+            return launcher(request, *args)
+
+    return run
+
+
+def in_precision(launcher):
+    """Run a launcher with the vendor's float32 products in the precision of its request."""
+
+    @functools.wraps(launcher)
+    def run(request: Request, *args):
+        with float32_products(request.x, request.precision):
             return launcher(request, *args)
 
     return run

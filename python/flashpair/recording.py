@@ -2,8 +2,8 @@
 
 What a GPU backend does depends on what its arguments look like, never on their elements: nothing waits for the device.
 So a pass whose arguments look like earlier ones starts the same operators and kernels in the same order, and deciding
-again on panels, tiles and programs would take the host several times as long as starting them. Such a pass is recorded
-when it comes the second time, and played from the third time on.
+again on panels, tiles and programs would take the host several times as long as starting them. To record a pass costs
+ten times what playing it saves, so it is recorded when it comes for the `RECORDED`th time, and played from then on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .request import Request
 
-#: Recordings that are kept; a batch of another length is another pass.
-MOST = 1 << 8
+#: The time that a pass that looks alike is recorded.
+RECORDED = 8
+#: Recordings that are kept, those that were played last; a batch of another length is another pass.
+MOST = 1 << 10
 #: Calls of the longest one. Larger problems have so many panels that the device is behind the host anyway.
 LONGEST = 1 << 10
 #: Methods that tell what a tensor looks like, as properties do.
@@ -35,29 +38,40 @@ _PURE = {
     "__get__", "__getitem__", "contiguous", "detach", "empty", "empty_like", "expand", "expand_as", "new_empty",
     "reshape", "select", "split", "t", "to", "unbind", "view",
 }  # fmt: skip
+#: Functions whose results have shapes that depend on elements.
+_SHAPED_BY_ELEMENTS = {
+    "argwhere", "masked_select", "nonzero", "repeat_interleave", "unique", "unique_consecutive", "unique_dim",
+}  # fmt: skip
 
-#: Recordings by what passes look like; None: cannot be recorded.
-recordings: dict[tuple, Callable | None] = {}
-_seen: set[tuple] = set()  # passes that came once
+#: Recordings by what passes look like, the one that was played last at the end.
+recordings: dict[tuple, Callable] = {}
+_seen: dict[tuple, int] = {}  # how often a pass without one came; 0: it cannot be recorded
+_lock = threading.Lock()  # around every change of these
+_times_forgotten = 0
+_deciding_anew = 0  # blocks that are open
 _now = threading.local()  # the recorder of this thread
-_playing = True
 
 
 def forget() -> None:
     """Forget all recordings: something changed that decides on kernels and that arguments do not show."""
-    recordings.clear()
-    _seen.clear()
+    global _times_forgotten
+    with _lock:
+        _times_forgotten += 1
+        recordings.clear()
+        _seen.clear()
 
 
 @contextlib.contextmanager
 def deciding_anew() -> Iterator[None]:
-    """Inside the block no pass is recorded or played."""
-    global _playing
-    previous, _playing = _playing, False
+    """Inside the block no pass is recorded or played, in any thread."""
+    global _deciding_anew
+    with _lock:
+        _deciding_anew += 1
     try:
         yield
     finally:
-        _playing = previous
+        with _lock:
+            _deciding_anew -= 1
 
 
 class Recorder(TorchFunctionMode):
@@ -96,9 +110,11 @@ class Recorder(TorchFunctionMode):
                 return "None"
             read.add(name)
             return name
-        if type(value) in (tuple, list):
+        if isinstance(value, (tuple, list)):
             parts = "".join(self._text(v, read) + ", " for v in value)
-            return f"({parts})" if type(value) is tuple else f"[{parts}]"
+            return f"({parts})" if isinstance(value, tuple) else f"[{parts}]"
+        if isinstance(value, slice) and any(isinstance(v, Tensor) for v in (value.start, value.stop, value.step)):
+            self.reason = self.reason or "a slice is given by tensors"
         if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
             return repr(value)
         return self._constant(value)
@@ -120,6 +136,9 @@ class Recorder(TorchFunctionMode):
         if self.reason is not None:
             return found
         name, pure = function.__name__, function.__name__ in _PURE and "out" not in kwargs
+        if name in _SHAPED_BY_ELEMENTS or (name == "__getitem__" and _asks_elements(args[1])):
+            self.reason = f"{name} gives shapes by what tensors hold"
+            return found
         results = found if isinstance(found, (tuple, list)) else (found,)
         if found is None or all(isinstance(result, Tensor) for result in results):
             if not (pure and isinstance(found, Tensor) and self._name(found)):  # nothing to do, as for `contiguous`
@@ -136,9 +155,9 @@ class Recorder(TorchFunctionMode):
         for text, results, read, kept in reversed(self.calls):
             if kept or needed.intersection(results):
                 needed |= read
-                last = sorted(read.difference(used))  # memory is given back after its last use
+                last = sorted(read.union(results).difference(used))  # memory is given back after its last use
                 lines.append(text + (f"; {' = '.join(last)} = None" if last else ""))
-                used |= read
+                used |= read.union(results)
         lines = [*reversed(lines), f"return {returned}"]
         return "\n    ".join([f"def play({', '.join(self.arguments)}):", *lines])
 
@@ -149,6 +168,13 @@ class Recorder(TorchFunctionMode):
         names = dict(self.constants)
         exec(compile(source, f"<recording of {len(self.calls)} calls>", "exec"), names)
         return names["play"]
+
+
+def _asks_elements(index: Any) -> bool:
+    """Whether an index is a mask."""
+    if isinstance(index, (tuple, list)):
+        return any(map(_asks_elements, index))
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def note(call: Callable, args: tuple) -> None:
@@ -188,32 +214,57 @@ def recorded(launcher: Callable) -> Callable:
 
     @functools.wraps(launcher)
     def run(request: Request, *args):
-        if not _playing or getattr(_now, "recorder", None) is not None:  # part of another pass
+        if _deciding_anew or getattr(_now, "recorder", None) is not None:  # part of another pass
             return launcher(request, *args)
         tensors, key = _key(launcher, request, args)
         play = recordings.get(key)
         if play is not None:
+            _keep(key, play)
             return play(*tensors)
-        if key in recordings or not _came_before(key):
+        if not _is_to_be_recorded(key):
             return launcher(request, *args)
+        before = _times_forgotten
         recorder = _now.recorder = Recorder(tensors)
         try:
             with recorder:
                 found = launcher(request, *args)
+        except BaseException:
+            with _lock:
+                _seen.pop(key, None)
+            raise
         finally:
             _now.recorder = None
-        while len(recordings) >= MOST:
-            recordings.pop(next(iter(recordings)))  # the oldest
-        recordings[key] = recorder.finish(found)
+        play = recorder.finish(found)
+        if play is not None:
+            _keep(key, play, before)
         return found
 
     return run
 
 
-def _came_before(key: tuple) -> bool:
-    if key in _seen:
-        return True
-    if len(_seen) >= 16 * MOST:
-        _seen.clear()
-    _seen.add(key)
-    return False
+def _is_to_be_recorded(key: tuple) -> bool:
+    """Count a pass; whether its time has come. What could not be recorded is not tried again."""
+    with _lock:
+        times = _seen.get(key, 1)
+        if times == RECORDED:
+            _seen[key] = 0
+            return True
+        if times:
+            while len(_seen) >= 4 * MOST:
+                _seen.pop(next(iter(_seen)))
+            _seen[key] = times + 1
+        return False
+
+
+def _keep(key: tuple, play: Callable, times_forgotten: int | None = None) -> None:
+    """Put a recording behind all others, of which the first is forgotten where there are too many."""
+    with _lock:
+        if times_forgotten is None:
+            if recordings.pop(key, None) is None:  # forgotten since
+                return
+        elif times_forgotten != _times_forgotten:
+            return
+        _seen.pop(key, None)
+        while len(recordings) >= MOST:
+            recordings.pop(next(iter(recordings)))
+        recordings[key] = play
