@@ -89,6 +89,30 @@ def _shape(side: str, b: int, n: int) -> tuple[int, int | None]:
 
 @alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_cuda_gradients_of_numbers_have_memory_of_their_own(dtype):
+    """Of three numbers that a pass sums none is a view of the others, whatever is done to them in place."""
+    x = torch.randn(9, 5, dtype=dtype, requires_grad=True)
+    numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.5, -0.5, 0.25)]
+    scale, offset, other = numbers
+    terms = [
+        Term(Reduction.SUM, Score.SOFTPLUS, scale=scale, offset=offset),
+        Term(Reduction.SUM, Score.SQUARE, scale=other),
+    ]
+    found = []
+    for backend in ("cuda", "reference"):
+        with use_backend(backend):
+            loss = pair_sum(x, terms=terms)
+            loss += 1.0
+            gradients = torch.autograd.grad(loss, numbers)
+            of_rows = torch.autograd.grad(torch.stack(pair_reduce(x, terms=terms)).sum(), numbers)
+        found.append([loss.detach(), *gradients, *of_rows])
+    assert len({value.untyped_storage().data_ptr() for value in found[0]}) == 7
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("program", "side"), on_sides(PROGRAMS))
 def test_programs(program, side, dtype):
     """Every program of the table: all reductions, scores, masks, parameters and similarities."""
