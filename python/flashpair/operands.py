@@ -119,12 +119,13 @@ class Operands:
 
     def places(self) -> tuple[Tensor, Tensor]:
         """(padded B,), (padded N,) int32: where the caller has the rows and the columns."""
-        counts, device = (self.x.shape[0], self.y.shape[0]), self.x.device
-        rows, columns = (
-            padded(torch.arange(count, dtype=torch.int32, device=device) if order is None else order.to(torch.int32))
-            for count, order in zip(counts, self.orders, strict=True)
-        )
-        return rows, columns
+        places = [
+            padded(
+                torch.arange(len(of), dtype=torch.int32, device=of.device) if order is None else order.to(torch.int32)
+            )
+            for of, order in zip((self.x,) if self.y is self.x else (self.x, self.y), self.orders, strict=False)
+        ]
+        return places[0], places[-1]
 
     def arranged_terms(self, terms: list[FlatTerm]) -> list[FlatTerm]:
         """Terms with their vectors in the order of the operands."""
