@@ -164,7 +164,7 @@ def _check_played(run, data_of, dtype, monkeypatch) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(("program", "side"), on_sides(NARROW))
+@pytest.mark.parametrize(("program", "side"), on_sides(only("clip", "supcon", "given", "scalar_of_everything")))
 def test_played_passes(program, side, dtype, monkeypatch):
     def data_of(seed: int) -> support.Data:
         data = make(*_shape(side, 17, 18), 5, seed=seed, grid=program.grid, precision=dtype)
@@ -175,9 +175,8 @@ def test_played_passes(program, side, dtype, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("listed", LISTED)
 @pytest.mark.parametrize("side", ["rectangle", "self"])
-@pytest.mark.parametrize("name", ["supcon", "nt_xent", "multi_similarity", "contrastive"])
+@pytest.mark.parametrize(("name", "listed"), zip(("nt_xent", "contrastive"), LISTED, strict=True))
 def test_played_passes_of_several_panels(name, side, listed, monkeypatch):
     """Sorted by label, with tiles listed or not, and products of the visited tiles."""
     program = only(name)[0]
