@@ -154,7 +154,7 @@ def sanitize(gpu: Gpu, seconds: float) -> list[list[str]]:
 
 
 def host(gpu: Gpu, seconds: float) -> list[list[str]]:
-    return [python("bench/host.py", "--out", str(HOST))]
+    return [python("bench/host.py")]
 
 
 def tune(gpu: Gpu, seconds: float) -> list[list[str]]:

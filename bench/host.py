@@ -6,9 +6,10 @@
 Small batches of a GPU take as long as their launches, so this is what limits them. Without a GPU a driver stands in
 that starts nothing (`stand_in.py`); operators of PyTorch then run on small CPU tensors, which takes about as long as to
 start them on a GPU. With a GPU its own driver is used, and the host waits for it between rounds only. "decided anew":
-the same steps without recordings (python/flashpair/recording.py), as the first of a kind is; "by Triton": also with
-every launch through Triton's own search (kernels/start.py saves it); "dense": the loss in PyTorch on 16 rows, so that
-its operators compute little. All take turns in one process with one thread.
+the same steps without recordings (python/flashpair/recording.py), as the first of a kind is; "recorded": with every
+pass recorded; "by Triton": decided anew, and every launch through Triton's own search (kernels/start.py saves it);
+"dense": the loss in PyTorch on 16 rows, so that its operators compute little. All take turns in one process with one
+thread.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -29,9 +31,11 @@ from stand_in import Operators, standing_in
 from timers import step
 from tqdm import tqdm
 
+from flashpair import recording
+
 BATCH, FEW, WIDTH = 256, 16, 64
 CHOSEN = ("clip", "siglip", "supcon", "ntxent", "ms-random", "circle", "batch-hard")
-OURS, ANEW, BY_TRITON, DENSE = "flashpair", "decided anew", "by Triton", "dense"
+OURS, ANEW, RECORDED, BY_TRITON, DENSE = "flashpair", "decided anew", "recorded", "by Triton", "dense"
 PATH = machine.RESULTS / "host.json"
 BEGIN, END = "<!-- host: begin (written by bench/host.py) -->", "<!-- host: end -->"
 KEY = ("case", "batch", "width", "dtype", "driver", "device")
@@ -42,8 +46,6 @@ def by_triton() -> Iterator[None]:
     """Every pass decided anew, and every launch through Triton's own search."""
     from flashpair.kernels import launch
 
-    from flashpair import recording
-
     def start(kernel, programs: int, args: tuple, constants: dict) -> None:
         kernel[(programs,)](*args, **constants)
 
@@ -52,11 +54,9 @@ def by_triton() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decided_anew() -> Iterator[None]:
-    """Every pass decided anew: nothing is played from a recording."""
-    from flashpair import recording
-
-    with recording.deciding_anew():
+def recorded() -> Iterator[None]:
+    """Every pass recorded, as the eighth of a kind is."""
+    with patch.multiple(recording, RECORDED=1, recordings=OrderedDict(), _seen={}):
         yield
 
 
@@ -71,18 +71,19 @@ def counting_kernels() -> Iterator[list[str]]:
         names.append(kernel.__name__)
         begin(kernel, programs, args, constants)
 
-    with decided_anew(), patch.object(launch, "start", start):
+    with recording.deciding_anew(), patch.object(launch, "start", start):
         yield names
 
 
 def measure(case, device: str, rounds: int, steps: int) -> dict:
     """Milliseconds of a step's host time by contestant, interleaved; kernels and operators of one step."""
     inputs = case.make(BATCH, WIDTH).to(torch.bfloat16, device)
-    inputs_of = {OURS: inputs, ANEW: inputs, BY_TRITON: inputs, DENSE: case.make(FEW, WIDTH).to(torch.bfloat16, device)}
+    few = case.make(FEW, WIDTH).to(torch.bfloat16, device)
     ours, dense = Implementation(case.flashpair), Implementation(case.dense)
     contestants = {
         OURS: ours,
-        ANEW: Implementation(case.flashpair, decided_anew),
+        ANEW: Implementation(case.flashpair, recording.deciding_anew),
+        RECORDED: Implementation(case.flashpair, recorded),
         BY_TRITON: Implementation(case.flashpair, by_triton),
         DENSE: dense,
     }
@@ -90,13 +91,13 @@ def measure(case, device: str, rounds: int, steps: int) -> dict:
     operators = {}
     for name in (DENSE, OURS):
         with Operators() as counted, counting_kernels() as kernels:
-            step(contestants[name], inputs_of[name])
+            step(contestants[name], few if name == DENSE else inputs)
         operators[name] = len(counted.names)
     for n in range(rounds + 1):
         for name, implementation in contestants.items():
             begin = time.perf_counter()
             for _ in range(steps):
-                step(implementation, inputs_of[name])
+                step(implementation, few if name == DENSE else inputs)
             taken = time.perf_counter() - begin
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -146,11 +147,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict]) -> list[str]:
-    header = ["case", "host, ms", ANEW, BY_TRITON, DENSE, "kernels", "operators", "operators of dense", ""]
+    header = ["case", "host, ms", ANEW, RECORDED, BY_TRITON, DENSE, "kernels", "operators", "operators of dense", ""]
     lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
     for row in rows:
         cells = [row["case"], "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["milliseconds"][OURS])]
-        ratios = (row["times_flashpair"].get(name) for name in (ANEW, BY_TRITON, DENSE))
+        ratios = (row["times_flashpair"].get(name) for name in (ANEW, RECORDED, BY_TRITON, DENSE))
         cells += ["{median:.2f}x ({low:.2f}-{high:.2f})".format(**ratio) if ratio else "-" for ratio in ratios]
         cells += [str(n) for n in (row["kernels"], row["operators"][OURS], row["operators"][DENSE])]
         lines.append(f"| {' | '.join(cells)} | {'stale' if machine.is_stale(row) else ''} |")

@@ -68,7 +68,7 @@ def arguments(suite: Suite, description: str) -> argparse.Namespace:
     options = parser.parse_args()
     options.batch, options.width = (128, 16) if options.quick else (65536, 64) if options.large else (4096, 128)
     quick = machine.ROOT / "out" / f"{suite.title}-quick.json"
-    options.out = options.out or (quick if options.quick else machine.RESULTS / f"{suite.title}.json")
+    options.out = (options.out or (quick if options.quick else machine.RESULTS / f"{suite.title}.json")).resolve()
     return options
 
 

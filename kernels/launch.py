@@ -170,9 +170,7 @@ def _fold(
     panel: tuple[int, ...],  # first_b, first_n, end_b, end_n
     partials: tuple[Tensor, Tensor],
     tiles: tuple[int, int],
-    entries: tuple[
-        tuple[int, ...], tuple[int, ...]
-    ],  # of owners along the rows and the columns, as the kernel has them
+    entries: tuple[tuple[int, ...], tuple[int, ...]],  # of owners along rows and columns, as the kernel has them
     triangle: tuple[int, ...] = (),
     joint: bool = False,
     fresh: bool = False,
@@ -182,7 +180,7 @@ def _fold(
     op = plan.op
     blocks = sum(cdiv(panel[2 + side] - panel[side], FOLDED) for side in (0, 1) if entries[side])
     outs = plan.found if finish else partials
-    states = partials if fresh and finish else plan.sums.sides if isinstance(plan, Backward) else plan.states
+    states = partials if fresh and finish else plan.states
     ordered = finish and op.orders[0] is not None
     launch(
         _fold_kernel, blocks, None, *partials, *states, *(op.orders if ordered else partials), *outs, *tiles, *panel,

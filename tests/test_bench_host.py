@@ -23,8 +23,8 @@ def test_host_time_is_measured_beside_triton_and_dense_code(tmp_path, capsys):
 
     host.main(["clip", "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "host.json")])
     (row,) = json.loads((tmp_path / "host.json").read_text())
-    assert set(row["milliseconds"]) == {"flashpair", "decided anew", "by Triton", "dense"}
-    assert set(row["times_flashpair"]) == {"decided anew", "by Triton", "dense"}
+    assert set(row["milliseconds"]) == {"flashpair", "decided anew", "recorded", "by Triton", "dense"}
+    assert set(row["times_flashpair"]) == {"decided anew", "recorded", "by Triton", "dense"}
     # Statistics and weights by plain and mixed tiles, a fold each.
     assert row["kernels"] == 6 and 0 < row["operators"]["flashpair"] < row["operators"]["dense"]
     assert row["driver"] in ("stand-in", "Triton's") and not machine.is_stale(row)
@@ -46,6 +46,27 @@ def test_by_triton_goes_round_what_is_remembered():
         assert kernels and not start.known
         step(case.implementations()["flashpair"], inputs)
         assert start.known
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""), reason="kernels are interpreted")
+def test_contestants_record_and_play_what_they_say(monkeypatch):
+    pytest.importorskip("triton", reason="no Triton wheel for this platform")
+    import host
+    from stand_in import standing_in
+
+    from flashpair import recording
+
+    made, finish = [], recording.Recorder.finish
+    monkeypatch.setattr(recording.Recorder, "finish", lambda self, found: made.append(self) or finish(self, found))
+    case = next(c for c in CASES if c.name == "clip")
+    inputs = case.make(32, 16).to(torch.bfloat16)
+    with standing_in():
+        for during, passes in ((host.recorded, [2, 4, 6]), (recording.deciding_anew, [0, 0, 0])):
+            made.clear()
+            for expected in passes:
+                with during():
+                    step(case.implementations()["flashpair"], inputs)
+                assert len(made) == expected and not recording.recordings
 
 
 def test_a_pattern_that_meets_no_case_is_refused(capsys):
@@ -127,7 +148,7 @@ def test_the_table_has_rows_of_the_sources_as_they_are(tmp_path, monkeypatch):
 
     host.write_table([row("old", host.BY_TRITON, host.DENSE)])
     assert (
-        "| clip | 1.00 (0.50-2.00) | - | 1.00x (0.50-2.00) | 1.00x (0.50-2.00) | 1 | 2 | 3 | stale |"
+        "| clip | 1.00 (0.50-2.00) | - | - | 1.00x (0.50-2.00) | 1.00x (0.50-2.00) | 1 | 2 | 3 | stale |"
         in page.read_text()
     )
     host.write_table([row("old"), row("new", host.ANEW, host.BY_TRITON, host.DENSE)])

@@ -128,3 +128,21 @@ def test_the_newest_row_of_a_loss_is_shown_and_which_size_is_stale(monkeypatch):
     assert shown(now, before).endswith("| stale (B = 65,536) |")
     assert shown(old, before).endswith("| stale |")
     assert shown(now, before | {"sources": "now"}).endswith("|  |")
+
+
+def test_only_the_kept_results_are_shown_in_the_docs(tmp_path, monkeypatch):
+    """Rows of `--out` elsewhere are not all there are."""
+    import contrast
+    import machine
+    import versus
+
+    written, row = [], {"loss": "DCLLoss", "batch": 1, "width": 1, "device": "", "seconds": 1.0, "why": "", "date": ""}
+    monkeypatch.setattr(versus, "write_table", lambda suite, rows: written.append(rows))
+    monkeypatch.setattr(versus, "measure", lambda suite, name, options: row)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for out, shown in (([], 1), (["--out", "contrast.json"], 2), (["--out", "other.json"], 2), (["--quick"], 2)):
+        monkeypatch.setattr(sys, "argv", ["contrast.py", "DCLLoss", *out])
+        assert versus.main(contrast.SUITE, "") == 0
+        assert len(written) == shown, out

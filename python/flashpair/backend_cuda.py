@@ -414,7 +414,7 @@ def _weigh(request: Request, plan: Backward, source: _Source, program: Program, 
         ):
             of_side = [*written[side], *([slots.index(extra)] if extra >= 0 else [])]
             entries = [v for partial in of_side for v in (int(Reduction.SUM), partial, slots[partial])]
-            _fold(partials, plan.sums.sides[side], tiles, length, first, entries, stream)
+            _fold(partials, plan.states[side], tiles, length, first, entries, stream)
         if store:
             add_panel(plan, w, first_b, first_n, request.symmetric and not on_diagonal)
 

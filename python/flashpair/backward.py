@@ -120,6 +120,11 @@ class Backward:
     scale: Tensor | None  # (1,) for float16: pair weights are multiplied by it before rounding
     reached: list[int] = field(default_factory=lambda: [0, 0])  # rows of dx and dy that hold a sum, the first ones
 
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Running sums (slots, B), (slots, N), float64."""
+        return self.sums.sides
+
     def first_touch(self, side: int, rows: slice) -> bool:
         """Whether nothing was written yet to these rows of a gradient; afterwards it was.
 

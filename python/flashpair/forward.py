@@ -39,11 +39,11 @@ class Forward:
     @functools.cached_property
     def states(self) -> tuple[Tensor, Tensor]:
         """Running statistics (slots, B), (slots, N), float64, uninitialised."""
-        rows, columns = (
-            torch.empty(slots, side.shape[0], dtype=torch.float64, device=side.device)
-            for slots, side in zip(self.slots, (self.op.x, self.op.y), strict=True)
-        )
-        return rows, rows if self.symmetric else columns
+        states = [
+            torch.empty(slots, len(side), dtype=torch.float64, device=side.device)
+            for slots, side in zip(self.slots, (self.op.x,) if self.symmetric else (self.op.x, self.op.y), strict=False)
+        ]
+        return states[0], states[-1]
 
     def set_neutral(self) -> None:
         """Nothing was merged yet."""

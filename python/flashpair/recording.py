@@ -13,6 +13,7 @@ import functools
 import math
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ _SHAPED_BY_ELEMENTS = {
 }  # fmt: skip
 
 #: Recordings by what passes look like, the one that was played last at the end.
-recordings: dict[tuple, Callable] = {}
+recordings: OrderedDict[tuple, Callable] = OrderedDict()
 _seen: dict[tuple, int] = {}  # how often a pass without one came; 0: it cannot be recorded
 _lock = threading.Lock()  # around every change of these
 _times_forgotten = 0
@@ -219,7 +220,9 @@ def recorded(launcher: Callable) -> Callable:
         tensors, key = _key(launcher, request, args)
         play = recordings.get(key)
         if play is not None:
-            _keep(key, play)
+            with _lock:
+                if key in recordings:  # not forgotten since
+                    recordings.move_to_end(key)
             return play(*tensors)
         if not _is_to_be_recorded(key):
             return launcher(request, *args)
@@ -256,15 +259,12 @@ def _is_to_be_recorded(key: tuple) -> bool:
         return False
 
 
-def _keep(key: tuple, play: Callable, times_forgotten: int | None = None) -> None:
-    """Put a recording behind all others, of which the first is forgotten where there are too many."""
+def _keep(key: tuple, play: Callable, times_forgotten: int) -> None:
+    """Keep a recording, if nothing was forgotten since it was begun; where there are too many the oldest goes."""
     with _lock:
-        if times_forgotten is None:
-            if recordings.pop(key, None) is None:  # forgotten since
-                return
-        elif times_forgotten != _times_forgotten:
+        if times_forgotten != _times_forgotten:
             return
         _seen.pop(key, None)
         while len(recordings) >= MOST:
-            recordings.pop(next(iter(recordings)))
+            recordings.popitem(last=False)
         recordings[key] = play
