@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "finite_cpu.h"
 #include "panel_cache_cpu.h"
 
 namespace flashpair {
@@ -124,7 +125,39 @@ void stats(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, 
               columns);
 }
 
-// `gradients`: dx, dy, then (dscale, doffset, dother, dweight) of each term; empty tensors where not wanted.
+// Gradients of numbers: what each owner says of one is summed in double, over all of its uses.
+template <class T>
+class NumberGradients {
+ public:
+  // Where a pass writes the gradient of a parameter along a side: its own vector, or one that is summed afterwards.
+  T* place(const Tensor& gradient, int64_t length) {
+    if (!gradient.numel()) return nullptr;
+    T* found = static_cast<T*>(gradient.data_ptr());
+    if (gradient.dim() != 0) return found;
+    uses_.push_back({found, std::vector<T>(size_t(length))});
+    return uses_.back().owners.data();
+  }
+
+  void add_up() const {
+    for (const Use& first : uses_) {
+      double total = 0;
+      for (const Use& use : uses_)
+        if (use.number == first.number)
+          for (T value : use.owners) total += double(value);
+      *first.number = T(total);
+    }
+  }
+
+ private:
+  struct Use {
+    T* number;
+    std::vector<T> owners;
+  };
+  std::vector<Use> uses_;
+};
+
+// `gradients`: dx, dy, then (dscale, doffset, dother, dweight) of each term, 0-d for a number that may have several
+// uses; empty tensors where not wanted.
 // `statistics`: rows, columns, grad_rows, grad_columns; empty for pair_sum, which writes `total` instead.
 template <class T>
 void run_weights(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
@@ -141,12 +174,18 @@ void run_weights(const EnginePasses<T>& passes, const Tensor& x, const MaybeTens
     g.grad_rows = at(statistics[2]), g.grad_columns = at(statistics[3]);
   }
   g.dx = at(gradients[0]), g.dy = at(gradients[1]);
+  NumberGradients<T> numbers;
   for (size_t t = 0; t < p.terms.size(); ++t) {
-    g.dscale.push_back(at(gradients[2 + 4 * t])), g.doffset.push_back(at(gradients[3 + 4 * t]));
-    g.dother.push_back(at(gradients[4 + 4 * t])), g.dweight.push_back(at(gradients[5 + 4 * t]));
+    const bool of_rows = p.terms[t].axis == Axis::rows;
+    const int64_t owners = of_rows ? p.rows : p.columns, others = of_rows ? p.columns : p.rows;
+    g.dscale.push_back(numbers.place(gradients[2 + 4 * t], owners));
+    g.doffset.push_back(numbers.place(gradients[3 + 4 * t], owners));
+    g.dother.push_back(numbers.place(gradients[4 + 4 * t], others));
+    g.dweight.push_back(numbers.place(gradients[5 + 4 * t], others));
   }
   g.total = total ? static_cast<double*>(total->data_ptr()) : nullptr;
   passes.weights(p, g);
+  numbers.add_up();
 }
 
 void weights(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, MaybeTensor pair_mask,
@@ -192,6 +231,26 @@ void extremes(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_label
     run_extremes(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, workspace, found);
 }
 
+// Whether every entry of contiguous tensors is finite.
+bool finite(std::vector<Tensor> tensors) {
+  constexpr int64_t kPiece = 1 << 18;  // entries that are worth a thread
+  std::atomic<bool> all = true;
+  for (const Tensor& tensor : tensors) {
+    using torch::headeronly::ScalarType;
+    const ScalarType type = tensor.scalar_type();
+    const uint64_t exponent = type == ScalarType::Double     ? 0x7FF0000000000000
+                              : type == ScalarType::Float    ? 0x7F800000
+                              : type == ScalarType::BFloat16 ? 0x7F80
+                                                             : 0x7C00;
+    const int bytes = int(tensor.element_size());
+    const char* data = static_cast<const char*>(tensor.data_ptr());
+    torch::stable::parallel_for(0, tensor.numel(), kPiece, [&](int64_t first, int64_t last) {
+      if (!all_finite(data + first * bytes, last - first, bytes, exponent)) all = false;
+    });
+  }
+  return all;
+}
+
 int64_t vector_bytes() { return engine().vector_bytes; }
 std::string isa() { return engine().name; }
 
@@ -217,6 +276,7 @@ STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
         "Tensor[] params, int[] spec, float[] consts, int workspace, Tensor[] statistics, Tensor(a!)[] gradients, "
         "Tensor(b!)? total) -> ()");
   m.def("extremes(" FP_PROBLEM "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
+  m.def("finite(Tensor[] tensors) -> bool");
   m.def("vector_bytes() -> int");
   m.def("isa() -> str");
   m.def("release_workspace() -> int");
@@ -227,6 +287,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
   m.impl("stats", TORCH_BOX(&flashpair::stats));
   m.impl("weights", TORCH_BOX(&flashpair::weights));
   m.impl("extremes", TORCH_BOX(&flashpair::extremes));
+  m.impl("finite", TORCH_BOX(&flashpair::finite));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CompositeExplicitAutograd, m) {

@@ -65,6 +65,11 @@ def release_workspace() -> int:
     return 0 if _load() else torch.ops.flashpair_cpu.release_workspace()
 
 
+def finite(tensors: list[Tensor]) -> bool:
+    """Whether every entry is finite."""
+    return torch.ops.flashpair_cpu.finite.default([t.contiguous() for t in tensors])
+
+
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor as the extension reads it; asking first costs a tenth of a `to` that has nothing to do."""
     return (t if t.dtype == dtype else t.to(dtype)).contiguous()
@@ -104,7 +109,7 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
     row_slots, column_slots = count_slots(request.spec)
     rows = request.x.new_empty(row_slots, b, dtype=dtype)
     columns = request.x.new_empty(column_slots, n, dtype=dtype)
-    torch.ops.flashpair_cpu.stats(*_arguments(request), rows, columns)
+    torch.ops.flashpair_cpu.stats.default(*_arguments(request), rows, columns)
     return rows, columns
 
 
@@ -121,30 +126,28 @@ def _uses(spec: tuple[int, ...], params: int) -> list[list[tuple[int, int]]]:
 
 
 def _weights(request: Request, needs, statistics: list[Tensor], total: Tensor | None):
-    b, n = lengths = request.shape
+    lengths = request.shape
     dtype = statistics_dtype(request.x)
-    empty = functools.partial(torch.empty, dtype=dtype)
-    directed, absent, features = _directed(request), empty(0), request.x.shape[1]
-    dx = empty(b, features) if needs.x else absent
-    dy = empty(n, features) if (needs.x if directed else needs.y) else absent
+    directed, absent, features = _directed(request), torch.empty(0, dtype=dtype), request.x.shape[1]
+    dx = torch.empty(lengths[0], features, dtype=dtype) if needs.x else absent
+    dy = torch.empty(lengths[1], features, dtype=dtype) if (needs.x if directed else needs.y) else absent
     gradients = [dx, dy] + [absent] * (4 * count_terms(request.spec))
-    by_parameter: list[list[Tensor]] = []  # one of each use
-    for uses, wanted in zip(_uses(tuple(request.spec), len(request.params)), needs.params, strict=True):
-        by_parameter.append([])
-        for place, side in uses if wanted else ():
-            gradients[place] = empty(lengths[side])
-            by_parameter[-1].append(gradients[place])
-    torch.ops.flashpair_cpu.weights(*_arguments(request), statistics, gradients, total)
+    dparams: list[Tensor | list[Tensor] | None] = [None] * len(request.params)
+    for k, uses in enumerate(_uses(tuple(request.spec), len(request.params))):
+        if not (uses and needs.params[k]):
+            continue
+        if request.params[k].dim() == 0:  # one number for all owners of all terms, which the extension adds up
+            dparams[k] = torch.empty((), dtype=dtype)
+            for place, _ in uses:
+                gradients[place] = dparams[k]
+        else:
+            dparams[k] = [torch.empty(lengths[side], dtype=dtype) for _, side in uses]
+            for (place, _), part in zip(uses, dparams[k], strict=True):
+                gradients[place] = part
+    torch.ops.flashpair_cpu.weights.default(*_arguments(request), statistics, gradients, total)
     if directed and needs.x:
         dx += dy
-    dparams = []
-    for parameter, parts in zip(request.params, by_parameter, strict=True):
-        if not parts:
-            dparams.append(None)
-        elif parameter.dim() == 0:  # one number for all owners of all terms
-            dparams.append((torch.cat(parts) if len(parts) > 1 else parts[0]).sum(dtype=torch.float64))
-        else:
-            dparams.append(functools.reduce(torch.add, parts))
+    dparams = [functools.reduce(torch.add, d) if isinstance(d, list) else d for d in dparams]
     return _dense(dx, request.x.dtype), _dense(dy, request.x.dtype), dparams
 
 
@@ -179,5 +182,5 @@ def mine(request: Request) -> list[tuple[Tensor, Tensor]]:
                 value = bound.to(dtype).contiguous()
                 bounds.append(value.reshape(()) if value.numel() == 1 and b != 1 else value)
         found += [request.x.new_empty(b, extreme.k, dtype=dtype), torch.empty(b, extreme.k, dtype=torch.int64)]
-    torch.ops.flashpair_cpu.extremes(*_pairs(request), bounds, spec, consts, request.max_workspace_bytes, found)
+    torch.ops.flashpair_cpu.extremes.default(*_pairs(request), bounds, spec, consts, request.max_workspace_bytes, found)
     return list(zip(found[::2], found[1::2], strict=True))

@@ -34,7 +34,7 @@ class Operator:
         LIBRARY.impl(name, self._function, "CompositeExplicitAutograd")
 
     def __call__(self, *arguments):
-        return self.overload(*arguments) if _watched(arguments[0]) else self._kernel(*arguments)
+        return self.overload(*arguments) if watched(arguments[0]) else self._kernel(*arguments)
 
     def fake(self, function: Callable) -> Callable:
         """Decorator: shapes, dtypes and strides of the results, from arguments without data."""
@@ -100,7 +100,7 @@ def operator(name: str) -> Callable[[Callable], Operator]:
     return functools.partial(Operator, name)
 
 
-def _watched(x: Tensor) -> bool:
+def watched(x: Tensor) -> bool:
     """Whether a call has to pass the dispatcher: somebody compiles, traces, transforms, profiles or fakes it."""
     return (
         torch.compiler.is_compiling()

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .. import checks
+from .. import backend_cpu, checks
 from ..distributed.sharded import Sharded, by_row, sum_of_entries
+from ..operator import watched
 from ..request import statistics_dtype
 
 
@@ -89,8 +90,16 @@ def check_rows(name: str, value: Tensor, rows: int, like: Tensor) -> None:
 
 def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
     """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
-    total = sum_of_entries([e for e in embeddings if e is not None], loss.dtype)
-    return loss * total.softmax(0) if isinstance(total, Tensor) else loss  # of one number: 1, or NaN
+    given = [e for e in embeddings if e is not None]
+    if all(map(_readable, given)):  # its elements may be looked at
+        return loss if backend_cpu.finite(given) else loss * math.nan
+    total = sum_of_entries(given, loss.dtype)
+    return loss * total.softmax(0)  # of one number: 1, or NaN
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether nobody compiles or transforms a call with this tensor of a CPU, which the extension reads."""
+    return not watched(value) and value.is_cpu and value.dtype in checks.DTYPES and not backend_cpu.unavailable()
 
 
 def as_guide(value: Tensor, x: Tensor) -> Tensor:
