@@ -13,6 +13,7 @@
 #include "engine.h"
 #include "finite_cpu.h"
 #include "panel_cache_cpu.h"
+#include "reductions.h"
 
 namespace flashpair {
 namespace {
@@ -96,8 +97,7 @@ void add_terms(Problem<T>& p, const std::vector<Tensor>& params, const Ints& spe
     term.has_above = f[11] >= 0 || c[2] != -INFINITY, term.has_below = f[12] >= 0 || c[3] != INFINITY;
     term.constant = T(c[4]);
     term.slot = slots[int(term.axis)];
-    constexpr int kSlots[] = {1, 1, 1, 2, 5};  // of the reductions, in their order
-    slots[int(term.axis)] += kSlots[int(term.reduction)];
+    slots[int(term.axis)] += common::reduction_slots(term.reduction);
     p.terms.push_back(term);
   }
 }

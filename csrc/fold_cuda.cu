@@ -25,6 +25,7 @@ struct State {
     FP_UNROLL
     for (int k = 0; k < kMostComponents; ++k) v[k] = 0;
     if (reduction == Reduction::moments) v[3] = infinity<double>(), v[4] = -infinity<double>();
+    if (reduction == Reduction::max) v[0] = -infinity<double>();
   }
   // The components of a partial or of the running statistic, `step` apart, as the state that `state_merge` takes.
   template <class V>

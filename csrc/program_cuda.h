@@ -41,7 +41,8 @@ struct TermCode {
 FP_HD constexpr int partial_components(Reduction reduction) {
   switch (reduction) {
     case Reduction::sum:
-    case Reduction::count: return 1;
+    case Reduction::count:
+    case Reduction::max: return 1;
     case Reduction::logsumexp: return 2;
     case Reduction::softmax_mean: return 3;
     case Reduction::moments: return 5;

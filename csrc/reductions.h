@@ -16,6 +16,7 @@ FP_HD inline int reduction_slots(Reduction reduction) {
     case Reduction::logsumexp: return 1;
     case Reduction::softmax_mean: return 2;
     case Reduction::moments: return 5;
+    case Reduction::max: return 1;
   }
   return 0;
 }
@@ -28,8 +29,15 @@ FP_HD inline int reduction_state(Reduction reduction) {
     case Reduction::logsumexp: return 2;
     case Reduction::softmax_mean: return 4;
     case Reduction::moments: return 5;
+    case Reduction::max: return 1;
   }
   return 0;
+}
+
+// The larger of two numbers; a NaN stays, though comparisons with it are false.
+template <class Real>
+FP_HD inline Real larger_or_nan(Real a, Real b) {
+  return (b > a || b != b) && a == a ? b : a;
 }
 
 struct Exponential {
@@ -45,10 +53,12 @@ struct Exponential {
 //   softmax_mean  (shift, sum of exp(. - shift), sum of exp(. - shift) (s - origin), origin)
 //                 the origin is the s of the largest exponential, so that a softmax of one pair has its s exactly
 //   moments       (count, sum, sum of squares, min, max)
+//   max           (largest score)
 template <class Real>
 FP_HD inline void state_init(Reduction reduction, Real* state) {
   for (int k = 0; k < reduction_state(reduction); ++k) state[k] = 0;
   if (reduction == Reduction::moments) state[3] = INFINITY, state[4] = -INFINITY;
+  if (reduction == Reduction::max) state[0] = -INFINITY;
 }
 
 template <class Real, class Exp = Exponential>
@@ -80,10 +90,10 @@ FP_HD inline void state_merge(Reduction reduction, Real* state, const Real* othe
     }
     case Reduction::moments:
       for (int k = 0; k < 3; ++k) state[k] += other[k];
-      // A NaN stays: comparisons with it are false.
-      state[3] = (other[3] < state[3] || other[3] != other[3]) && state[3] == state[3] ? other[3] : state[3];
-      state[4] = (other[4] > state[4] || other[4] != other[4]) && state[4] == state[4] ? other[4] : state[4];
+      state[3] = -larger_or_nan(-state[3], -other[3]);
+      state[4] = larger_or_nan(state[4], other[4]);
       return;
+    case Reduction::max: state[0] = larger_or_nan(state[0], other[0]); return;
   }
 }
 
@@ -92,7 +102,8 @@ template <class T>
 FP_HD inline void state_finish(Reduction reduction, const double* state, T* out, long long stride) {
   switch (reduction) {
     case Reduction::sum:
-    case Reduction::count: out[0] = T(state[0]); return;
+    case Reduction::count:
+    case Reduction::max: out[0] = T(state[0]); return;
     case Reduction::logsumexp: out[0] = T(state[1] == 0 ? -INFINITY : state[0] + log(state[1])); return;
     case Reduction::softmax_mean:
       out[0] = T(state[1] == 0 ? 0.0 : state[3] + state[2] / state[1]);

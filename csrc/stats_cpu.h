@@ -93,6 +93,10 @@ class Stats {
         shared_logsumexp(tile, to_row, to_column, masked, k, thread);
         continue;
       }
+      if (item.any()->uniform() && item.any()->term->reduction == Reduction::max && !thresholds(to_row, to_column)) {
+        shared_max(tile, to_row, to_column, masked, thread);
+        continue;
+      }
       if (to_row) directed<true>(tile, *to_row, masked, thread);
       if (to_column) directed<false>(tile, *to_column, masked, thread);
     }
@@ -174,6 +178,56 @@ class Stats {
     return sum_lanes<T>(sum);
   }
 
+  // Row and column maxima from one score per pair.
+  void shared_max(const Tile<T>& tile, TermData<T>* to_row, TermData<T>* to_column, bool masked, ThreadState& thread) {
+    RowBuffers<T>& buffers = thread.buffers;
+    TermData<T>& any = to_row ? *to_row : *to_column;
+    const int n = whole<T>(tile.columns);
+    const bool identity = any.term->score == Score::identity;
+    T* highest = thread.sums[4];
+    for (int j = 0; j < n; ++j) highest[j] = T(-INFINITY);
+    for (int r = 0; r < tile.rows; ++r) {
+      const T* s = tile.s + r * kTile;
+      memset(buffers.built, 0, sizeof buffers.built);
+      const Lane<T>* keep = masked ? base_lanes(walk_, tile, r, any.term->mask, buffers) : nullptr;
+      const T* z = s;
+      T scale = any.term->scale.number, offset = any.offset_number();
+      if (!identity) {
+        score_row<T, true>(any, s, n, tile.i0 + r, tile.j0, buffers, buffers.f, static_cast<T*>(nullptr),
+                           static_cast<T*>(nullptr));
+        z = buffers.f, scale = 1, offset = 0;
+      }
+      const T top = keep ? max_of<true>(z, scale, offset, n, keep, highest) : max_of<false>(z, scale, offset, n, keep, highest);
+      if (!to_row) continue;
+      const double other[1] = {double(top)};
+      state_merge(Reduction::max, to_row->state.get() + tile.i0 + r, other);
+    }
+    if (!to_column) return;
+    for (int j = 0; j < tile.columns; ++j) {
+      const double other[1] = {double(highest[j])};
+      state_merge(Reduction::max, to_column->state.get() + tile.j0 + j, other);
+    }
+  }
+
+  // Of the row, and into `highest` of each column; a NaN replaces the largest and then stays.
+  template <bool MASKED>
+  static FP_INLINE T max_of(const T* z, T scale, T offset, int n, const Lane<T>* keep, T* highest) {
+    Vec<T> top = broadcast(T(-INFINITY));
+    MaskVec<T> bad{};
+    for (int j = 0; j < n; j += kWidth<T>) {
+      Vec<T> v = scale * load(z + j) + offset;
+      if (MASKED) v = load_mask<T>(keep + j) ? v : broadcast(T(-INFINITY));
+      const Vec<T> high = load(highest + j);
+      top = v > top ? v : top;
+      bad |= MaskVec<T>(v != v);
+      store(highest + j, MaskVec<T>(v <= high) | MaskVec<T>(high != high) ? high : v);
+    }
+    T best = T(-INFINITY);
+    for (int l = 0; l < kWidth<T>; ++l)
+      if (top[l] > best) best = top[l];
+    return any_lane<T>(bad) ? T(NAN) : best;
+  }
+
   static FP_INLINE void merge_softmax(double* state, double shift, double sum) {
     if (state[0] == shift && state[1] != 0) {
       state[1] += sum;
@@ -253,12 +307,12 @@ class Stats {
     if (!TO_ROW) {
       thread.clear(3, n);
       memset(thread.kept, 0, n * sizeof(Lane<T>));
-      if (term.reduction == Reduction::moments)
+      if (term.reduction == Reduction::moments || term.reduction == Reduction::max)
         for (int j = 0; j < n; ++j) thread.sums[3][j] = T(INFINITY), thread.sums[4][j] = T(-INFINITY);
       if (term.reduction == Reduction::logsumexp) shift = score_bound(data, tile, false, tile.low, tile.high);
       if (mean) column_tops(tile, data, masked, thread);
     }
-    const int summed = term.reduction == Reduction::moments ? 3 : mean ? 2 : 1;
+    const int summed = term.reduction == Reduction::moments ? 3 : term.reduction == Reduction::max ? 0 : mean ? 2 : 1;
     for (int r = 0; r < tile.rows; ++r) {
       if (!TO_ROW && r > 0) thread.flush(summed, n, r - 1, tile.rows);
       const int64_t row = tile.i0 + r;
@@ -301,6 +355,7 @@ class Stats {
         if (thread.sums[2][j] == T(-INFINITY)) continue;
         partial[0] = double(thread.sums[2][j]), partial[1] = thread.totals[0][j], partial[2] = thread.totals[1][j];
       }
+      if (term.reduction == Reduction::max) partial[0] = partial[4];
       state_merge(term.reduction, data.state.get() + (tile.j0 + j) * width, partial);
     }
   }
@@ -350,6 +405,10 @@ class Stats {
       partial[0] = double(kept_sum(f, weight, keep, n));
       return;
     }
+    if (reduction == Reduction::max) {
+      partial[0] = double(kept_max(f, keep, n));
+      return;
+    }
     Vec<T> count{}, sum{}, squares{}, low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
     MaskVec<T> bad{};
     for (int j = 0; j < n; j += kWidth<T>) {
@@ -393,6 +452,12 @@ class Stats {
           const Vec<T> e = keep_lanes<T>(lanes, exp_lanes<T>(v - load(thread.sums[2] + j)) * weight * share);
           add(0, j, e);
           add(1, j, keep_lanes<T>(lanes, e * (load(s + j) - load(thread.sums[3] + j))));
+          break;
+        }
+        case Reduction::max: {
+          const Vec<T> high = load(thread.sums[4] + j);
+          // Not `greater`: a NaN replaces the largest and then stays.
+          store(thread.sums[4] + j, ~MaskVec<T>(v <= high) & MaskVec<T>(high == high) & lanes ? v : high);
           break;
         }
         case Reduction::moments: {

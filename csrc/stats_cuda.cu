@@ -165,6 +165,14 @@ FP_DEVICE void merge_moments(T (&state)[5], const T (&next)[5]) {
   state[3] = LowestOrNan{}(state[3], next[3]), state[4] = HighestOrNan{}(state[4], next[4]);
 }
 
+template <class T, int R, bool ROWS>
+FP_DEVICE void collect_max(const Collector<T>& to, const Strip<T, R>& strip, int slot, const T (&score)[R][kVector],
+                           unsigned bits) {
+  T highest[Side<R, ROWS>::kCount];
+  reduce_pairs<T, R, ROWS>([&](int r, int v) { return score[r][v]; }, bits, -infinity<T>(), HighestOrNan{}, highest);
+  collect_reduced<T, R, ROWS>(to, strip, slot, 0, highest);
+}
+
 // The partials of one side of an item.
 template <class T, int R, bool ROWS>
 FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, const TermCode<T>& term,
@@ -177,6 +185,7 @@ FP_DEVICE void collect_side(const Collector<T>& to, const Strip<T, R>& strip, co
     case Reduction::logsumexp:
     case Reduction::softmax_mean: return collect_exponentials<T, R, ROWS>(to, strip, term, score, bits, shift, p);
     case Reduction::moments: return collect_moments<T, R, ROWS>(to, strip, term.slot, bits);
+    case Reduction::max: return collect_max<T, R, ROWS>(to, strip, term.slot, score, bits);
   }
 }
 
@@ -187,7 +196,7 @@ FP_DEVICE Shift<T> prepare_side(const Pass<T>& pass, const TermCode<T>& term, co
   if (term.reduction == Reduction::moments) return {};
   evaluate<T, R, ROWS, false>(pass, term, strip, score, p);
   if (!is_softmax(term.reduction)) {
-    weigh(pass, term, strip, score);
+    if (term.reduction == Reduction::sum) weigh(pass, term, strip, score);
     return {};
   }
   add_log_weight<T, R, ROWS>(pass, term, strip, score);
@@ -245,10 +254,30 @@ FP_DEVICE void merge_columns(const Collector<T>& to, const TermCode<T>& term, T*
   sync_block();
 }
 
+// Partials of a tile without pairs: zeros, of a maximum -inf.
+template <class T>
+FP_DEVICE void collect_nothing(const Collector<T>& to, int tile_row, int tile_rows) {
+  const Pass<T>& pass = to.pass;
+  for (int n = 0; n < pass.item_count; ++n)
+    for (int side = 0; side < 2; ++side) {
+      const int t = side ? pass.items[n].column : pass.items[n].row;
+      if (t < 0) continue;
+      const TermCode<T>& term = pass.terms[t];
+      const T nothing = term.reduction == Reduction::max ? -infinity<T>() : T(0);
+      const int first = side ? to.tile_column : tile_row, count = side ? kTileColumns : tile_rows;
+      const int end = side ? pass.end_n : pass.end_b, components = partial_components(term.reduction);
+      for (int at = first + thread_index(); at < first + count && at < end; at += kThreads)
+        for (int k = 0; k < components; ++k)
+          if (side)
+            to.column_partial(term.slot + k, at, nothing);
+          else
+            to.row_partial(term.slot + k, at, nothing);
+    }
+}
+
 template <class T, class Source>
 FP_KERNEL(sizeof(T) == 4 ? 2 : 1)
-stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Partials<T> partials, int row_slots,
-             int column_slots, int components) {
+stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Partials<T> partials, int components) {
   constexpr int R = kStripRows<T>;
   FP_DYNAMIC_SHARED(memory);
   Tile<T, R, Source> tile;
@@ -257,8 +286,7 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
   const int row = pass.first_b + tile_b * tile.kRows, column = pass.first_n + tile_n * kTileColumns;
   T* shared = reinterpret_cast<T*>(memory + tile.kSharedBytes);
   const Collector<T> to{pass, partials, tile_b, tile_n, shared, column};
-  if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns))
-    return to.neutral(row_slots, column_slots, row, tile.kRows);
+  if (!tile_wanted(pass, row, tile.kRows, column, kTileColumns)) return collect_nothing(to, row, tile.kRows);
   tile.load(pass, source, row, column, memory);
   T* totals = shared + components * kWarps * kTileColumns;
   const int strips = strips_inside(pass, row, R, tile.kStrips);
@@ -277,18 +305,15 @@ stats_kernel(const FP_GRID_CONSTANT Pass<T> pass, const Source source, const Par
 template <class T, class Source>
 Status start_stats(const Pass<T>& pass, const Source& source, const Partials<T>& partials, Stream stream) {
   using Block = Tile<T, kStripRows<T>, Source>;
-  int slots[2] = {0, 0}, components = 0;
-  for (int n = 0; n < pass.item_count; ++n)
-    for (int side = 0; side < 2; ++side) {
-      const int t = side ? pass.items[n].column : pass.items[n].row;
-      if (t < 0) continue;
-      const int width = partial_components(pass.terms[t].reduction), end = pass.terms[t].slot + width;
-      if (end > slots[side]) slots[side] = end;
-      if (side && width > components) components = width;
-    }
+  int components = 0;  // most of a term with columns
+  for (int n = 0; n < pass.item_count; ++n) {
+    if (pass.items[n].column < 0) continue;
+    const int width = partial_components(pass.terms[pass.items[n].column].reduction);
+    if (width > components) components = width;
+  }
   const int shared = Block::kSharedBytes + components * (kWarps + 1) * kTileColumns * int(sizeof(T));
   return launch(stats_kernel<T, Source>, int64_t(pass.tiles_b) * pass.tiles_n, shared, stream, pass, source, partials,
-                slots[0], slots[1], components);
+                components);
 }
 
 #define FP_INSTANTIATE(T, SOURCE) \

@@ -139,7 +139,8 @@ class Weights {
   }
 
   static bool differentiable(const TermData<T>& data) {
-    return data.term->reduction != Reduction::count && data.term->reduction != Reduction::moments;
+    const Reduction reduction = data.term->reduction;
+    return reduction != Reduction::count && reduction != Reduction::moments && reduction != Reduction::max;
   }
 
   // Both directions through one loop over z?

@@ -15,6 +15,7 @@ COUNT = tl.constexpr(1)
 LOGSUMEXP = tl.constexpr(2)
 SOFTMAX_MEAN = tl.constexpr(3)
 MOMENTS = tl.constexpr(4)
+MAX = tl.constexpr(5)
 
 LOGADDEXP = tl.constexpr(1)  # numbered as in `flashpair.Combine`
 #: Widest range of exponents that may share one offset: what is then flushed is below exp(-43) of every kept sum.
@@ -117,6 +118,17 @@ def shared_logsumexp(e, keep, other_keep, SIDE: tl.constexpr):
 
 
 @triton.jit
+def larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def owner_max(value, keep, SIDE: tl.constexpr):
+    """Largest kept value of each owner in one tile; a NaN is the largest."""
+    return tl.reduce(tl.where(keep, value, -float("inf")), 1 - SIDE, larger_or_nan)
+
+
+@triton.jit
 def owner_moments(s, keep, SIDE: tl.constexpr):
     """(count, mean, sum of squared deviations, min, max) of the kept entries in one tile."""
     count = tl.sum(tl.where(keep, 1.0, 0.0), 1 - SIDE)
@@ -142,6 +154,8 @@ def nothing_merged(at, REDUCTION: tl.constexpr):
         values = (zero, zero, zero, inf, -inf)
     elif (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
         values = (zero, zero, zero, zero, zero)
+    elif REDUCTION == MAX:
+        values = (-inf, zero, zero, zero, zero)
     else:
         values = (-inf, zero, zero, zero, zero)
     return values
@@ -155,7 +169,7 @@ def running(state, step, inside, REDUCTION: tl.constexpr):
     third = first
     fourth = first
     fifth = first
-    if (REDUCTION != SUM) and (REDUCTION != COUNT):
+    if (REDUCTION != SUM) and (REDUCTION != COUNT) and (REDUCTION != MAX):
         second = tl.load(state + step, mask=inside, other=0.0)
         if REDUCTION != LOGSUMEXP:
             third = tl.load(state + 2 * step, mask=inside, other=0.0)
@@ -169,7 +183,7 @@ def running(state, step, inside, REDUCTION: tl.constexpr):
 def keep_running(values, state, step, inside, REDUCTION: tl.constexpr):
     """Write the statistics so far where `running` reads them."""
     tl.store(state, values[0], mask=inside)
-    if (REDUCTION != SUM) and (REDUCTION != COUNT):
+    if (REDUCTION != SUM) and (REDUCTION != COUNT) and (REDUCTION != MAX):
         tl.store(state + step, values[1], mask=inside)
         if REDUCTION != LOGSUMEXP:
             tl.store(state + 2 * step, values[2], mask=inside)
@@ -182,7 +196,7 @@ def keep_running(values, state, step, inside, REDUCTION: tl.constexpr):
 def write_results(values, out, step, inside, REDUCTION: tl.constexpr):
     """Write what a reduction's statistics say, in float32; `step` from one slot of the results to the next."""
     first, second, third, fourth, fifth = values
-    if (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
+    if (REDUCTION == SUM) or (REDUCTION == COUNT) or (REDUCTION == MAX):  # noqa: SIM109
         tl.store(out, first.to(tl.float32), mask=inside)
     elif REDUCTION == MOMENTS:
         tl.store(out, first.to(tl.float32), mask=inside)
@@ -241,6 +255,12 @@ def merged(
             mask = mask & was_visited((start + t)[:, None], at[None, :], corner, SIDE, TRIANGLE)
             offset = step * SLOT + tl.cast(start + t, tl.int64)[:, None] * length + at[None, :]
             first += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0).to(tl.float64), 0)
+    elif REDUCTION == MAX:
+        for start in range(0, tiles, 1):
+            offset = step * SLOT + tl.cast(start, tl.int64) * length + at
+            mask = inside & was_visited(start, at, corner, SIDE, TRIANGLE)
+            high = tl.load(partial_ptr + offset, mask=mask, other=-float("inf")).to(tl.float64)
+            first = tl.where((high > first) | (high != high), high, first)
     elif REDUCTION == MOMENTS:
         for start in range(0, tiles, 1):
             offset = step * SLOT + tl.cast(start, tl.int64) * length + at

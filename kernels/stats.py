@@ -25,6 +25,7 @@ from .program import (
 )
 from .reductions import (
     COUNT,
+    MAX,
     MOMENTS,
     SOFTMAX_MEAN,
     SUM,
@@ -32,6 +33,7 @@ from .reductions import (
     constant_of,
     exponent,
     owner_logsumexp,
+    owner_max,
     owner_moments,
     shared_logsumexp,
 )
@@ -64,6 +66,9 @@ def store_statistic(s, keep, view, partials, PROGRAM: tl.constexpr, AT: tl.const
         store_owner(partials, spread, slot + 2, side)
         store_owner(partials, low, slot + 3, side)
         store_owner(partials, high, slot + 4, side)
+    elif reduction == MAX:
+        value = score_value(affine(s, view, PROGRAM, AT), constant_of(view, PROGRAM, AT), PROGRAM[AT + SCORE])
+        store_owner(partials, owner_max(value, keep, side), slot, side)
     elif (reduction != SUM) and (reduction != COUNT):
         e, keep = exponent(s, keep, view, PROGRAM, AT)
         m, mass, p = owner_logsumexp(e, keep, side)
@@ -96,6 +101,8 @@ def store_neutral(partials, PROGRAM: tl.constexpr, AT: tl.constexpr):
             store_owner(partials, nothing, slot + k, side)
         store_owner(partials, nothing + inf, slot + 3, side)
         store_owner(partials, nothing - inf, slot + 4, side)
+    elif reduction == MAX:
+        store_owner(partials, nothing - inf, slot, side)
     elif (reduction != SUM) and (reduction != COUNT):
         store_owner(partials, nothing - inf, slot, side)
         store_owner(partials, nothing, slot + 1, side)

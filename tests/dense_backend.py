@@ -94,7 +94,7 @@ def weights(request, rows, columns, grad_rows, grad_columns, needs: Needs):
 def _term(term, s, t, keep, out, g, gradients):
     """The part of one term in dL/ds (owners, others); adds to the gradients of the parameters."""
     zero = torch.zeros_like(s)
-    if term.reduction in (Reduction.COUNT, Reduction.MOMENTS):
+    if not term.reduction.differentiable:
         return zero
     keep = keep & reference._within(t if term.guide == Guide.THRESHOLD else s, term.above, term.below)
     column = lambda v: v.to(s.dtype).reshape(-1, 1) if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=s.dtype)  # noqa: E731

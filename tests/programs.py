@@ -29,10 +29,11 @@ from flashpair import (
     pair_sum,
 )
 from flashpair.distributed.sharded import by_row
+from flashpair.primitives import reduce_in_turn
 
 ROWS, COLUMNS = Axis.ROWS, Axis.COLUMNS
 SUM, LSE, COUNT = Reduction.SUM, Reduction.LOGSUMEXP, Reduction.COUNT
-MEAN, MOMENTS = Reduction.SOFTMAX_MEAN, Reduction.MOMENTS
+MEAN, MOMENTS, MAX = Reduction.SOFTMAX_MEAN, Reduction.MOMENTS, Reduction.MAX
 SAME, DIFFERENT, GIVEN, NOT_GIVEN = Mask.SAME, Mask.DIFFERENT, Mask.GIVEN, Mask.NOT_GIVEN
 
 
@@ -98,6 +99,18 @@ def _multi_similarity(d: Data) -> tuple:
     return pair_reduce(**d.pairs, terms=terms)
 
 
+def _in_turn(d: Data) -> tuple:
+    """The negatives above the farthest positive and their maximum, then the positives below that."""
+    (farthest,) = mine(**d.pairs, extremes=[Extreme(SAME, largest=False)])
+    above = farthest.values[:, 0] - 0.103
+    first = [Term(LSE, mask=DIFFERENT, scale=5.0, offset=-2.5, above=above), Term(MAX, mask=DIFFERENT)]
+
+    def then(found) -> list[Term]:
+        return [Term(LSE, mask=SAME, scale=-d.scale, offset=1.0, below=found[-1] + 0.103), Term(SUM, mask=SAME)]
+
+    return reduce_in_turn(**d.pairs, first=first, then=then)
+
+
 def _circle(d: Data) -> tuple:
     root, margin = math.sqrt(8.0), 0.4
     terms = [
@@ -159,6 +172,7 @@ PROGRAMS = [
     Program("nt_xent", _nt_xent),
     Program("lifted", _lifted),
     Program("multi_similarity", _multi_similarity, grid=True),
+    Program("in_turn", _in_turn, grid=True),
     Program("circle", _circle),
     Program(
         "contrastive",
@@ -278,6 +292,17 @@ PROGRAMS = [
         ),
     ),
     Program(
+        "maxima",
+        _reduce(
+            lambda d: Term(MAX, mask=DIFFERENT, scale=d.row_scale, offset=d.row_offset, other_offset=d.column_offset),
+            lambda d: Term(MAX, mask=SAME, axis=COLUMNS, scale=-1.0, above=d.column_offset + 0.013),
+            lambda d: Term(MAX, Score.SQUARE, weight=d.column_weight, below=d.bias + 0.013),
+            lambda d: Term(LSE, mask=DIFFERENT, scale=d.scale),
+            lambda d: Term(MAX, mask=DIFFERENT, scale=d.scale),
+        ),
+        grid=True,
+    ),
+    Program(
         "euclidean",
         _reduce(
             lambda d: Term(LSE, scale=-d.scale), Term(SUM, mask=SAME, axis=COLUMNS), similarity=Similarity.EUCLIDEAN
@@ -369,7 +394,7 @@ PROGRAMS = [
             ),
         ),
     ),
-    Program("no_gradient", _reduce(Term(COUNT, Score.SQUARE, SAME), Term(MOMENTS))),
+    Program("no_gradient", _reduce(Term(COUNT, Score.SQUARE, SAME), Term(MOMENTS), Term(MAX))),
 ]
 
 BY_NAME = {p.name: p for p in PROGRAMS}

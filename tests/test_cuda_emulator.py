@@ -25,6 +25,7 @@ import flashpair
 from flashpair import (
     Axis,
     Extreme,
+    Guide,
     Mask,
     Reduction,
     Score,
@@ -128,7 +129,7 @@ def test_scores_keep_their_digits(dtype):
 
 NARROW = only(
     "clip", "supcon", "multi_similarity", "contrastive", "cacr", "euclidean", "given", "scalar_of_everything",
-    "softmax_mean_parameters", "moments", "thresholds", "guide_weight",
+    "softmax_mean_parameters", "moments", "maxima", "thresholds", "guide_weight",
 )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def test_sizes_around_a_fused_tile_sanitized(shape):
 
 @alone
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 129])
-@pytest.mark.parametrize("name", ["supcon", "moments", "given"])
+@pytest.mark.parametrize("name", ["supcon", "moments", "maxima", "given"])
 def test_self_similarity_around_a_tile_sanitized(name, size):
     data = make(size, None, 5, precision=torch.float32)
     compare(only(name)[0].run, data, "cuda", torch.float32, ill_conditioned=True)
@@ -180,6 +181,8 @@ def test_many_panels(side, dtype):
             Term(SUM, Score.SOFTPLUS, Mask.SAME, Axis.COLUMNS, scale=d.scale),
             Term(Reduction.SOFTMAX_MEAN, mask=Mask.DIFFERENT),
             Term(Reduction.MOMENTS, axis=Axis.COLUMNS),
+            Term(Reduction.MAX, mask=Mask.SAME, scale=-d.row_scale, offset=-4.0),
+            Term(Reduction.MAX, Score.SQUARE, axis=Axis.COLUMNS),
         ]
         return pair_reduce(**d.pairs, terms=terms, max_workspace_bytes=1 << 20)
 
@@ -259,10 +262,82 @@ def test_terms_of_equal_labels_only(side, labels):
             Term(LSE, mask=Mask.SAME, scale=d.row_scale, offset=d.row_offset, weight=d.column_weight),
             Term(SUM, Score.SOFTPLUS, Mask.SAME, Axis.COLUMNS, d.column_scale, other_offset=d.row_offset),
             Term(Reduction.MOMENTS, mask=Mask.SAME, below=d.row_offset + 0.513),
+            Term(Reduction.MAX, mask=Mask.SAME, scale=-1.0, offset=-1.0),
+            Term(Reduction.MAX, mask=Mask.SAME, axis=Axis.COLUMNS, scale=-1.0, offset=-1.0),
+            Term(Reduction.MAX, mask=Mask.SAME, scale=-d.row_scale, below=d.row_offset + 0.513),
         ]
         return pair_reduce(**d.pairs, terms=terms, similarity=flashpair.Similarity.SQUARED_EUCLIDEAN)
 
     compare(run, make(*_shape(side, 150, 260), 4, labels, precision=torch.float32), "cuda", torch.float32)
+
+
+def _maxima(d: support.Data) -> list[Term]:
+    """Nearly all below 0, so that zeros of what is not kept would win; some rows and columns share z."""
+    each = {"offset": -40.0, "scale": 0.5}
+    return [
+        Term(Reduction.MAX, **each),
+        Term(Reduction.MAX, axis=Axis.COLUMNS, **each),
+        Term(Reduction.MAX, mask=Mask.NOT_GIVEN, above=d.row_offset + 0.013, **each),
+        Term(Reduction.MAX, mask=Mask.GIVEN, axis=Axis.COLUMNS, below=d.column_offset - 0.013, **each),
+        Term(Reduction.MAX, Score.SQUARED_HINGE, Mask.SAME, above=torch.inf),
+        Term(Reduction.MAX, mask=Mask.DIFFERENT, scale=d.row_scale, offset=-30.0, other_offset=d.column_offset),
+        Term(Reduction.MAX, mask=Mask.SAME, axis=Axis.COLUMNS, offset=-40.0, weight=d.row_weight),
+        Term(Reduction.COUNT, mask=Mask.SAME),
+    ]
+
+
+@alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", [(37, 131), (133, None), (1, 129), (520, 600)], ids=str)
+def test_maxima_sanitized(shape, dtype):
+    """Masks, thresholds, excluded columns, owners without pairs, weights of no concern, several panels."""
+
+    def run(d):
+        options = {"pair_mask": d.pair_mask, "exclude": d.exclude, "max_workspace_bytes": 1 << 20}
+        return pair_reduce(**d.pairs, terms=_maxima(d), **options)
+
+    for form in ("simple", "fused") if dtype == torch.bfloat16 else ("simple",):
+        with backend_cuda.form(form):
+            compare(run, make(*shape, 19, grid=True), "cuda", dtype)
+
+
+@alone
+@pytest.mark.parametrize("use", [Guide.THRESHOLD, Guide.NONE])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_maxima_beside_a_guide(side, use):
+    """The second product says which pairs count, and is no factor of the score."""
+
+    def run(d):
+        terms = [
+            Term(Reduction.MAX, mask=Mask.DIFFERENT, offset=-40.0, above=0.013, guide=use),
+            Term(Reduction.MAX, axis=Axis.COLUMNS, offset=-40.0, below=-0.013, guide=use),
+            Term(SUM, Score.SOFTPLUS, guide=Guide.WEIGHT),
+        ]
+        guide = d.x[:, :3] if d.y is None else (d.x[:, :3], d.y[:, :3])
+        return pair_reduce(**d.pairs, terms=terms, guide=guide)
+
+    compare(run, make(*_shape(side, 37, 131), 19, grid=True), "cuda", torch.float32)
+
+
+@alone
+@pytest.mark.parametrize("kind", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("side", ["rectangle", "self"])
+def test_maxima_with_nan_and_infinity(side, dtype, kind):
+    """A NaN shows in every owner that meets it, wherever it lies, and in no other."""
+    d = make(*_shape(side, 140, 150), 3, grid=True)
+    d.x[5, 2] = kind
+    if d.y is not None:
+        d.y[7, 1] = d.y[130, 0] = kind
+    d.pair_mask[:, :100] = False
+    terms = [Term(Reduction.MAX, mask=m, axis=a) for m in (Mask.ALL, Mask.SAME, Mask.GIVEN) for a in Axis]
+    terms.append(Term(Reduction.MAX, Score.SQUARE, scale=d.row_scale.to(torch.float32)))
+    found = []
+    for backend, kept in (("cuda", d.to(dtype)), ("reference", d)):
+        with use_backend(backend):
+            found.append(pair_reduce(**kept.pairs, terms=terms, pair_mask=d.pair_mask, max_workspace_bytes=1 << 20))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-6, atol=0, equal_nan=True)
 
 
 @alone
@@ -276,6 +351,8 @@ def test_pairs_with_oneself_count_once_sanitized(size):
             Term(SUM, Score.SOFTPLUS, Mask.SAME, Axis.COLUMNS, d.column_scale, other_offset=d.row_offset),
             Term(Reduction.MOMENTS),
             Term(Reduction.COUNT, Score.SQUARE, scale=0.0, offset=1.0),
+            Term(Reduction.MAX),
+            Term(Reduction.MAX, mask=Mask.SAME, axis=Axis.COLUMNS, scale=-d.column_scale, offset=-9.0),
         ]
         return pair_reduce(**d.pairs, terms=terms, exclude_self=False)
 
@@ -283,7 +360,7 @@ def test_pairs_with_oneself_count_once_sanitized(size):
 
 
 @alone
-@pytest.mark.parametrize("name", ["sum_parameters", "supcon", "multi_similarity"])
+@pytest.mark.parametrize("name", ["sum_parameters", "supcon", "multi_similarity", "maxima"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
 def test_the_order_of_threads_does_not_matter(name, dtype, monkeypatch):
     """Bitwise: whatever order the threads of a block run in between barriers. A race would show."""

@@ -297,6 +297,7 @@ def test_merged_statistics_are_those_of_the_union(reduction, at):
         if len(columns) == 0:
             empty = {
                 Reduction.LOGSUMEXP: [-math.inf],
+                Reduction.MAX: [-math.inf],
                 Reduction.SOFTMAX_MEAN: [0.0, -math.inf],
                 Reduction.MOMENTS: [0.0, 0.0, 0.0, math.inf, -math.inf],
             }.get(reduction, [0.0])

@@ -6,8 +6,8 @@ import support
 import torch
 from loss_cases import batch, engine, peer_losses, peer_miners  # noqa: F401
 
-from flashpair import losses, miners
-from flashpair.miners import selection
+from flashpair import Mask, losses, miners, ops, use_backend
+from flashpair.miners import multi_similarity, selection
 
 distances = pytest.importorskip("pytorch_metric_learning.distances")
 
@@ -20,6 +20,14 @@ DISTANCES = [
     distances.LpDistance(normalize_embeddings=False),
 ]
 MINERS = ["MultiSimilarityMiner", "BatchHardMiner"]
+
+
+@pytest.fixture(params=["found by the miner", "left to the loss"])
+def closest_negatives(request, monkeypatch):
+    """Both ways to find the closest negatives, whatever the size."""
+    left = request.param == "left to the loss"
+    monkeypatch.setattr(multi_similarity, "_left_to_the_loss", lambda problem: left)
+    return left
 
 
 @pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: "default" if d is None else type(d).__name__)
@@ -46,7 +54,7 @@ def test_empty(name, engine):
         assert all(len(index) == 0 for index in getattr(miners, name)()(x, labels, *refs))
 
 
-def test_as_tuple_in_chunks_of_rows(monkeypatch):
+def test_as_tuple_in_chunks_of_rows(monkeypatch, closest_negatives):
     data = batch("random", False, b=17)
     whole = miners.MultiSimilarityMiner()(data.x, data.labels).as_tuple()
     monkeypatch.setattr(selection, "_CHUNK_PAIRS", 40)
@@ -54,7 +62,7 @@ def test_as_tuple_in_chunks_of_rows(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-def test_ties_are_strict():
+def test_ties_are_strict(closest_negatives):
     """s - epsilon < max and s + epsilon > min, both strict: equality keeps neither."""
     x = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.25, 0.0]])
     dot = distances.DotProductSimilarity(normalize_embeddings=False)
@@ -87,7 +95,7 @@ def test_lazy_equals_explicit(name, epsilon, rectangular, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_thresholds_between_distances(power):
+def test_thresholds_between_distances(power, closest_negatives):
     """Mined in distances, used by a loss on cosines."""
     data = batch("random", False, b=17).to(torch.float64)
     for epsilon in (0.1, 3.0):
@@ -97,7 +105,7 @@ def test_thresholds_between_distances(power):
             torch.testing.assert_close(lazy, loss(data.x, data.labels, mined.as_tuple()), rtol=1e-9, atol=1e-11)
 
 
-def test_equal_rows_stay_positives_in_distances():
+def test_equal_rows_stay_positives_in_distances(closest_negatives):
     """A threshold on cosines above 1 excludes nothing, a distance of exactly zero included."""
     x, labels = torch.eye(3, dtype=torch.float64)[[0, 0, 0, 1, 2]], torch.tensor([0, 0, 1, 1, 0])
     mined = miners.MultiSimilarityMiner(epsilon=0.5)(x, labels)
@@ -106,7 +114,7 @@ def test_equal_rows_stay_positives_in_distances():
     torch.testing.assert_close(loss(x, labels, mined), loss(x, labels, mined.as_tuple()))
 
 
-def test_thresholds_that_do_not_carry_over_become_pairs():
+def test_thresholds_that_do_not_carry_over_become_pairs(closest_negatives):
     data = batch("random", False, b=17).to(torch.float64)
     dot = distances.DotProductSimilarity(normalize_embeddings=False)
     mined = miners.MultiSimilarityMiner(distance=dot)(data.x, data.labels)
@@ -115,7 +123,7 @@ def test_thresholds_that_do_not_carry_over_become_pairs():
     torch.testing.assert_close(lazy, losses.SupConLoss()(data.x, data.labels, mined.as_tuple()))
 
 
-def test_other_embeddings_than_the_mined_ones():
+def test_other_embeddings_than_the_mined_ones(closest_negatives):
     """Pairs mined on one set of embeddings and used on another are those pairs, not the rule applied anew."""
     data = batch("random", False, b=17)
     other = torch.randn_like(data.x)
@@ -140,13 +148,73 @@ def test_batch_hard_with_every_loss(name, engine):
     torch.testing.assert_close(ours, want, rtol=1e-8, atol=0)
 
 
+LEFT = [
+    ("MultiSimilarityLoss", {}, {}),
+    ("MultiSimilarityLoss", {"distance": distances.LpDistance()}, {"distance": distances.LpDistance()}),
+    ("MultiSimilarityLoss", {"distance": distances.LpDistance()}, {}),  # compared in another way than mined
+    ("NTXentLoss", {}, {}),  # negatives first, then positives
+    ("SupConLoss", {}, {}),  # a softmax over both
+    ("ContrastiveLoss", {}, {"distance": distances.LpDistance()}),
+    ("CircleLoss", {}, {}),
+    ("TupletMarginLoss", {}, {}),
+]
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("name, options, mining", LEFT, ids=lambda v: v if isinstance(v, str) else "")
+def test_closest_negatives_left_to_the_loss(name, options, mining, rectangular, engine, monkeypatch):
+    """The same loss, gradients, statistics and pairs, whoever finds them and however often they are used."""
+    data = batch("one lonely", rectangular, b=17, n=13).to(torch.float64, support.device(engine))
+    miner, loss = miners.MultiSimilarityMiner(0.3, **mining), getattr(losses, name)(**options)
+    found = []
+    for left in (False, True):
+        monkeypatch.setattr(multi_similarity, "_left_to_the_loss", lambda problem, left=left: left)
+        mined = miner(data.x, data.labels, data.y, data.ref_labels)
+        values = [loss(data.x, data.labels, mined, data.y, data.ref_labels) for _ in range(2)]
+        gradients = [torch.autograd.grad(value, data.x)[0] for value in values]
+        again = miner(data.x, data.labels, data.y, data.ref_labels)
+        value, (positive, negative) = loss(data.x, data.labels, again, data.y, data.ref_labels, return_stats=True)
+        found.append([*values, *gradients, value, *positive, *negative, *mined.as_tuple(), *again.as_tuple()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_passes_of_closest_negatives_left_to_the_loss(monkeypatch):
+    """The positives mined, the negatives reduced, the positives reduced; then one backward pass for both."""
+    data = batch("random", False, b=17)
+    data.x.requires_grad_()
+    seen = []
+    for name in ("pair_mine", "pair_stats", "pair_weights"):
+        operator = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, o=operator: (seen.append((o.name, a)), o(*a))[1])
+    monkeypatch.setattr(multi_similarity, "_left_to_the_loss", lambda problem: True)
+    with use_backend("dense"):
+        mined = miners.MultiSimilarityMiner()(data.x, data.labels)
+        losses.MultiSimilarityLoss()(data.x, data.labels, mined).backward()
+    assert [name for name, _ in seen] == ["pair_mine", "pair_stats", "pair_stats", "pair_weights"]
+    assert seen[0][1][7][7:] == [1, 0, 1, -1, -1]  # the least similar one of the same label
+    assert len(mined.as_tuple()[0]) and [name for name, _ in seen[4:]] == []  # nothing is looked for again
+
+
+def test_when_closest_negatives_are_left_to_the_loss(monkeypatch):
+    data = batch("random", False, b=17)
+    for limit, kind in ((17 * 17, selection.ClosestNegative), (17 * 17 + 1, torch.Tensor)):
+        monkeypatch.setattr(multi_similarity, "CPU_PAIRS", limit)
+        monkeypatch.setattr(multi_similarity.operands, "ORDERED_PAIRS", limit)
+        mined = miners.MultiSimilarityMiner()(data.x, data.labels)
+        assert type(mined.bounds[Mask.SAME]["below"]) is kind
+    with use_backend("reference"):
+        mined = miners.MultiSimilarityMiner()(data.x, data.labels)
+        assert type(mined.bounds[Mask.SAME]["below"]) is torch.Tensor
+
+
 def test_no_gradient_and_no_graph():
     x = torch.randn(6, 4, requires_grad=True)
     mined = miners.MultiSimilarityMiner()(x, torch.arange(6) % 2)
     assert not any(b.requires_grad for bounds in mined.bounds.values() for b in bounds.values())
 
 
-def test_nan_is_mined():
+def test_nan_is_mined(closest_negatives):
     """A row with NaN is the hardest of all, so that it shows in the loss."""
     x = torch.randn(6, 4)
     x[5] = float("nan")

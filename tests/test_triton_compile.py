@@ -86,6 +86,7 @@ PROGRAMS = {
             "supcon",
             "nt_xent",
             "multi_similarity",
+            "in_turn",
             "circle",
             "contrastive",
             "lifted",

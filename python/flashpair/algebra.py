@@ -18,6 +18,8 @@ def merge(reduction: Reduction, a: Tensor, b: Tensor) -> Tensor:
     """Statistics (slots, owners) of the union of two disjoint sets of columns."""
     if reduction in (Reduction.SUM, Reduction.COUNT):
         return a + b
+    if reduction == Reduction.MAX:
+        return torch.maximum(a, b)
     if reduction == Reduction.LOGSUMEXP:
         return log_add_exp(a, b)
     if reduction == Reduction.SOFTMAX_MEAN:

@@ -158,8 +158,7 @@ def weights(
     cotangents, statistics = [], []
     for term in request.terms:
         known, gradient = (columns, grad_columns) if int(term.axis) else (rows, grad_rows)
-        fixed = term.reduction in (Reduction.COUNT, Reduction.MOMENTS)
-        cotangents.append(None if fixed else gradient[term.slot])
+        cotangents.append(gradient[term.slot] if term.reduction.differentiable else None)
         if term.reduction == Reduction.LOGSUMEXP:
             statistics.append((None, known[term.slot]))
         elif term.reduction == Reduction.SOFTMAX_MEAN:

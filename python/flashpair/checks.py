@@ -189,7 +189,7 @@ def _guided(name: str, term: Term, has_guide: bool) -> None:
             f"{guide}, which needs reduction=SOFTMAX_MEAN and detach_weights=True; got {term.reduction.name} "
             f"and {term.detach_weights}"
         )
-    if term.guide == Guide.WEIGHT and term.reduction in (Reduction.COUNT, Reduction.MOMENTS):
+    if term.guide == Guide.WEIGHT and not term.reduction.differentiable:
         raise ValueError(f"{guide}, which {term.reduction.name} does not have")
     if term.guide == Guide.WEIGHT and isinstance(term.weight, Tensor) and term.weight.requires_grad:
         raise ValueError(f"{guide}; {name}.weight must take no gradient beside it")

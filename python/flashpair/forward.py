@@ -20,6 +20,7 @@ NEUTRAL = {
     Reduction.COUNT: (0.0,),
     Reduction.LOGSUMEXP: (-torch.inf, 0.0),
     Reduction.SOFTMAX_MEAN: (-torch.inf, 0.0, 0.0),
+    Reduction.MAX: (-torch.inf,),
     Reduction.MOMENTS: (0.0, 0.0, 0.0, torch.inf, -torch.inf),  # count, mean, sum of squared deviations, min, max
 }
 
@@ -103,7 +104,7 @@ def statistics(
 
 def _finish(reduction: Reduction, state: Tensor, out: Tensor) -> None:
     """Running statistics (partials, owners) float64 → the reduction's slots (slots, owners)."""
-    if reduction in (Reduction.SUM, Reduction.COUNT):
+    if reduction in (Reduction.SUM, Reduction.COUNT, Reduction.MAX):
         out[0] = state[0]
     elif reduction == Reduction.MOMENTS:
         out[:] = state[:5]

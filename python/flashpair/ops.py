@@ -109,6 +109,35 @@ def _stats_backward(ctx, needs, grad_rows, grad_columns):
 pair_stats.differentiable(_stats_backward, _stats_setup)
 
 
+class _OnePass(torch.autograd.Function):
+    """Statistics that several passes found, with one backward pass for all of them."""
+
+    @staticmethod
+    def forward(ctx, found, static, *tensors):
+        output = tuple(torch.cat(side) for side in zip(*found, strict=True))
+        _stats_setup(ctx, (*tensors[:6], tensors[6:], *static), output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_rows, grad_columns):
+        needs = ctx.needs_input_grad[2:]
+        of_pairs = _stats_backward(ctx, (*needs[:6], needs[6:]), grad_rows, grad_columns)
+        return None, None, *of_pairs[:6], *of_pairs[6]
+
+
+def as_of_one_pass(
+    found: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[Tensor | None], params: Sequence[Tensor], *static
+) -> tuple[Tensor, Tensor]:
+    """Statistics (R, B) and (C, N) of one pass whose terms, in this order, several passes have reduced.
+
+    Args:
+        found: what `pair_stats` gave for each of them.
+        pairs: x, y, labels, ref_labels, pair_mask, exclude.
+        params, static: of the terms of all; spec, consts, backend, max_workspace_bytes.
+    """
+    return _OnePass.apply(found, static, *pairs, *params)
+
+
 # --- weights: the backward pass of the statistics --------------------------------------------------------------------
 
 
@@ -290,7 +319,7 @@ def _(x, y, labels, ref_labels, pair_mask, exclude, bounds, spec, consts, backen
 
 
 def statistics_of(terms, rows: Tensor, columns: Tensor) -> list[Tensor]:
-    """What each term is asked for: (owners,), moments (slots, owners); counts and moments have no gradient."""
+    """What each term is asked for: (owners,), moments (slots, owners); some have no gradient."""
     # By axis: the vectors, from one node of autograd for all terms, and how many of them are taken.
     vectors, used = (_vectors(rows), _vectors(columns)), [0, 0]
     found = []
@@ -302,7 +331,7 @@ def statistics_of(terms, rows: Tensor, columns: Tensor) -> list[Tensor]:
             found.append((columns if axis else rows).detach()[first : used[axis]])
         else:
             vector = vectors[axis][first]
-            found.append(vector.detach() if term.reduction is Reduction.COUNT else vector)
+            found.append(vector if term.reduction.differentiable else vector.detach())
     return found
 
 

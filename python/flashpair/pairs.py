@@ -252,13 +252,15 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tenso
     f = reference.score(term.score, at(term.scale, owner) * s + offset, term.constant)
     if term.reduction == Reduction.COUNT:
         return segment((keep & ~(f.detach() <= 0)).to(s.dtype))
+    if term.reduction == Reduction.MAX:
+        return _segment_max(torch.where(keep, f.detach(), -torch.inf), owner, owners)
     w = 1.0 if term.weight is None else _take(term.weight.to(s.dtype), other)
     if term.reduction == Reduction.SUM:
         return segment(torch.where(keep, w * f, 0.0))
     keep = keep & (torch.as_tensor(w) != 0)
     # NaN must reach the maximum, so that it reaches the result.
     exponent = torch.where(keep, f, -torch.inf)
-    top = s.new_full((owners,), -torch.inf).scatter_reduce(0, owner, exponent.detach(), "amax")
+    top = _segment_max(exponent.detach(), owner, owners)
     shift = torch.where(top == -torch.inf, 0.0, top)
     e = torch.where(keep, w * torch.exp(exponent - shift[owner]), 0.0)
     total = segment(e)
@@ -270,11 +272,15 @@ def _reduce(term: FlatTerm, s: Tensor, keep: Tensor, owner: Tensor, other: Tenso
     return segment(torch.where(keep, p * s, 0.0))
 
 
+def _segment_max(values: Tensor, owner: Tensor, owners: int) -> Tensor:
+    return values.new_full((owners,), -torch.inf).scatter_reduce(0, owner, values, "amax")
+
+
 def _moments(s: Tensor, keep: Tensor, owner: Tensor, owners: int) -> Tensor:
     zeros = s.new_zeros(owners)
     count = segment_sum(keep.to(s.dtype), owner, owners)
     mean = segment_sum(torch.where(keep, s, 0.0), owner, owners) / count.clamp_min(1)
     variance = segment_sum(torch.where(keep, (s - mean[owner]) ** 2, 0.0), owner, owners) / count.clamp_min(1)
     low = (zeros + torch.inf).scatter_reduce(0, owner, torch.where(keep, s, torch.inf), "amin")
-    high = (zeros - torch.inf).scatter_reduce(0, owner, torch.where(keep, s, -torch.inf), "amax")
+    high = _segment_max(torch.where(keep, s, -torch.inf), owner, owners)
     return torch.stack([count, mean, variance, low, high])

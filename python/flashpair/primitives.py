@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .distributed.sharded import Sharded, current
+from .operator import watched
 from .pairs import pair_similarity, reduce_pairs
 from .request import KEEP, decode, encode
 from .terms import Axis, Extreme, Precision, Reduction, Similarity, Term
@@ -170,10 +171,52 @@ def pair_reduce(
     return tuple(ops.statistics_of(terms, row_stats, column_stats))
 
 
+@_outside_autocast
+def reduce_in_turn(
+    x: Tensor,
+    y: Tensor | None,
+    first: Sequence[Term],
+    then: Callable[[Sequence[Tensor]], Sequence[Term]],
+    *,
+    labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+) -> tuple[Tensor, ...]:
+    """`pair_reduce` of some terms, then of those that `then` makes of their results; one backward pass for all.
+
+    No gradient goes through `then`: the results may become thresholds. Results: those of `first`, then the others.
+    """
+    pairs = {"labels": labels, "ref_labels": ref_labels, "exclude": exclude}
+    how = {**pairs, "similarity": similarity, "normalize": normalize}
+    columns = (x if y is None else y).shape[0]
+    backend = dispatch.choose(x, x.shape[0] * columns)
+    if backend == "reference" or current() is not None or watched(x):
+        found = pair_reduce(x, y, first, **how)
+        return (*found, *pair_reduce(x, y, then([v.detach() for v in found]), **how))
+    _check(x, y, labels, ref_labels, None, exclude, y is None, similarity, Precision.IEEE)
+    workspace, operands = workspace_bytes(None), (x, y, labels, ref_labels, None, exclude)
+    all_terms: list[Term] = []
+    found: list[tuple[Tensor, Tensor]] = []
+    results: Sequence[Tensor] = ()
+    for make in (lambda _: first, then):
+        terms = make(results)
+        checks.terms(terms, x.shape[0], columns, x.device, labels is not None, False)
+        params, spec, consts = encode(list(terms), similarity, normalize, y is None, False, Precision.IEEE)
+        spec[KEEP] = int(needs_grad(x, y, *params))
+        with torch.no_grad():
+            found.append(ops.pair_stats(*operands, params, spec, consts, backend, workspace))
+            results = ops.statistics_of(terms, *found[-1])
+        all_terms += terms
+    params, spec, consts = encode(all_terms, similarity, normalize, y is None, False, Precision.IEEE)
+    statistics = ops.as_of_one_pass(found, operands, params, spec, consts, backend, workspace)
+    return tuple(ops.statistics_of(all_terms, *statistics))
+
+
 def _public(term: Term, slots: Tensor) -> Tensor:
-    if term.reduction == Reduction.MOMENTS:
-        return slots.detach()
-    return slots[0].detach() if term.reduction == Reduction.COUNT else slots[0]
+    slots = slots if term.reduction.differentiable else slots.detach()
+    return slots if term.reduction == Reduction.MOMENTS else slots[0]
 
 
 @_outside_autocast

@@ -173,6 +173,9 @@ def _reduce(term: FlatTerm, s: Tensor, t: Tensor | None, keep: Tensor) -> Tensor
     f = score(term.score, z, term.constant)
     if term.reduction == Reduction.COUNT:
         return (keep & ~(f.detach() <= 0)).sum(-1, dtype=s.dtype)[None]
+    if term.reduction == Reduction.MAX:
+        f = torch.where(keep, f.detach(), -torch.inf)
+        return (f.amax(-1) if f.shape[1] else f.new_full(f.shape[:1], -torch.inf))[None]
     w = None if term.weight is None else term.weight.to(s.dtype)[None, :]
     if term.guide == Guide.WEIGHT:
         w = t if w is None else w * t

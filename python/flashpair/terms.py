@@ -59,6 +59,11 @@ class Reduction(IntEnum):
     LOGSUMEXP = 2  # log sum_j w_j exp(score(z_ij))                           [-inf]
     SOFTMAX_MEAN = 3  # sum_j p_ij s_ij, p_i = softmax_j over the kept pairs     [0]
     MOMENTS = 4  # (count, mean, variance, min, max) of s; not differentiable   [0, 0, 0, +inf, -inf]
+    MAX = 5  # max_j score(z_ij), whatever the weights; not differentiable    [-inf]
+
+    @property
+    def differentiable(self) -> bool:
+        return self not in (Reduction.COUNT, Reduction.MOMENTS, Reduction.MAX)
 
     @property
     def slots(self) -> int:

@@ -149,6 +149,7 @@ Values statistics(const Pairs<T>& pairs, const Term<T>& term) {
       case Reduction::moments:
         put(0, n), put(1, average), put(2, kept.empty() ? 0 : squares / n), put(3, low), put(4, high);
         break;
+      case Reduction::max: put(0, top); break;
     }
   }
   return out;

@@ -264,7 +264,7 @@ const std::vector<Program>& programs() {
       program("capped", Program::any,
               [](auto& c) {
                 c.problem.exclude_self = c.problem.self;
-                for (R reduction : {R::sum, R::logsumexp, R::softmax_mean, R::count}) {
+                for (R reduction : {R::sum, R::logsumexp, R::softmax_mean, R::count, R::max}) {
                   auto& term = c.add(reduction, Score::softcap, Mask::all);
                   term.scale.number = 3, term.scale_index = 0, term.constant = 0.75;
                 }
@@ -284,7 +284,7 @@ const std::vector<Program>& programs() {
       program("both axes", Program::rectangle_only,
               [](auto& c) {
                 for (Axis axis : {Axis::rows, Axis::columns})
-                  for (R reduction : {R::sum, R::count, R::logsumexp, R::softmax_mean, R::moments})
+                  for (R reduction : {R::sum, R::count, R::logsumexp, R::softmax_mean, R::moments, R::max})
                     c.add(reduction, Score::softplus, axis == Axis::rows ? Mask::all : Mask::different, axis);
               }),
       program("parameters added", Program::any,
@@ -323,6 +323,26 @@ const std::vector<Program>& programs() {
                 c.add(R::sum, Score::softplus, Mask::given);
                 c.add(R::logsumexp, Score::identity, Mask::not_given, Axis::columns);
                 c.add(R::moments, Score::identity, Mask::given, Axis::columns);
+                c.add(R::max, Score::softplus, Mask::given);
+                c.add(R::max, Score::identity, Mask::not_given, Axis::columns);
+              }),
+      program("maxima", Program::any,
+              [](auto& c) {
+                c.problem.exclude_self = c.problem.self;
+                c.rich(c.add(R::max, Score::softplus, Mask::different), Combine::add);
+                bounded(c, c.add(R::max, Score::identity, Mask::same)).scale.number = -1;
+                c.add(R::max, Score::identity, Mask::same).scale.number = -1;
+                c.add(R::logsumexp, Score::identity, Mask::all);
+              }),
+      program("maxima on both axes", Program::rectangle_only,
+              [](auto& c) {
+                c.problem.exclude = c.exclude.data();
+                for (Axis axis : {Axis::rows, Axis::columns}) {
+                  auto& term = c.add(R::max, Score::identity, Mask::all, axis);
+                  term.scale.number = -3, term.offset.number = -4;
+                  c.add(R::max, Score::squared_hinge, Mask::different, axis).scale.number = -1;
+                  c.rich(bounded(c, c.add(R::max, Score::log_cosh, Mask::same, axis)), Combine::logaddexp);
+                }
               }),
       program("one pass", Program::one_pass,
               [](auto& c) {
@@ -439,7 +459,7 @@ void check_nan(Reduction reduction, int slot) {
 }
 
 TEST(nan_shows_in_its_row_and_in_every_column) {
-  for (Reduction reduction : {Reduction::sum, Reduction::logsumexp, Reduction::softmax_mean})
+  for (Reduction reduction : {Reduction::sum, Reduction::logsumexp, Reduction::softmax_mean, Reduction::max})
     check_nan<float>(reduction, 0), check_nan<double>(reduction, 0);
   for (int slot : {1, 2, 3, 4}) check_nan<float>(Reduction::moments, slot), check_nan<double>(Reduction::moments, slot);
 }

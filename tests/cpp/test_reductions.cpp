@@ -13,8 +13,8 @@ using namespace flashpair;
 using namespace flashpair::common;
 using Wide = long double;
 
-constexpr Reduction kReductions[] = {Reduction::sum, Reduction::count, Reduction::logsumexp, Reduction::softmax_mean,
-                                     Reduction::moments};
+constexpr Reduction kReductions[] = {Reduction::sum,          Reduction::count,   Reduction::logsumexp,
+                                     Reduction::softmax_mean, Reduction::moments, Reduction::max};
 constexpr int kState = 5;  // largest reduction_state
 
 // One pair: score, weight, similarity.
@@ -41,6 +41,7 @@ State of_pair(Reduction reduction, const Pair& p) {
     case Reduction::logsumexp: return {{p.f, p.w}};
     case Reduction::softmax_mean: return {{p.f, p.w, 0, p.s}};
     case Reduction::moments: return {{1, p.s, p.s * p.s, p.s, p.s}};
+    case Reduction::max: return {{p.f}};
   }
   return {};
 }
@@ -79,6 +80,7 @@ Values direct(Reduction reduction, const std::vector<Pair>& pairs) {
     case Reduction::logsumexp: return {{lse}};
     case Reduction::softmax_mean: return {{pairs.empty() ? 0 : mean / total, lse}};
     case Reduction::moments: return {{n, average, pairs.empty() ? 0 : squares / n, low, high}};
+    case Reduction::max: return {{top}};
   }
   return {};
 }
@@ -143,7 +145,8 @@ TEST(empty_states_are_neutral) {
 
 TEST(empty_rows_have_their_documented_values) {
   const Wide infinity = INFINITY;
-  const Values want[] = {{{0}}, {{0}}, {{-infinity}}, {{0, -infinity}}, {{0, 0, 0, infinity, -infinity}}};
+  const Values want[] = {{{0}},        {{0}}, {{-infinity}}, {{0, -infinity}}, {{0, 0, 0, infinity, -infinity}},
+                         {{-infinity}}};
   for (Reduction reduction : kReductions)
     check_values(reduction, finished(reduction, empty(reduction)), want[int(reduction)], 0);
 }
@@ -184,8 +187,9 @@ TEST(nan_stays) {
 // An infinite score gives an infinity or NaN, never a finite number that looks right.
 TEST(infinities_show) {
   check::Random random(5);
-  for (Reduction reduction : {Reduction::sum, Reduction::logsumexp, Reduction::softmax_mean, Reduction::moments})
+  for (Reduction reduction : kReductions)
     for (size_t at = 0; at < 7; ++at) {
+      if (reduction == Reduction::count) continue;  // of a sign only
       std::vector<Pair> pairs = random_pairs(random, 7, 5);
       pairs[at].f = pairs[at].s = INFINITY;
       std::vector<State> states;
@@ -229,6 +233,24 @@ TEST(equal_similarities_have_no_variance) {
   const Values got = finished(Reduction::moments, state);
   CHECK(got.data[2] >= 0);
   CHECK(got.data[2] <= 1e-15L);
+}
+
+TEST(a_maximum_is_one_of_its_scores) {
+  check::Random random(7);
+  for (int trial = 0; trial < 200; ++trial) {
+    const std::vector<Pair> pairs = random_pairs(random, 1 + random.below(9), 1e4);
+    std::vector<State> states;
+    for (const Pair& p : pairs) states.push_back(of_pair(Reduction::max, p));
+    const Values got = finished(Reduction::max, bracketed(Reduction::max, states, random));
+    CHECK(got.data[0] == direct(Reduction::max, pairs).data[0]);
+  }
+  // -inf does not win over a score, nor a score over NaN, in any order.
+  const State nothing = empty(Reduction::max), low = {{-3}}, lowest = {{-INFINITY}}, bad = {{NAN}};
+  for (const State& state : {merged(Reduction::max, low, lowest), merged(Reduction::max, lowest, low)})
+    CHECK(state.data[0] == -3);
+  for (const State& other : {nothing, low, lowest, bad})
+    for (const State& state : {merged(Reduction::max, bad, other), merged(Reduction::max, other, bad)})
+      CHECK(std::isnan(state.data[0]));
 }
 
 TEST(finish_writes_its_slots_a_stride_apart) {

@@ -255,7 +255,7 @@ def _over_ranks(call: _Call, columns: Tensor) -> Tensor:
     parts = _by_term(call.terms, Axis.COLUMNS)
     if not parts or call.ranks.size == 1:
         return columns
-    if any(term.reduction == Reduction.MOMENTS for term, _ in parts):
+    if any(term.reduction in (Reduction.MOMENTS, Reduction.MAX) for term, _ in parts):
         all_of = call.ranks.gather(columns[None], [1] * call.ranks.size)
         found = all_of[0]
         for other in all_of[1:]:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed.sharded import bound
 from ..label_order import label_order
+from ..miners.selection import settled
 from ..request import statistics_dtype
 from ..terms import Mask
 from .problem import PairProblem
@@ -47,7 +48,7 @@ def positive_pairs(problem: PairProblem, step: int, once: bool) -> Iterator[tupl
 @torch.no_grad()
 def _within(problem: PairProblem, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs between the mined thresholds of their rows."""
-    bounds = problem.bounds.get(Mask.SAME, {})
+    bounds = settled(problem.bounds.get(Mask.SAME, {}))
     if not bounds:
         return rows, columns
     s = problem.similarity(rows, columns)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import checks
 from ..algebra import log_add_exp
-from ..miners.selection import MinedPairs, check_indices, listed
+from ..miners.selection import Bound, ClosestNegative, MinedPairs, check_indices, listed, settled
 from ..pairs import pair_similarity, segment_sum
-from ..primitives import pair_reduce
+from ..primitives import pair_reduce, reduce_in_turn
 from ..request import statistics_dtype
 from ..rows import row_reduce
 from ..terms import Mask, Reduction, Score, Term
@@ -56,7 +56,7 @@ class PairProblem:
     labels: Tensor | None = None  # (B,)
     ref_labels: Tensor | None = None  # (N,)
     exclude: Tensor | None = None  # (B,)
-    bounds: dict[Mask, dict[str, Tensor]] = field(default_factory=dict)  # above, below (B,) of each sign
+    bounds: dict[Mask, dict[str, Bound]] = field(default_factory=dict)  # above, below (B,) of each sign
     pairs: dict[Mask, tuple[Tensor, Tensor]] | None = None  # explicit lists; then labels say nothing of the pairs
     anchor_labels: Tensor | None = None  # (B,), for class weights and parameters of classes
     mined: object = None  # an index tuple that weights rows instead of choosing pairs
@@ -118,7 +118,7 @@ class PairProblem:
             i, p = self.pairs[Mask.SAME]
             values = losses(self.similarity(i, p), *(r[i] for r in rows))
             return segment_sum(values, i, self.x.shape[0])
-        bounds = self.bounds.get(Mask.SAME, {})
+        bounds = settled(self.bounds.get(Mask.SAME, {}))
         limits = [bounds[k] for k in ("above", "below") if k in bounds]
 
         def formula(panel, *inputs: Tensor) -> list[Tensor]:
@@ -155,19 +155,46 @@ class PairProblem:
         return pair_similarity(self.x, self.y, rows, columns, **how)
 
     def _labelled(self, terms: list[Term]) -> list[Tensor]:
+        awaited = self._awaited(terms)
+        if awaited is None:
+            return self._one_pass(terms)
+        # The negatives first, which tell how close they come; few tiles hold the positives that are then reduced.
+        negative, positive = ([term for term in terms if term.mask == mask] for mask in (Mask.DIFFERENT, Mask.SAME))
+
+        def then(found) -> list[Term]:
+            awaited.found(found[-1])
+            return [part for term in positive for part in self._parts(term)]
+
+        first = [part for term in negative for part in self._parts(term)] + [awaited.term()]
+        if positive:
+            found = reduce_in_turn(self.x, self.y, first, then, **self._how)
+        else:
+            found = pair_reduce(self.x, self.y, first, **self._how)
+            then(found)
+        of_negative, of_positive = iter(found), iter(found[len(first) :])
+        return [next(of_negative if term.mask == Mask.DIFFERENT else of_positive) for term in terms]
+
+    def _awaited(self, terms: list[Term]) -> ClosestNegative | None:
+        """A threshold of the positives that a pass over the negatives among the terms would find."""
+        if torch.compiler.is_compiling():
+            return None
+        for bound in self.bounds.get(Mask.SAME, {}).values():
+            if isinstance(bound, ClosestNegative) and bound.awaited(self.geometry, self.exclude):
+                masks = {term.mask for term in terms}
+                return bound if Mask.DIFFERENT in masks and masks <= set(_SIGNED) else None
+        return None
+
+    @property
+    def _how(self) -> dict:
+        """How a pass over all pairs compares them."""
+        return {
+            "labels": self.labels, "ref_labels": self.ref_labels, "exclude": self.exclude,
+            "similarity": self.geometry.similarity, "normalize": self.geometry.normalize,
+        }  # fmt: skip
+
+    def _one_pass(self, terms: list[Term]) -> list[Tensor]:
         parts = [self._parts(term) for term in terms]
-        flat = iter(
-            pair_reduce(
-                self.x,
-                self.y,
-                [part for group in parts for part in group],
-                labels=self.labels,
-                ref_labels=self.ref_labels,
-                exclude=self.exclude,
-                similarity=self.geometry.similarity,
-                normalize=self.geometry.normalize,
-            )
-        )
+        flat = iter(pair_reduce(self.x, self.y, [part for group in parts for part in group], **self._how))
         results = []
         for group in parts:
             found = [next(flat) for _ in group]
@@ -180,7 +207,7 @@ class PairProblem:
             return [term]
         if term.mask == Mask.ALL:
             return [part for mask in _SIGNED for part in self._parts(replace(term, mask=mask))]
-        bounds = self.bounds[term.mask]
+        bounds = settled(self.bounds[term.mask])
         return [
             replace(
                 term,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharded import current
-from ..losses.geometry import Geometry, geometry_of
+from ..losses.geometry import geometry_of
 from ..losses.group import InGroup
 from ..losses.peer import BaseMiner
 from ..losses.problem import PairProblem, pair_problem
@@ -70,18 +70,35 @@ def loosened(problem: PairProblem, limit: Tensor, outward: float) -> Tensor:
 
 def hardest(problem: PairProblem) -> tuple[Mined, Mined]:
     """The farthest positive and the closest negative of each row, from one pass."""
-    geometry: Geometry = problem.geometry
-    closer_is_larger = geometry.sign > 0
+    return _mined(problem, _farthest_positive(problem), _closest_negative(problem))
+
+
+def farthest_positive(problem: PairProblem) -> Mined:
+    """Of each row; only the pairs of one class are visited."""
+    return _mined(problem, _farthest_positive(problem))[0]
+
+
+def closest_negative(problem: PairProblem) -> Mined:
+    """Of each row."""
+    return _mined(problem, _closest_negative(problem))[0]
+
+
+def _farthest_positive(problem: PairProblem) -> Extreme:
+    return Extreme(Mask.SAME, largest=problem.geometry.sign < 0)
+
+
+def _closest_negative(problem: PairProblem) -> Extreme:
+    return Extreme(Mask.DIFFERENT, largest=problem.geometry.sign > 0)
+
+
+def _mined(problem: PairProblem, *extremes: Extreme) -> tuple[Mined, ...]:
     return mine(
         problem.x,
         problem.y,
-        [
-            Extreme(Mask.SAME, largest=not closer_is_larger),
-            Extreme(Mask.DIFFERENT, largest=closer_is_larger),
-        ],
+        extremes,
         labels=problem.labels,
         ref_labels=problem.ref_labels,
         exclude=problem.exclude,
-        similarity=geometry.similarity,
-        normalize=geometry.normalize,
+        similarity=problem.geometry.similarity,
+        normalize=problem.geometry.normalize,
     )

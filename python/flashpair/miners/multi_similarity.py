@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from .. import checks
+import torch
+
+from .. import checks, dispatch, operands
+from ..distributed.sharded import Sharded
 from ..losses.peer import CosineSimilarity
 from ..losses.problem import PairProblem
 from ..terms import Mask
-from .base import Miner, hardest
-from .selection import MinedPairs
+from .base import Miner, closest_negative, farthest_positive, hardest
+from .selection import ClosestNegative, MinedPairs
+
+#: From so many pairs on, a CPU leaves the closest negatives to the pass of the loss.
+CPU_PAIRS = 1 << 23
 
 
 class MultiSimilarityMiner(Miner):
@@ -46,13 +52,30 @@ class MultiSimilarityMiner(Miner):
         return CosineSimilarity()
 
     def select(self, problem: PairProblem) -> MinedPairs:
-        farthest_positive, closest_negative = hardest(problem)
         slack = self.epsilon * problem.geometry.sign
         positive, negative = ("below", "above") if problem.geometry.sign > 0 else ("above", "below")
-        bounds = {
-            Mask.SAME: {positive: closest_negative.values[:, 0] + slack},
-            Mask.DIFFERENT: {negative: farthest_positive.values[:, 0] - slack},
-        }
+        if _left_to_the_loss(problem):
+            limit = farthest_positive(problem).values[:, 0] - slack
+            look = lambda: closest_negative(problem).values[:, 0]  # noqa: E731
+            closest = ClosestNegative(look, problem.geometry, problem.exclude, slack)
+        else:
+            farthest, found = hardest(problem)
+            limit, closest = farthest.values[:, 0] - slack, found.values[:, 0] + slack
+        bounds = {Mask.SAME: {positive: closest}, Mask.DIFFERENT: {negative: limit}}
         return MinedPairs(
             problem.x, problem.y, problem.labels, problem.ref_labels, problem.geometry, bounds, problem.exclude
         )
+
+
+def _left_to_the_loss(problem: PairProblem) -> bool:
+    """Whether the pass of a loss over the negatives is to find the closest of them.
+
+    Of all pairs that is one pass less, and two more of the pairs of one class: few tiles where kernels sort the rows by
+    label. Measured on a CPU: 0.97 to 1.4 times as fast with 1024 to 16,384 rows, 1.05 with 4096.
+    """
+    x, y = problem.x, problem.y
+    if torch.compiler.is_compiling() or isinstance(x, Sharded) or isinstance(y, Sharded):
+        return False
+    pairs = x.shape[0] * (x if y is None else y).shape[0]
+    backend = dispatch.choose(x, pairs)
+    return backend != "reference" and pairs >= (CPU_PAIRS if backend == "cpu" else operands.ORDERED_PAIRS)

@@ -7,7 +7,7 @@ give it `as_tuple()`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import checks
 from ..distributed.sharded import Sharded, local_rows
 from ..reference import similarity_matrix
-from ..terms import Mask
+from ..terms import Mask, Reduction, Term
 
 if TYPE_CHECKING:
     from ..losses.geometry import Geometry
@@ -104,6 +104,47 @@ class _OfEmbeddings(LazyTuple):
 
 
 @dataclass(eq=False)
+class ClosestNegative:
+    """A threshold (B,) of the positives, `slack` beyond the closest negative of each row.
+
+    A loss's pass over the negatives finds it on the way (`term`, `found`); who wants it earlier has it looked for.
+    """
+
+    look: Callable[[], Tensor]  # (B,) similarity or distance of that negative, infinite where there is none
+    geometry: Geometry  # in which it stands
+    exclude: Tensor | None  # as mined
+    slack: float
+    _value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """The threshold."""
+        if self._value is None:
+            with torch.no_grad():
+                self._value = self.look() + self.slack
+        return self._value
+
+    def awaited(self, geometry: Geometry, exclude: Tensor | None) -> bool:
+        """Whether a pass that compares so and leaves out these columns would find it."""
+        return self._value is None and geometry == self.geometry and exclude is self.exclude
+
+    def term(self) -> Term:
+        """What tells `found`, beside the terms of the negatives."""
+        return Term(Reduction.MAX, mask=Mask.DIFFERENT, scale=float(self.geometry.sign))
+
+    def found(self, largest: Tensor) -> None:
+        """Take the result of `term`."""
+        self._value = self.geometry.sign * largest + self.slack
+
+
+Bound = Tensor | ClosestNegative
+
+
+def settled(bounds: dict[str, Bound]) -> dict[str, Tensor]:
+    """The thresholds as tensors."""
+    return {name: v if isinstance(v, Tensor) else v.value() for name, v in bounds.items()}
+
+
+@dataclass(eq=False)
 class MinedPairs(_OfEmbeddings):
     """All pairs of a batch whose similarity lies between per-row thresholds, O(B) numbers.
 
@@ -116,25 +157,30 @@ class MinedPairs(_OfEmbeddings):
         columns: (N, D) reference embeddings, None where they are the embeddings.
         labels: (B,). ref_labels: (N,) or None.
         geometry: similarity in which the thresholds stand.
-        bounds: thresholds `above` and `below`, (B,) each, of `Mask.SAME` and `Mask.DIFFERENT`.
+        bounds: thresholds `above` and `below`, (B,) each, of `Mask.SAME` and `Mask.DIFFERENT`; of `Mask.SAME` also as
+            `ClosestNegative`.
         exclude: (B,) one column that row i never meets, or None.
     """
 
-    bounds: dict[Mask, dict[str, Tensor]] = field(default_factory=dict)
+    bounds: dict[Mask, dict[str, Bound]] = field(default_factory=dict)
     exclude: Tensor | None = None
     _indices: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return 4
 
-    def bounds_in(self, geometry: Geometry) -> dict[Mask, dict[str, Tensor]] | None:
+    def bounds_in(self, geometry: Geometry) -> dict[Mask, dict[str, Bound]] | None:
         """The thresholds for another way to compare; None where they do not carry over."""
         from ..losses.geometry import convert_threshold
 
+        if geometry == self.geometry:
+            return self.bounds
         turned = {"above": "below", "below": "above"} if geometry.sign != self.geometry.sign else {}
-        found: dict[Mask, dict[str, Tensor]] = {}
+        found: dict[Mask, dict[str, Bound]] = {}
         for mask, bounds in self.bounds.items():
-            converted = {turned.get(k, k): convert_threshold(v, self.geometry, geometry) for k, v in bounds.items()}
+            converted = {
+                turned.get(k, k): convert_threshold(v, self.geometry, geometry) for k, v in settled(bounds).items()
+            }
             if any(v is None for v in converted.values()):
                 return None
             found[mask] = converted
@@ -164,9 +210,10 @@ class MinedPairs(_OfEmbeddings):
             allowed = torch.arange(s.shape[1], device=s.device)[None, :] != excluded[:, None]
         found = []
         for mask, keep in ((Mask.SAME, same & allowed), (Mask.DIFFERENT, ~same & allowed)):
+            bounds = settled(self.bounds.get(mask, {}))
             for name, drops in (("above", torch.le), ("below", torch.ge)):
-                if name in self.bounds.get(mask, {}):
-                    keep = keep & ~drops(s, self.bounds[mask][name][rows, None])
+                if name in bounds:
+                    keep = keep & ~drops(s, bounds[name][rows, None])
             if not self.bounds:
                 i, j = keep.nonzero(as_tuple=True)
             else:
