@@ -154,6 +154,31 @@ def test_hard_contrastive_keeps_ties(engine):
     torch.testing.assert_close(loss, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rank_n_contrast_of_far_embeddings_and_equal_targets(dtype, engine):
+    """Logits thousands apart, whose exponentials are 0 and infinite; targets of two numbers, each of them twice."""
+    g = torch.Generator().manual_seed(0)
+    wide = 1000 * torch.randn(14, 3, generator=g, dtype=torch.float64)
+    targets = torch.randint(3, (7, 2), generator=g).double().repeat(2, 1)
+    apart, others = torch.cdist(targets, targets, p=1), ~torch.eye(14, dtype=torch.bool)
+
+    def plain(x, t):
+        s = -torch.cdist(x, x) / t
+        sums = [s[i][(apart[i] >= apart[i, k]) & others[i]].logsumexp(0) - s[i, k] for i, k in others.nonzero()]
+        return torch.stack(sums).mean()
+
+    def found(function, dtype, at="cpu"):
+        x, t = wide.to(at, dtype).requires_grad_(), torch.tensor(0.5, dtype=dtype, device=at, requires_grad=True)
+        loss = function(x, t)
+        return [v.detach().double().cpu() for v in (loss, *torch.autograd.grad(loss, (x, t)))]
+
+    at = support.device(engine)
+    ours = found(lambda x, t: losses.RnCLoss(t)(x, targets.to(at)), dtype, at)
+    rounding = torch.finfo(dtype).eps * (torch.cdist(wide, wide).max() / 0.5).item()  # of a log-sum
+    for want, got in zip(found(plain, torch.float64), ours, strict=True):
+        support.assert_close("far", got, want, rtol=max(rounding, 1e-10))
+
+
 def test_hard_contrastive_counts_long_rows():
     """As many as asked for, and the largest; the own column never."""
     from flashpair.losses.contrast.hard_contrastive import _hardest

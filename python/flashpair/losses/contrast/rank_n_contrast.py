@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ... import checks
 from ...distributed.sharded import all_rows, current
@@ -75,22 +76,47 @@ class RnCLoss(InGroup, nn.Module):
 
         def ordered(panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
             # The row itself comes last: nothing that is summed has it in its set.
-            apart = torch.cdist(own, targets[panel.column], p=1).masked_fill(~panel.allowed, -1.0)
-            apart, order = apart.sort(dim=1, descending=True, stable=True)
-            logits = (-scale * panel.s).gather(1, order)[:, :-1]
-            sums = logits.logcumsumexp(1)
-            # Columns at one distance share the sum of the last of them.
-            step = torch.arange(sums.shape[1], device=sums.device).expand_as(sums)
-            ends = torch.where(apart[:, :-1] > apart[:, 1:], step, sums.shape[1])
-            last = ends.flip(1).cummin(1).values.flip(1)
-            return [(sums.gather(1, last) - logits).sum(1)]
+            apart = torch.cdist(own, targets[panel.column], p=1).masked_fill_(~panel.allowed, -1.0)
+            return [OrderedLogSums.apply(panel.s, scale, apart)]
 
-        (sums,) = row_reduce(
+        (total,) = row_reduce(
             embeddings, None, ordered, rows=[targets],
             shared=[torch.as_tensor(scale, dtype=targets.dtype, device=targets.device), targets],
-            similarity=Similarity.EUCLIDEAN, copies=16,
+            similarity=Similarity.EUCLIDEAN, totals=1, copies=20,
         )  # fmt: skip
-        return poisoned(sums.sum() / (rows * (rows - 1)), embeddings)
+        return poisoned(total / (rows * (rows - 1)), embeddings)
+
+
+class OrderedLogSums(torch.autograd.Function):
+    """Σ_i Σ_k LSE_{j: apart_ij ≥ apart_ik} l_ij - l_ik, l = -scale s, over all columns but the nearest of each row.
+
+    Slopes are those of running log-sums too: j is in the sets of all k at its distance and nearer, so
+    ∂/∂l_j = Σ_k e^{l_j - LSE_k} - 1 = e^{l_j + LSE_k(-LSE_k)} - 1.
+    """
+
+    @staticmethod
+    def forward(ctx, s: Tensor, scale: Tensor, apart: Tensor) -> Tensor:
+        apart, order = apart.sort(dim=1, descending=True)
+        order, step = order[:, :-1], torch.arange(order.shape[1], device=s.device)
+        new = apart[:, :-1] > apart[:, 1:]  # whether the next column is nearer
+        logits = (-scale * s).gather(1, order)
+        # Columns at one distance share the sum of the last of them, and what the first of them gathers from the end.
+        ends = torch.where(new, step[:-1], order.shape[1]).flip(1).cummin(1).values.flip(1)
+        sums = logits.logcumsumexp(1).gather(1, ends)
+        total = (sums - logits).sum()
+        if any(ctx.needs_input_grad[:2]):
+            firsts = torch.where(new, step[1:], 0)[:, :-1].cummax(1).values
+            firsts = torch.cat([firsts.new_zeros(len(firsts), 1), firsts], 1)
+            later = sums.neg_().flip(1).logcumsumexp(1).flip(1).gather(1, firsts)
+            slopes = torch.zeros_like(s).scatter_(1, order, later.add_(logits).exp_().sub_(1.0))
+            ctx.save_for_backward(slopes.mul(-scale), -(slopes * s).sum())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        of_s, of_scale = ctx.saved_tensors
+        return of_s * grad, of_scale * grad, None
 
 
 def check_targets(name: str, value: Tensor, embeddings: Tensor) -> None:
