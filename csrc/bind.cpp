@@ -125,7 +125,7 @@ void stats(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, 
               columns);
 }
 
-// Gradients of numbers: what each owner says of one is summed in double, over all of its uses.
+// Gradients of numbers: what each owner says of one is summed in double, over all of its uses, and rounded to T.
 template <class T>
 class NumberGradients {
  public:

@@ -90,7 +90,7 @@ struct Collector {
   FP_DEVICE V of_warp(int component, int warp, int column) const {
     return shared[(component * kWarps + warp) * kTileColumns + column];
   }
-  // Partials of a tile without pairs: zeros, where all of them are summed.
+  // Partials of a tile without pairs: what stands for none.
   FP_DEVICE void neutral(int row_slots, int column_slots, int tile_row, int tile_rows, V nothing = V(0)) const {
     for (int k = thread_index(); k < tile_rows && tile_row + k < pass.end_b; k += kThreads)
       for (int slot = 0; slot < row_slots; ++slot) row_partial(slot, tile_row + k, nothing);

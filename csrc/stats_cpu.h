@@ -197,7 +197,8 @@ class Stats {
                            static_cast<T*>(nullptr));
         z = buffers.f, scale = 1, offset = 0;
       }
-      const T top = keep ? max_of<true>(z, scale, offset, n, keep, highest) : max_of<false>(z, scale, offset, n, keep, highest);
+      const T top =
+          keep ? max_of<true>(z, scale, offset, n, keep, highest) : max_of<false>(z, scale, offset, n, keep, highest);
       if (!to_row) continue;
       const double other[1] = {double(top)};
       state_merge(Reduction::max, to_row->state.get() + tile.i0 + r, other);

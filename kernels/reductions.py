@@ -154,8 +154,6 @@ def nothing_merged(at, REDUCTION: tl.constexpr):
         values = (zero, zero, zero, inf, -inf)
     elif (REDUCTION == SUM) or (REDUCTION == COUNT):  # noqa: SIM109
         values = (zero, zero, zero, zero, zero)
-    elif REDUCTION == MAX:
-        values = (-inf, zero, zero, zero, zero)
     else:
         values = (-inf, zero, zero, zero, zero)
     return values

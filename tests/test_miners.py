@@ -1,6 +1,8 @@
 """Miners: index tuples equal to the peer's, and selections that never become pairs."""
 # ruff: noqa: F811
 
+import pickle
+
 import pytest
 import support
 import torch
@@ -177,6 +179,40 @@ def test_closest_negatives_left_to_the_loss(name, options, mining, rectangular, 
         found.append([*values, *gradients, value, *positive, *negative, *mined.as_tuple(), *again.as_tuple()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", ["own copies left out", "memory"])
+def test_closest_negatives_where_a_column_is_left_out(case, engine, monkeypatch):
+    data = batch("random", False, b=17).to(torch.float64, support.device(engine))
+    found, seen = [], []
+    look = multi_similarity.closest_negative
+    monkeypatch.setattr(multi_similarity, "closest_negative", lambda problem: seen.append(problem) or look(problem))
+    for left in (False, True):
+        monkeypatch.setattr(multi_similarity, "_left_to_the_loss", lambda problem, left=left: left)
+        miner, loss = miners.MultiSimilarityMiner(0.3), losses.MultiSimilarityLoss()
+        if case == "memory":
+            memory = losses.CrossBatchMemory(loss, data.x.shape[1], 40, miner).to(data.x)
+            values = [memory(data.x + k, data.labels) for k in range(3)]
+        else:
+            copies = data.x.detach() + 0.1
+            values = [loss(data.x, data.labels, miner(data.x, data.labels, copies, data.labels), copies, data.labels)]
+        found.append([*values, *torch.autograd.grad(values, data.x, [torch.ones_like(v) for v in values])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert not seen  # a loss found all of them
+
+
+def test_closest_negatives_found_in_inference_mode_serve_training(monkeypatch):
+    monkeypatch.setattr(multi_similarity, "_left_to_the_loss", lambda problem: True)
+    data = batch("random", False, b=17)
+    data.x.requires_grad_()
+    loss = losses.MultiSimilarityLoss()
+    for first_use in (lambda mined: loss(data.x, data.labels, mined), lambda mined: mined.as_tuple()):
+        mined = pickle.loads(pickle.dumps(miners.MultiSimilarityMiner()(data.x.detach(), data.labels)))
+        mined.embeddings = data.x
+        with torch.inference_mode():
+            first_use(mined)
+        loss(data.x, data.labels, mined).backward()
 
 
 def test_passes_of_closest_negatives_left_to_the_loss(monkeypatch):

@@ -449,3 +449,21 @@ def test_one_list_of_tensors_at_most():
 
     with pytest.raises(ValueError, match="test_two_lists has 2 lists of tensors; at most one is allowed"):
         two.differentiable(lambda ctx, needs, grad: (grad, [], []))
+
+
+@pytest.mark.skipif("cpu" not in support.FUSED, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_finite(dtype):
+    """Every place of an array of several threads, the largest numbers and the smallest, strides, no entries."""
+    from flashpair import backend_cpu
+
+    info = torch.finfo(dtype)
+    x = torch.tensor([info.max, info.min, info.tiny, info.smallest_normal / 2, -0.0, 1.0], dtype=dtype).repeat(100_001)
+    assert backend_cpu.finite([x]) and backend_cpu.finite([x[:0]]) and backend_cpu.finite([x, x[:7]])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for at in (0, 5, (1 << 18) - 1, 1 << 18, len(x) - 1):
+            y = x.clone()
+            y[at] = bad
+            assert not backend_cpu.finite([y]) and not backend_cpu.finite([x[:3], y])
+    table = y.view(-1, 3)
+    assert backend_cpu.finite([table[:, :2]]) and not backend_cpu.finite([table[:, 1:]])

@@ -73,14 +73,14 @@ def hardest(problem: PairProblem) -> tuple[Mined, Mined]:
     return _mined(problem, _farthest_positive(problem), _closest_negative(problem))
 
 
-def farthest_positive(problem: PairProblem) -> Mined:
-    """Of each row; only the pairs of one class are visited."""
-    return _mined(problem, _farthest_positive(problem))[0]
+def farthest_positive(problem: PairProblem) -> Tensor:
+    """(B,) similarities or distances of the farthest positives; only the pairs of one class are visited."""
+    return _mined(problem, _farthest_positive(problem))[0].values[:, 0]
 
 
-def closest_negative(problem: PairProblem) -> Mined:
-    """Of each row."""
-    return _mined(problem, _closest_negative(problem))[0]
+def closest_negative(problem: PairProblem) -> Tensor:
+    """(B,) similarities or distances of the closest negatives."""
+    return _mined(problem, _closest_negative(problem))[0].values[:, 0]
 
 
 def _farthest_positive(problem: PairProblem) -> Extreme:

@@ -7,6 +7,7 @@ give it `as_tuple()`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -92,7 +93,7 @@ class _OfEmbeddings(LazyTuple):
     geometry: Geometry
 
     def without(self, exclude: Tensor):
-        """The same selection less one column per row."""
+        """The same selection less one column per row, of the row's own class."""
         return replace(self, exclude=exclude, _indices=None)
 
     def mined_from(self, embeddings: Tensor, ref_emb: Tensor | None) -> bool:
@@ -108,6 +109,7 @@ class ClosestNegative:
     """A threshold (B,) of the positives, `slack` beyond the closest negative of each row.
 
     A loss's pass over the negatives finds it on the way (`term`, `found`); who wants it earlier has it looked for.
+    Until then the embeddings that were mined must not be written to.
     """
 
     look: Callable[[], Tensor]  # (B,) similarity or distance of that negative, infinite where there is none
@@ -119,7 +121,7 @@ class ClosestNegative:
     def value(self) -> Tensor:
         """The threshold."""
         if self._value is None:
-            with torch.no_grad():
+            with torch.no_grad(), _ordinary_tensors():
                 self._value = self.look() + self.slack
         return self._value
 
@@ -133,7 +135,14 @@ class ClosestNegative:
 
     def found(self, largest: Tensor) -> None:
         """Take the result of `term`."""
-        self._value = self.geometry.sign * largest + self.slack
+        with _ordinary_tensors():
+            self._value = self.geometry.sign * largest + self.slack
+
+
+def _ordinary_tensors():
+    """Outside of inference mode, whose tensors no later training step could keep."""
+    inside = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inside else contextlib.nullcontext()
 
 
 Bound = Tensor | ClosestNegative
@@ -168,6 +177,15 @@ class MinedPairs(_OfEmbeddings):
 
     def __len__(self) -> int:
         return 4
+
+    def without(self, exclude: Tensor) -> MinedPairs:
+        # The closest negative is another column in any case.
+        of_positives = {
+            name: replace(v, exclude=exclude) if isinstance(v, ClosestNegative) else v
+            for name, v in self.bounds.get(Mask.SAME, {}).items()
+        }
+        bounds = {**self.bounds, Mask.SAME: of_positives} if self.bounds else {}
+        return replace(super().without(exclude), bounds=bounds)
 
     def bounds_in(self, geometry: Geometry) -> dict[Mask, dict[str, Bound]] | None:
         """The thresholds for another way to compare; None where they do not carry over."""
