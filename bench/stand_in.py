@@ -102,7 +102,7 @@ def standing_in(architecture: int = 90, kind: type[Driver] = Driver) -> Iterator
     """Backend triton on CPU tensors, without its kernels and with small products of the gradients."""
     from flashpair.kernels import configs, launch, start
 
-    from flashpair import backend_triton, recording, use_backend
+    from flashpair import backend_cpu, backend_triton, recording, use_backend
 
     active, stand_in = driver._active, kind(architecture)
     kernels = [f for f in vars(launch).values() if isinstance(f, JITFunction)]
@@ -121,6 +121,7 @@ def standing_in(architecture: int = 90, kind: type[Driver] = Driver) -> Iterator
             patch.multiple(backend_triton, unavailable=list, why_not=lambda x: []),
             patch.object(configs, "architecture", lambda device: architecture),
             patch.object(launch, "accumulate", _small_product),
+            patch.object(backend_cpu, "unavailable", lambda: ["these tensors stand for those of a GPU"]),
             use_backend("triton"),
         ):
             yield stand_in
