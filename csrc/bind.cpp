@@ -12,6 +12,7 @@
 
 #include "engine.h"
 #include "finite_cpu.h"
+#include "memory_cpu.h"
 #include "panel_cache_cpu.h"
 #include "reductions.h"
 
@@ -254,11 +255,12 @@ bool finite(std::vector<Tensor> tensors) {
 int64_t vector_bytes() { return engine().vector_bytes; }
 std::string isa() { return engine().name; }
 
-// Gives the kept similarity matrix back to the system; returns its size.
+// Gives what is kept between calls back to the system, the similarity matrix and scratch memory; returns its size.
 int64_t release_workspace() {
+  int64_t bytes = release_blocks();
   PanelCache& cache = panel_cache();
-  if (!cache.try_lock()) return 0;
-  const int64_t bytes = cache.bytes();
+  if (!cache.try_lock()) return bytes;
+  bytes += cache.bytes();
   cache.release();
   cache.unlock();
   return bytes;

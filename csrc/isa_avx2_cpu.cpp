@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "engine.h"
+#include "memory_cpu.h"
 #include "order_cpu.h"
 #include "panel_cache_cpu.h"
 #include "subnormals_cpu.h"

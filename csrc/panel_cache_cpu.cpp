@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace flashpair {
 
 bool PanelCache::try_lock() { return mutex_.try_lock(); }
@@ -13,10 +17,13 @@ bool PanelCache::prepare(const PanelKey& key, int64_t bytes, int64_t tiles) {
   valid_ = false;
   if (bytes > capacity_) {
     release();
-    // A whole number of huge pages, so that the kernel can use them.
+    // A whole number of huge pages, which many systems give to those who ask only.
     const int64_t page = int64_t(2) << 20, rounded = (bytes + page - 1) / page * page;
     data_ = std::aligned_alloc(page, rounded);
     if (data_ == nullptr) return false;
+#ifdef __linux__
+    madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
     capacity_ = rounded;
   }
   tiles_.assign(tiles, TileInfo{false, 0, 0});

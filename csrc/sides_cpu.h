@@ -5,8 +5,6 @@ constexpr int kTile = 192;  // largest tile; S, the two operands and the two gra
 constexpr int kUnit = 48;   // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
 static_assert(kUnit % FP_MR == 0 && kUnit % kPanel<float> == 0 && kUnit % kPanel<double> == 0 && kTile % kUnit == 0);
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Uninitialised aligned memory.
 template <class T>
 class Buffer {
@@ -15,18 +13,18 @@ class Buffer {
   explicit Buffer(int64_t count) { allocate(count); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free(data_); }
+  ~Buffer() { give_block(memory_); }
   void allocate(int64_t count) {
-    free(data_);
-    data_ = static_cast<T*>(aligned_alloc(64, round_up(count * int64_t(sizeof(T)) + 64, 64)));
+    give_block(memory_);
+    memory_ = take_block(count * int64_t(sizeof(T)) + 64);
   }
-  void zero(int64_t count) { memset(data_, 0, count * sizeof(T)); }
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-  explicit operator bool() const { return data_ != nullptr; }
+  void zero(int64_t count) { memset(get(), 0, count * sizeof(T)); }
+  T* get() const { return static_cast<T*>(memory_.data); }
+  T& operator[](int64_t i) const { return get()[i]; }
+  explicit operator bool() const { return memory_.data != nullptr; }
 
  private:
-  T* data_ = nullptr;
+  Block memory_;
 };
 
 // One call of a lambda.

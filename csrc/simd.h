@@ -2,6 +2,8 @@
 // Included once per instruction set inside a namespace of its own; FP_VECTOR_BYTES says how wide.
 // No #pragma once: see isa_*_cpu.cpp.
 
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 template <class T>
 struct VectorOf;
 template <>

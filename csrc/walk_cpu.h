@@ -13,6 +13,9 @@ struct Tile {
   T low, high;    // over the dot products
   T* t;           // (rows, kTile) second product, or nullptr
   T t_low, t_high;
+  int64_t next_i0;  // of the tile that this thread comes to next
+  int next_rows;    // 0: it comes to none
+  const T* next_s;  // its kept similarities, where they are there
 
   const T* guide(int r) const { return t ? t + r * kTile : nullptr; }
 };
@@ -221,6 +224,7 @@ class Walk {
         tile.rows = int(row_tiling_.start[i + 1] - tile.i0), tile.columns = width;
         tile.diagonal = symmetric() && i == j;
         if (!wanted(tile)) continue;
+        look_ahead(tile, i, j, row_group, column_group);
         similarities(tile, i, j, thread);
         tile.t = nullptr;
         if (guided()) {
@@ -234,14 +238,27 @@ class Walk {
     }
   }
 
+  void look_ahead(Tile<T>& tile, int64_t i, int64_t j, int64_t row_group, int64_t column_group) const {
+    tile.next_i0 = 0, tile.next_rows = 0, tile.next_s = nullptr;
+    ++i;
+    if (i == row_tiling_.group_start[row_group + 1] || (symmetric() && i > j))
+      i = row_tiling_.group_start[row_group], ++j;
+    if (j == (symmetric() ? row_tiling_ : column_tiling_).group_start[column_group + 1]) return;
+    tile.next_i0 = row_tiling_.start[i], tile.next_rows = int(row_tiling_.start[i + 1] - tile.next_i0);
+    if (cached_ && panel_cache().tiles()[slot(i, j)].present) tile.next_s = kept(i, j);
+  }
+  int64_t slot(int64_t i, int64_t j) const { return symmetric() ? j * (j + 1) / 2 + i : i * column_tiling_.tiles + j; }
+  T* kept(int64_t i, int64_t j) const {
+    return static_cast<T*>(panel_cache().data()) + slot(i, j) * row_tiling_.largest * kTile;
+  }
+
   void similarities(Tile<T>& tile, int64_t i, int64_t j, int thread) {
     Scratch<T>& scratch = scratch_[thread];
     PanelCache::TileInfo* info = nullptr;
     tile.s = scratch.s.get();
     if (cached_) {
-      const int64_t slot = symmetric() ? j * (j + 1) / 2 + i : i * column_tiling_.tiles + j;
-      info = panel_cache().tiles() + slot;
-      tile.s = static_cast<T*>(panel_cache().data()) + slot * row_tiling_.largest * kTile;
+      info = panel_cache().tiles() + slot(i, j);
+      tile.s = kept(i, j);
       tile.low = T(info->low), tile.high = T(info->high);
       if (info->present) return;
     }
@@ -269,8 +286,10 @@ class Walk {
                    scratch.packed.get());
       scratch.packed_tile = j;
     }
+    Ahead ahead;
+    ahead.add(r.data.get() + tile.next_i0 * r.ld, tile.next_rows * r.ld);
     gemm_similarity(r.data.get() + tile.i0 * r.ld, r.ld, tile.rows, scratch.packed.get(), tile.columns, c.features, out,
-                    int64_t(kTile));
+                    int64_t(kTile), ahead);
   }
 
   // Smallest and largest of a tile's products; infinite where it holds a NaN, so that no bound speaks for it.

@@ -212,8 +212,22 @@ class Weights {
         }
       return;
     }
-    if (dx) gemm_rows(w, int64_t(kTile), tile.rows, tile.columns, yj, y.ld, x.width, dx, x.ld);
-    if (dy) gemm_columns(w, int64_t(kTile), tile.rows, tile.columns, xi, x.ld, y.width, dy, y.ld);
+    Ahead ahead = next_tile(tile, dx != nullptr, dy != nullptr);
+    if (dx) gemm_rows(w, int64_t(kTile), tile.rows, tile.columns, yj, y.ld, x.width, dx, x.ld, ahead);
+    if (dy) gemm_columns(w, int64_t(kTile), tile.rows, tile.columns, xi, x.ld, y.width, dy, y.ld, ahead);
+  }
+
+  // What the next tile reads.
+  Ahead next_tile(const Tile<T>& tile, bool dx, bool dy) const {
+    const Side<T>& x = walk_.rows();
+    const int64_t rows = tile.next_rows * x.ld;
+    Ahead ahead;
+    if (tile.next_s) ahead.add(tile.next_s, tile.next_rows * int64_t(kTile));
+    if (dy) ahead.add(x.data.get() + tile.next_i0 * x.ld, rows);
+    if (dx) ahead.add(dx_.get() + tile.next_i0 * x.ld, rows);
+    const int64_t panels = round_up(x.width, kPanel<T>) / kPanel<T>;
+    ahead.share(panels * ((dx ? tile.rows : 0) + (dy ? tile.columns : 0)) / FP_MR);
+    return ahead;
   }
 
   static FP_INLINE void axpy(T value, const T* from, T* to, int64_t width) {

@@ -41,7 +41,7 @@ class Program:
 
 
 def engine(name: str) -> Program:
-    sources = ["order_cpu.cpp", "panel_cache_cpu.cpp", f"isa_{name}_cpu.cpp"]
+    sources = ["memory_cpu.cpp", "order_cpu.cpp", "panel_cache_cpu.cpp", f"isa_{name}_cpu.cpp"]
     return Program(["test_engine.cpp", "oracle.cpp"], sources, [f"-DFP_TESTED_ENGINE={name}_engine"])
 
 
@@ -55,8 +55,8 @@ def wide_engines() -> list[str]:
 
 PROGRAMS = {
     "units": Program(
-        ["test_order.cpp", "test_masks.cpp", "test_reductions.cpp", "test_scores.cpp"],
-        ["order_cpu.cpp", "panel_cache_cpu.cpp"],
+        ["test_order.cpp", "test_memory.cpp", "test_masks.cpp", "test_reductions.cpp", "test_scores.cpp"],
+        ["memory_cpu.cpp", "order_cpu.cpp", "panel_cache_cpu.cpp"],
     ),
     "engine": engine("portable"),
     **{f"engine_{name}": engine(name) for name in wide_engines()},
