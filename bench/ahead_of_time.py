@@ -31,6 +31,7 @@ TYPES = {
 KERNELS = (
     "_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel",
     "_visited_product_kernel", "_norms_kernel", "_gradient_kernel", "_best_kernel", "_decode_kernel",
+    "_mean_gap_kernel",
 )  # fmt: skip
 
 

@@ -8,11 +8,14 @@
 #include <atomic>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "engine.h"
 #include "finite_cpu.h"
+#include "formulas_cpu.h"
 #include "memory_cpu.h"
+#include "order_cpu.h"
 #include "panel_cache_cpu.h"
 #include "reductions.h"
 
@@ -106,24 +109,27 @@ void add_terms(Problem<T>& p, const std::vector<Tensor>& params, const Ints& spe
 bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
 
 template <class T>
-void run_stats(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels,
-               const MaybeTensor& ref_labels, const MaybeTensor& pair_mask, const MaybeTensor& exclude,
-               const std::vector<Tensor>& params, const Ints& spec, const Floats& consts, int64_t workspace,
-               Tensor& rows, Tensor& columns) {
+std::tuple<Tensor, Tensor> run_stats(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y,
+                                     const MaybeTensor& labels, const MaybeTensor& ref_labels,
+                                     const MaybeTensor& pair_mask, const MaybeTensor& exclude,
+                                     const std::vector<Tensor>& params, const Ints& spec, const Floats& consts,
+                                     int64_t workspace) {
   Problem<T> p = problem<T>(x, y, labels, ref_labels, pair_mask, exclude, spec, workspace);
   add_terms(p, params, spec, consts);
+  int64_t slots[2] = {0, 0};
+  for (const Term<T>& term : p.terms) slots[int(term.axis)] += common::reduction_slots(term.reduction);
+  Tensor rows = torch::stable::new_empty(x, {slots[0], p.rows});
+  Tensor columns = torch::stable::new_empty(x, {slots[1], p.columns});
   passes.stats(p, static_cast<T*>(rows.data_ptr()), static_cast<T*>(columns.data_ptr()));
+  return {rows, columns};
 }
 
-void stats(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels, MaybeTensor pair_mask,
-           MaybeTensor exclude, std::vector<Tensor> params, Ints spec, Floats consts, int64_t workspace, Tensor rows,
-           Tensor columns) {
+std::tuple<Tensor, Tensor> stats(Tensor x, MaybeTensor y, MaybeTensor labels, MaybeTensor ref_labels,
+                                 MaybeTensor pair_mask, MaybeTensor exclude, std::vector<Tensor> params, Ints spec,
+                                 Floats consts, int64_t workspace) {
   if (is_double(x))
-    run_stats(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows,
-              columns);
-  else
-    run_stats(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace, rows,
-              columns);
+    return run_stats(engine().f64, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace);
+  return run_stats(engine().f32, x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, workspace);
 }
 
 // Gradients of numbers: what each owner says of one is summed in double, over all of its uses, and rounded to T.
@@ -252,6 +258,47 @@ bool finite(std::vector<Tensor> tensors) {
   return all;
 }
 
+template <class T>
+void run_mean_gap(const Tensor& rows, const Tensor& columns, Tensor& loss, Tensor& of_rows, Tensor& of_columns,
+                  bool both) {
+  auto side = [](const Tensor& statistics, Tensor& slopes) {
+    return SlopedSide<T>{static_cast<const T*>(statistics.data_ptr()), static_cast<T*>(slopes.data_ptr()),
+                         statistics.size(0), statistics.size(1)};
+  };
+  *static_cast<T*>(loss.data_ptr()) = mean_gap_slopes(side(rows, of_rows), side(columns, of_columns), both);
+}
+
+// The loss, and its derivative in both.
+std::tuple<Tensor, Tensor, Tensor> mean_gap(Tensor rows, Tensor columns, bool both) {
+  Tensor loss = torch::stable::new_empty(rows, {});
+  Tensor of_rows = torch::stable::empty_like(rows), of_columns = torch::stable::empty_like(columns);
+  (is_double(rows) ? run_mean_gap<double> : run_mean_gap<float>)(rows, columns, loss, of_rows, of_columns, both);
+  return {loss, of_rows, of_columns};
+}
+
+template <class T>
+void run_label_counts(const Tensor& labels, const MaybeTensor& ref_labels, const MaybeTensor& exclude, Tensor& counts) {
+  const int64_t rows = labels.size(0), columns = ref_labels ? ref_labels->size(0) : rows;
+  const int64_t* of_rows = pointer<int64_t>(labels);
+  const int64_t* of_columns = ref_labels ? pointer<int64_t>(ref_labels) : of_rows;
+  const int64_t* left_out = pointer<int64_t>(exclude);
+  const std::vector<int64_t> alike = matches(of_rows, rows, of_columns, columns);
+  T *same = static_cast<T*>(counts.data_ptr()), *different = same + rows;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t column = ref_labels ? (left_out ? left_out[i] : -1) : i;  // that the row never meets
+    const bool met = column >= 0 && column < columns, is_same = met && of_columns[column] == of_rows[i];
+    same[i] = T(alike[i] - is_same), different[i] = T(columns - alike[i] - (met && !is_same));
+  }
+}
+
+// Positives and negatives of each row, (2, rows).
+Tensor label_counts(Tensor labels, MaybeTensor ref_labels, MaybeTensor exclude, bool wide) {
+  using torch::headeronly::ScalarType;
+  Tensor counts = torch::stable::new_empty(labels, {2, labels.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
+  (wide ? run_label_counts<double> : run_label_counts<float>)(labels, ref_labels, exclude, counts);
+  return counts;
+}
+
 int64_t vector_bytes() { return engine().vector_bytes; }
 std::string isa() { return engine().name; }
 
@@ -272,13 +319,14 @@ int64_t release_workspace() {
 #define FP_PROBLEM "Tensor x, Tensor? y, Tensor? labels, Tensor? ref_labels, Tensor? pair_mask, Tensor? exclude, "
 
 STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
-  m.def("stats(" FP_PROBLEM
-        "Tensor[] params, int[] spec, float[] consts, int workspace, Tensor(a!) rows, Tensor(b!) columns) -> ()");
+  m.def("stats(" FP_PROBLEM "Tensor[] params, int[] spec, float[] consts, int workspace) -> (Tensor, Tensor)");
   m.def("weights(" FP_PROBLEM
         "Tensor[] params, int[] spec, float[] consts, int workspace, Tensor[] statistics, Tensor(a!)[] gradients, "
         "Tensor(b!)? total) -> ()");
   m.def("extremes(" FP_PROBLEM "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
   m.def("finite(Tensor[] tensors) -> bool");
+  m.def("mean_gap(Tensor rows, Tensor columns, bool both) -> (Tensor, Tensor, Tensor)");
+  m.def("label_counts(Tensor labels, Tensor? ref_labels, Tensor? exclude, bool wide) -> Tensor");
   m.def("vector_bytes() -> int");
   m.def("isa() -> str");
   m.def("release_workspace() -> int");
@@ -290,6 +338,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
   m.impl("weights", TORCH_BOX(&flashpair::weights));
   m.impl("extremes", TORCH_BOX(&flashpair::extremes));
   m.impl("finite", TORCH_BOX(&flashpair::finite));
+  m.impl("label_counts", TORCH_BOX(&flashpair::label_counts));
+  m.impl("mean_gap", TORCH_BOX(&flashpair::mean_gap));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CompositeExplicitAutograd, m) {

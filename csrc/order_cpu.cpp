@@ -60,4 +60,14 @@ void make_orders(const int64_t* labels, int64_t rows, const int64_t* ref_labels,
   if (!symmetric) order_of(column_pairs, distinct, column_order);
 }
 
+std::vector<int64_t> matches(const int64_t* labels, int64_t rows, const int64_t* ref_labels, int64_t columns) {
+  std::vector<int64_t> sorted(ref_labels, ref_labels + columns), found(rows);
+  if (!std::is_sorted(sorted.begin(), sorted.end())) std::sort(sorted.begin(), sorted.end());
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto range = std::equal_range(sorted.begin(), sorted.end(), labels[i]);
+    found[i] = range.second - range.first;
+  }
+  return found;
+}
+
 }  // namespace flashpair

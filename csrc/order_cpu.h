@@ -18,4 +18,7 @@ struct Order {
 void make_orders(const int64_t* labels, int64_t rows, const int64_t* ref_labels, int64_t columns, bool symmetric,
                  Order& row_order, Order& column_order);
 
+// How many columns have the label of each row.
+std::vector<int64_t> matches(const int64_t* labels, int64_t rows, const int64_t* ref_labels, int64_t columns);
+
 }  // namespace flashpair

@@ -22,6 +22,7 @@ from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _best_kernel, _decode_kernel, _extremes_kernel, _top_k_kernel
+from .formulas import _mean_gap_kernel
 from .products import _visited_product_kernel
 from .program import (
     GUIDED,
@@ -373,6 +374,17 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
+
+
+def mean_gap(rows: Tensor, columns: Tensor, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`formulas.MEAN_GAP`, or `MEAN_GAP_OF_BOTH`: the loss, and its derivative in both statistics."""
+    loss, of_rows, of_columns = rows.new_empty(()), torch.empty_like(rows), torch.empty_like(columns)
+    with torch.cuda.device_of(rows):
+        launch(
+            _mean_gap_kernel, 1, None, rows, columns, loss, of_rows, of_columns, rows.shape[1], columns.shape[1],
+            ROW_SLOTS=rows.shape[0], COLUMN_SLOTS=columns.shape[0], BOTH=both, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    return loss, of_rows, of_columns
 
 
 @on_device

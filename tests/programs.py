@@ -29,7 +29,8 @@ from flashpair import (
     pair_sum,
 )
 from flashpair.distributed.sharded import by_row
-from flashpair.primitives import reduce_in_turn
+from flashpair.formulas import MEAN_GAP, MEAN_GAP_OF_BOTH
+from flashpair.primitives import pair_loss, reduce_in_turn
 
 ROWS, COLUMNS = Axis.ROWS, Axis.COLUMNS
 SUM, LSE, COUNT = Reduction.SUM, Reduction.LOGSUMEXP, Reduction.COUNT
@@ -111,6 +112,21 @@ def _in_turn(d: Data) -> tuple:
     return reduce_in_turn(**d.pairs, first=first, then=then)
 
 
+def _mean_gap(d: Data) -> tuple:
+    """A loss in one node, of rows and, where the columns are the rows, of both directions; moments beside it."""
+    terms = [Term(LSE, mask=DIFFERENT, scale=d.scale, offset=-0.3), Term(SUM, mask=SAME, scale=d.scale, offset=-0.3)]
+    formula = MEAN_GAP
+    if d.y is None:
+        formula = MEAN_GAP_OF_BOTH
+        terms.append(Term(LSE, mask=DIFFERENT, axis=COLUMNS, scale=d.row_scale))
+    extra = [Term(MOMENTS, mask=DIFFERENT), Term(MOMENTS, mask=SAME, axis=COLUMNS)]
+    loss, own, found = pair_loss(
+        d.x, d.y, terms, formula, extra, labels=d.labels, ref_labels=d.ref_labels, normalize=True
+    )
+    assert own is None
+    return loss, *found
+
+
 def _circle(d: Data) -> tuple:
     root, margin = math.sqrt(8.0), 0.4
     terms = [
@@ -173,6 +189,7 @@ PROGRAMS = [
     Program("lifted", _lifted),
     Program("multi_similarity", _multi_similarity, grid=True),
     Program("in_turn", _in_turn, grid=True),
+    Program("mean_gap", _mean_gap),
     Program("circle", _circle),
     Program(
         "contrastive",

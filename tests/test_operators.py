@@ -102,6 +102,16 @@ def test_opcheck_sum(side, layout, parameters, backend):
 
 
 @CASES
+def test_opcheck_loss(side, layout, backend):
+    data = _data(backend, side, layout)
+    terms, formula = [Term(LSE, scale=data.scale), Term(SUM, mask=Mask.SAME)], "mean_gap"
+    if side == "self":
+        terms, formula = [*terms, Term(LSE, axis=Axis.COLUMNS)], "mean_gap_of_both"
+    terms.append(Term(Reduction.MOMENTS, axis=Axis.COLUMNS))
+    torch.library.opcheck(ops.pair_loss.overload, (*_arguments(data, terms, backend), formula))
+
+
+@CASES
 def test_opcheck_mine(side, layout, backend):
     data = _data(backend, side, layout, grad=False)
     arguments = _arguments(data, [], backend)

@@ -87,6 +87,7 @@ PROGRAMS = {
             "nt_xent",
             "multi_similarity",
             "in_turn",
+            "mean_gap",
             "circle",
             "contrastive",
             "lifted",
@@ -147,7 +148,7 @@ PRECISIONS = {"half": Precision.IEEE, "tf32": Precision.TF32, "ieee": Precision.
 #: Programs that together start every kernel; the full product has all of them.
 SOME = {
     80: ("multi_similarity", "given_sum", "top_5"),
-    90: ("supcon", "softcap_clip", "given_sum", "guide_weight", "batch_hard", "top_5"),
+    90: ("supcon", "mean_gap", "softcap_clip", "given_sum", "guide_weight", "batch_hard", "top_5"),
     100: ("clip", "given_sum", "batch_hard", "top_5"),
 }
 #: (architecture, kind, program, D) that need nearly all registers.

@@ -16,6 +16,7 @@ import numpy as np
 import own_process
 import pytest
 import support
+import test_formulas
 import torch
 from programs import PROGRAMS, on_sides, only
 from support import evaluate, make
@@ -110,6 +111,17 @@ def test_programs(program, side):
     """Every program of the table: all reductions, scores, masks, parameters and similarities."""
     data = make(*_shape(side), 19, grid=program.grid, precision=torch.float32)
     support.compare(program.run, data, "triton", torch.float32)
+
+
+@interpreted
+@test_formulas.every_case
+def test_formula(formula, row_slots, column_slots, owners):
+    test_formulas.test_every_implementation(formula, row_slots, column_slots, owners, torch.float32)
+
+
+@interpreted
+def test_formulas_of_infinities_and_nan():
+    test_formulas.test_infinities_and_nan(torch.float32)
 
 
 @interpreted

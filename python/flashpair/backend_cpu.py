@@ -17,7 +17,6 @@ from .request import (
     GUIDE_ROWS,
     HEADER,
     Request,
-    count_slots,
     count_terms,
     parameter_places,
     statistics_dtype,
@@ -104,13 +103,7 @@ def _arguments(request: Request) -> list:
 
 def stats(request: Request) -> tuple[Tensor, Tensor]:
     """Statistics: rows (R, B), columns (C, N)."""
-    b, n = request.shape
-    dtype = statistics_dtype(request.x)
-    row_slots, column_slots = count_slots(request.spec)
-    rows = request.x.new_empty(row_slots, b, dtype=dtype)
-    columns = request.x.new_empty(column_slots, n, dtype=dtype)
-    torch.ops.flashpair_cpu.stats.default(*_arguments(request), rows, columns)
-    return rows, columns
+    return torch.ops.flashpair_cpu.stats.default(*_arguments(request))
 
 
 @functools.lru_cache(maxsize=256)  # one entry for each loss of a program
@@ -161,6 +154,23 @@ def sums(request: Request, needs):
     total = torch.zeros((), dtype=torch.float64)
     dx, dy, dparams = _weights(request, needs, [], total)
     return total.to(statistics_dtype(request.x)), dx, dy, dparams
+
+
+def label_counts(labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(2, B): the numbers of positives and negatives of each row."""
+    given = [None if v is None else v.contiguous() for v in (labels, ref_labels, exclude)]
+    return torch.ops.flashpair_cpu.label_counts.default(*given, dtype == torch.float64)
+
+
+def _mean_gap(both: bool, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.flashpair_cpu.mean_gap.default(rows, columns, both)
+
+
+#: Formulas that one operator computes.
+FORMULAS = {
+    "mean_gap": functools.partial(_mean_gap, False),
+    "mean_gap_of_both": functools.partial(_mean_gap, True),
+}
 
 
 def mine(request: Request) -> list[tuple[Tensor, Tensor]]:

@@ -58,6 +58,17 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
     return _launchers().stats(request)
 
 
+def _mean_gap(both: bool, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _launchers().mean_gap(rows, columns, both)
+
+
+#: Formulas that one kernel computes.
+FORMULAS = {
+    "mean_gap": functools.partial(_mean_gap, False),
+    "mean_gap_of_both": functools.partial(_mean_gap, True),
+}
+
+
 def weights(request: Request, rows, columns, grad_rows, grad_columns, needs):
     """Gradients: dx (B, D), dy (N, D), and one per parameter."""
     return _launchers().weights(request, rows, columns, grad_rows, grad_columns, needs)

@@ -85,14 +85,16 @@ class Operator:
 
         Derivative.__name__ = Derivative.__qualname__ = f"{self.name}_derivative"
 
-        def kernel(run, *values):
+        def kernel(apply, run, *values):
             if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*values)):
                 return run(*values)
-            results = Derivative.apply(run, values[cut + listed :], *flat(values))
+            results = apply(run, values[cut + listed :], *flat(values))
             return list(results) if gives_list else results
 
-        LIBRARY.impl(self.name, functools.partial(kernel, below_autograd), "Autograd")
-        self._kernel = functools.partial(kernel, self._function)
+        LIBRARY.impl(self.name, functools.partial(kernel, Derivative.apply, below_autograd), "Autograd")
+        # What torch.autograd.Function adds to its base looks for transforms, of which `watched` knows already.
+        bare_apply = super(torch.autograd.Function, Derivative).apply
+        self._kernel = functools.partial(kernel, bare_apply, self._function)
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:
@@ -100,17 +102,21 @@ def operator(name: str) -> Callable[[Callable], Operator]:
     return functools.partial(Operator, name)
 
 
-def watched(x: Tensor) -> bool:
+def watched(x: Tensor, *others: Tensor) -> bool:
     """Whether a call has to pass the dispatcher: somebody compiles, traces, transforms, profiles or fakes it."""
     return (
         torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.is_meta
+        or not _plain(x)
+        or not all(map(_plain, others))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
 
 
 def _untraced(function: Callable) -> Callable:

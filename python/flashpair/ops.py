@@ -1,6 +1,7 @@
 """The operators behind the primitives: opaque to torch.compile, with fake and autograd registrations.
 
-`pair_stats` → statistics, `pair_weights` → its gradients; `pair_sum` is the case in which nothing but one scalar is
+`pair_stats` → statistics, `pair_weights` → its gradients; `pair_loss` → a loss that is a closed formula of statistics;
+`pair_sum` is the case in which nothing but one scalar is
 wanted, so its gradients are computed in the forward pass; `pair_mine` → extremes. All decode to a `Request` and hand
 it to a backend module, which offers
 
@@ -8,6 +9,7 @@ it to a backend module, which offers
     weights(request, rows, columns, grad_rows, grad_columns, needs) → (dx, dy, dparams)
     sums(request, needs) → (total, dx, dy, dparams)
     mine(request) → [(values (B, k), indices (B, k)), ...]
+    FORMULAS, if it has any: name → (rows, columns) → (loss, slope of rows, slope of columns)
     unavailable() → reasons against running at all
     why_not(x) → reasons against embeddings of the dtype and device of x
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .formulas import FORMULAS
 from .operator import operator
 from .request import HEADER, PER_EXTREME, SLOTS, Request, count_slots, decode, statistics_dtype
 from .terms import Extreme, Mask, Reduction
@@ -97,11 +100,14 @@ def _stats_backward(ctx, needs, grad_rows, grad_columns):
     x, y, labels, ref_labels, pair_mask, exclude, rows, columns, *params = ctx.saved_tensors
     grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
     grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
+    pairs = x, y, labels, ref_labels, pair_mask, exclude
+    return _of_statistics(pairs, (rows, columns), (grad_rows, grad_columns), params, ctx.static, needs)
+
+
+def _of_statistics(pairs, statistics, grads, params, static, needs):
+    """Gradients of the arguments of `pair_stats`, from those of its results."""
     need_x, need_y, need_params = needs[0], needs[1], list(needs[6])
-    dx, dy, *dparams = pair_weights(
-        grad_rows, grad_columns, rows, columns, x, y, labels, ref_labels, pair_mask, exclude, params,
-        *ctx.static, need_x, need_y, need_params,
-    )  # fmt: skip
+    dx, dy, *dparams = pair_weights(*grads, *statistics, *pairs, list(params), *static, need_x, need_y, need_params)
     dparams = [g if need else None for g, need in zip(dparams, need_params, strict=True)]
     return dx if need_x else None, dy if need_y else None, None, None, None, None, dparams, None, None, None, None
 
@@ -136,6 +142,59 @@ def as_of_one_pass(
         params, static: of the terms of all; spec, consts, backend, max_workspace_bytes.
     """
     return _OnePass.apply(found, static, *pairs, *params)
+
+
+# --- a loss in closed form: statistics and their slopes in one node ---------------------------------------------------
+
+
+@operator("pair_loss")
+def pair_loss(
+    x: Tensor,
+    y: Tensor | None,
+    labels: Tensor | None,
+    ref_labels: Tensor | None,
+    pair_mask: Tensor | None,
+    exclude: Tensor | None,
+    params: list[Tensor],
+    spec: list[int],
+    consts: list[float],
+    backend: str,
+    max_workspace_bytes: int,
+    formula: str,
+) -> list[Tensor]:  # loss, rows (R, B), columns (C, N), their slopes
+    request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
+    with without_autocast(x):
+        module = backend_module(backend)
+        rows, columns = module.stats(request)
+        slopes = getattr(module, "FORMULAS", {}).get(formula) or FORMULAS[formula].slopes
+        loss, *found = slopes(rows, columns)
+    return [loss, rows, columns, *found]
+
+
+@pair_loss.fake
+def _(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes, formula):
+    dtype = statistics_dtype(x)
+    shapes = _statistics_shape(x, y, spec)
+    return [x.new_empty(shape, dtype=dtype) for shape in ((), *shapes, *shapes)]
+
+
+def _loss_setup(ctx, inputs, output):
+    x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes, _ = inputs
+    ctx.save_for_backward(x, y, labels, ref_labels, pair_mask, exclude, *output[1:], *params)
+    ctx.static = (spec, consts, backend, max_workspace_bytes)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, needs, total, *_):
+    if total is None:
+        return None, None, None, None, None, None, [None] * len(needs[6]), *[None] * 5
+    *pairs, rows, columns, slope_rows, slope_columns = ctx.saved_tensors[:10]
+    grads = torch._foreach_mul([slope_rows, slope_columns], total)
+    return *_of_statistics(pairs, (rows, columns), grads, ctx.saved_tensors[10:], ctx.static, needs), None
+
+
+pair_loss.differentiable(_loss_backward, _loss_setup)
 
 
 # --- weights: the backward pass of the statistics --------------------------------------------------------------------

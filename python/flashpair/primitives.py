@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .distributed.sharded import Sharded, current
+from .formulas import Formula
 from .operator import watched
 from .pairs import pair_similarity, reduce_pairs
 from .request import KEEP, decode, encode
@@ -212,6 +213,48 @@ def reduce_in_turn(
     params, spec, consts = encode(all_terms, similarity, normalize, y is None, False, Precision.IEEE)
     statistics = ops.as_of_one_pass(found, operands, params, spec, consts, backend, workspace)
     return tuple(ops.statistics_of(all_terms, *statistics))
+
+
+@_outside_autocast
+def pair_loss(
+    x: Tensor,
+    y: Tensor | None,
+    terms: Sequence[Term],
+    formula: Formula,
+    extra: Sequence[Term] = (),
+    own: slice | None = None,
+    *,
+    labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """A loss that is a closed formula of statistics, with its pass in one node of autograd.
+
+    Autograd differentiates the formula on the reference backend, among ranks, and where somebody compiles or transforms
+    the call.
+
+    Args:
+        terms: what the formula reads, one vector each.
+        extra: further terms without gradient, from the same pass.
+        own: rows whose own loss is wanted too, for ranks.
+
+    Returns:
+        The loss; that of the own rows; the results of the extra terms.
+    """
+    pairs = {"labels": labels, "ref_labels": ref_labels}
+    wanted, columns = [*terms, *extra], (x if y is None else y).shape[0]
+    backend = dispatch.choose(x, x.shape[0] * columns)
+    if backend == "reference" or current() is not None or watched(x):
+        found = pair_reduce(x, y, wanted, normalize=normalize, **pairs)
+        read, found = found[: len(terms)], list(found[len(terms) :])
+        return formula.value(*read), None if own is None else formula.value(*(v[own] for v in read)), found
+    _check(x, y, labels, ref_labels, None, None, y is None, Similarity.DOT, Precision.IEEE)
+    checks.terms(wanted, x.shape[0], columns, x.device, labels is not None, False)
+    params, spec, consts = encode(wanted, Similarity.DOT, normalize, y is None, False, Precision.IEEE)
+    spec[KEEP] = int(needs_grad(x, y, *params))
+    call = x, y, labels, ref_labels, None, None, params, spec, consts, backend, workspace_bytes(None), formula.name
+    loss, rows, columns, *_ = ops.pair_loss(*call)
+    return loss, own and loss, ops.statistics_of(wanted, rows, columns)[len(terms) :] if extra else []
 
 
 def _public(term: Term, slots: Tensor) -> Tensor:

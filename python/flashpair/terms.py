@@ -101,7 +101,7 @@ class Precision(IntEnum):
     TF32 = 1
 
 
-@dataclass(eq=False)  # not frozen, which makes constructing one take three times as long
+@dataclass(eq=False)  # not frozen: losses construct some at every call, which a frozen class makes slow
 class Term:
     """One masked reduction of a pass.
 

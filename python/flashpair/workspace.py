@@ -34,7 +34,8 @@ def release_workspace() -> int:
     """Give the kept scratch memory back to the system; returns its size in bytes.
 
     On a CPU the similarity matrix of the last call stays in memory where it fits the workspace, for the pass or the
-    training step that follows (fresh pages cost as much as the arithmetic that they save).
+    training step that follows (fresh pages cost as much as the arithmetic that they save), and so do up to 64 MiB of
+    other scratch memory.
 
     Example:
         >>> import flashpair

@@ -91,15 +91,16 @@ def check_rows(name: str, value: Tensor, rows: int, like: Tensor) -> None:
 def poisoned(loss: Tensor, *embeddings: Tensor | None) -> Tensor:
     """The loss; NaN, and so its gradients, if an embedding is NaN or infinite, even one that no kept pair meets."""
     given = [e for e in embeddings if e is not None]
-    if all(map(_readable, given)):  # its elements may be looked at
+    # Elements may be looked at where nobody compiles or transforms the call, by an extension that reads them.
+    if not watched(*given) and all(map(_readable, given)) and not backend_cpu.unavailable():
         return loss if backend_cpu.finite(given) else loss * math.nan
     total = sum_of_entries(given, loss.dtype)
     return loss * total.softmax(0)  # of one number: 1, or NaN
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether nobody compiles or transforms a call with this tensor of a CPU, which the extension reads."""
-    return not watched(value) and value.is_cpu and value.dtype in checks.DTYPES and not backend_cpu.unavailable()
+    """Whether the CPU's extension reads such a tensor."""
+    return value.is_cpu and value.dtype in checks.DTYPES
 
 
 def as_guide(value: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..distributed.sharded import current
-from ..primitives import pair_reduce
+from ..formulas import MEAN_GAP_OF_BOTH
+from ..primitives import pair_loss, pair_reduce
 from ..terms import Axis, Mask, Reduction, Term
 from .arguments import as_scalar, check_matched, poisoned, without_gradient
 from .group import OpenClipRanks, own_rows, with_value_of
@@ -33,28 +34,23 @@ def clip_loss(
     """
     check_matched(image_features, text_features)
     scale = as_scalar("logit_scale", logit_scale)
-    batch = image_features.shape[0]
     if labels is None:
-        labels = torch.arange(batch, device=image_features.device)
-    # One pass. LSE_j l_ij - l_ii is softplus(LSE_{j != i} l_ij - l_ii), which keeps the digits of a small loss.
+        labels = torch.arange(image_features.shape[0], device=image_features.device)
+    # One pass. LSE_j l_ij - l_ii is softplus(LSE_{j != i} l_ij - l_ii).
     terms = [
         Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale),
-        Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, axis=Axis.COLUMNS, scale=scale),
         Term(Reduction.SUM, mask=Mask.SAME, scale=scale),
+        Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, axis=Axis.COLUMNS, scale=scale),
     ]
-    if return_stats:
-        terms += [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
-    rows, columns, diagonal, *extra = pair_reduce(
-        image_features, text_features, terms, labels=labels, ref_labels=labels
-    )
-    gaps = F.softplus(torch.stack([rows, columns]) - diagonal, threshold=40)  # (2, B)
-    loss = poisoned(gaps.mean() if batch else gaps.sum(), image_features, text_features)
+    extra = [Term(Reduction.MOMENTS, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)] if return_stats else []
+    features, own = (image_features, text_features), own_rows(image_features) if local_value else None
+    loss, of_own, found = pair_loss(*features, terms, MEAN_GAP_OF_BOTH, extra, own, labels=labels, ref_labels=labels)
+    loss = poisoned(loss, *features)
     if isinstance(logit_bias, Tensor):
         loss = loss + 0.0 * as_scalar("logit_bias", logit_bias)  # a softmax does not see a shift
     if local_value:
-        shown = gaps[:, own_rows(image_features)]
-        loss = with_value_of(loss, 0.5 * shown.sum() / max(shown.shape[1], 1))
-    return (loss, PairStatistics(*map(moments, extra))) if return_stats else loss
+        loss = with_value_of(loss, of_own)
+    return (loss, PairStatistics(*map(moments, found))) if return_stats else loss
 
 
 def _one_sided(queries: Tensor, keys: Tensor, scale: float | Tensor, labels: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
 from ..algebra import log_add_exp
 from ..distributed.sharded import current
+from ..formulas import MEAN_GAP
 from ..pairs import pair_similarity
-from ..primitives import pair_reduce
+from ..primitives import pair_loss, pair_reduce
 from ..terms import Mask, Reduction, Term
 from .arguments import check_matched, constant, inverse_temperature, poisoned, without_gradient
 from .group import InGroup
@@ -46,9 +46,12 @@ def info_nce_loss(
             Term(Reduction.SUM, mask=Mask.SAME, **logits),
         ]
         pieces += [Term(Reduction.MOMENTS, mask=m) for m in (Mask.SAME, Mask.DIFFERENT)] if return_stats else []
-        rivals, own, *found = pair_reduce(
-            query, positive_key, pieces, labels=index, ref_labels=index, normalize=normalize
-        )
+        pairs = {"labels": index, "ref_labels": index, "normalize": normalize}
+        if negative_keys is None and queue is None:
+            loss, _, found = pair_loss(query, positive_key, pieces[:2], MEAN_GAP, pieces[2:], **pairs)
+            loss = poisoned(loss, query, positive_key)
+            return (loss, PairStatistics(*map(moments, found))) if return_stats else loss
+        rivals, own, *found = pair_reduce(query, positive_key, pieces, **pairs)
         found = [moments(slots) for slots in found]
     else:
         similarity = pair_similarity(query, positive_key, index, index, normalize=normalize)
@@ -66,9 +69,7 @@ def info_nce_loss(
             rivals = log_add_exp(rivals, more)
             if return_stats:
                 found[1] = merge(found[1], moments(slots[0]))
-    # LSE over all keys - own = softplus(LSE over the others - own), which keeps the digits of a small loss.
-    gaps = F.softplus(rivals - own, threshold=40)
-    loss = poisoned(gaps.sum() / max(query.shape[0], 1), query, positive_key, negative_keys, queue)
+    loss = poisoned(MEAN_GAP.value(rivals, own), query, positive_key, negative_keys, queue)
     return (loss, PairStatistics(*found)) if return_stats else loss
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import backend_cpu, checks
 from ..algebra import log_add_exp
 from ..miners.selection import Bound, ClosestNegative, MinedPairs, check_indices, listed, settled
+from ..operator import watched
 from ..pairs import pair_similarity, segment_sum
 from ..primitives import pair_reduce, reduce_in_turn
 from ..request import statistics_dtype
@@ -33,6 +34,8 @@ def label_counts(
     labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | None, dtype: torch.dtype
 ) -> dict[Mask, Tensor]:
     """Number of positives and negatives of each row from the sorted labels, O((B + N) log N)."""
+    if not watched(labels) and labels.is_cpu and not backend_cpu.unavailable():
+        return dict(zip(_SIGNED, backend_cpu.label_counts(labels, ref_labels, exclude, dtype).unbind(0), strict=True))
     columns = labels if ref_labels is None else ref_labels
     ordered = columns.sort().values
     same = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
@@ -179,7 +182,7 @@ class PairProblem:
         if torch.compiler.is_compiling():
             return None
         for bound in self.bounds.get(Mask.SAME, {}).values():
-            if isinstance(bound, ClosestNegative) and bound.awaited(self.geometry, self.exclude):
+            if isinstance(bound, ClosestNegative) and bound.awaited(self.exclude):
                 masks = {term.mask for term in terms}
                 return bound if Mask.DIFFERENT in masks and masks <= set(_SIGNED) else None
         return None

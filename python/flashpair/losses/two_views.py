@@ -53,8 +53,13 @@ class TwoViews:
 
     def logits(self, scale: float | Tensor) -> tuple[Tensor, ...]:
         """(2 B,) log-sum over the negatives and the positive's logit."""
+        return self.reduce(*self.logit_terms(scale))
+
+    @staticmethod
+    def logit_terms(scale: float | Tensor) -> list[Term]:
+        """The terms of `logits`."""
         negatives = Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=scale)
-        return self.reduce(negatives, Term(Reduction.SUM, mask=Mask.SAME, scale=scale))
+        return [negatives, Term(Reduction.SUM, mask=Mask.SAME, scale=scale)]
 
 
 class MatchedLoss(InGroup, nn.Module):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import checks
+from ...formulas import MEAN_GAP
+from ...primitives import pair_loss
 from ..arguments import inverse_temperature
 from ..two_views import MatchedLoss, TwoViews
 
@@ -53,7 +54,7 @@ class SimCLRLoss(MatchedLoss):
         self.temperature, self.reduction = temperature, reduction
 
     def of(self, first: Tensor, second: Tensor) -> Tensor:
-        negatives, positive = TwoViews(first, second).logits(inverse_temperature(self.temperature))
-        # LSE over all - positive = softplus(LSE over negatives - positive), which keeps the digits of a small loss.
-        loss = F.softplus(negatives - positive, threshold=40).mean()
+        views = TwoViews(first, second)
+        terms = views.logit_terms(inverse_temperature(self.temperature))
+        loss, *_ = pair_loss(views.both, None, terms, MEAN_GAP, labels=views.sample, normalize=True)
         return 2 * loss if self.reduction == SimCLRReduction.SUM_OF_VIEWS else loss
