@@ -270,6 +270,8 @@ void run_mean_gap(const Tensor& rows, const Tensor& columns, Tensor& loss, Tenso
 
 // The loss, and its derivative in both.
 std::tuple<Tensor, Tensor, Tensor> mean_gap(Tensor rows, Tensor columns, bool both) {
+  if (rows.size(0) < 2 || (both && (columns.size(0) < 1 || columns.size(1) != rows.size(1))))
+    throw std::runtime_error("mean_gap: rows must be (2 or more, B), and with both directions columns (1 or more, B)");
   Tensor loss = torch::stable::new_empty(rows, {});
   Tensor of_rows = torch::stable::empty_like(rows), of_columns = torch::stable::empty_like(columns);
   (is_double(rows) ? run_mean_gap<double> : run_mean_gap<float>)(rows, columns, loss, of_rows, of_columns, both);

@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <mutex>
-#include <vector>
 
 namespace flashpair {
 namespace {
@@ -11,51 +10,66 @@ constexpr int64_t kSmall = int64_t(32) << 10;  // below, malloc keeps pages itse
 constexpr int64_t kLarge = int64_t(16) << 20;  // from here the arithmetic of a call is worth its pages
 constexpr int64_t kMost = int64_t(64) << 20;   // of idle memory
 
-// Memory that no call has.
+// Memory that no call has. Nobody waits for it: while another thread looks, memory is the system's.
 class Idle {
  public:
-  ~Idle() { release(); }
-
-  // The smallest that is large enough, and not so much larger that a larger call would miss it.
+  // The smallest that is large enough, and not so much larger that a larger call would miss it; of equal ones the last.
   Block take(int64_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    auto best = idle_.end();
-    for (auto it = idle_.begin(); it != idle_.end(); ++it)
-      if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
-    if (best == idle_.end()) return {};
-    const Block found = *best;
-    total_ -= found.bytes;
-    idle_.erase(best);
-    return found;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    int best = -1;
+    for (int k = 0; lock && k < count_; ++k)
+      if (blocks_[k].bytes >= bytes && blocks_[k].bytes <= 2 * bytes &&
+          (best < 0 || blocks_[k].bytes <= blocks_[best].bytes))
+        best = k;
+    return best < 0 ? Block{} : remove(best);
   }
 
   // Makes room for it at the expense of those that have been idle longest.
   void give(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(block);
-    total_ += block.bytes;
-    size_t out = 0;
-    for (; total_ > kMost; ++out) total_ -= idle_[out].bytes, std::free(idle_[out].data);
-    idle_.erase(idle_.begin(), idle_.begin() + out);
+    Block out[kBlocks];
+    int outs = 0;
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock) {
+        out[outs++] = block;
+      } else {
+        while (count_ > 0 && (count_ == kBlocks || total_ + block.bytes > kMost)) out[outs++] = remove(0);
+        blocks_[count_++] = block;
+        total_ += block.bytes;
+      }
+    }
+    for (int k = 0; k < outs; ++k) std::free(out[k].data);
   }
 
   int64_t release() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const int64_t bytes = total_;
-    for (const Block& block : idle_) std::free(block.data);
-    idle_.clear();
-    total_ = 0;
+    int64_t bytes = 0;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    while (lock && count_ > 0) {
+      const Block block = remove(0);
+      bytes += block.bytes;
+      std::free(block.data);
+    }
     return bytes;
   }
 
  private:
+  static constexpr int kBlocks = 256;
+
+  Block remove(int at) {
+    const Block found = blocks_[at];
+    total_ -= found.bytes, --count_;
+    for (int k = at; k < count_; ++k) blocks_[k] = blocks_[k + 1];
+    return found;
+  }
+
   std::mutex mutex_;
-  std::vector<Block> idle_;  // the one that was given last at the end
+  Block blocks_[kBlocks];  // the one that was given last at the end
+  int count_ = 0;
   int64_t total_ = 0;
 };
 
 Idle& idle() {
-  static Idle memory;
+  static Idle& memory = *new Idle;  // for ever: a thread may outlive what is destroyed at the end
   return memory;
 }
 

@@ -15,7 +15,7 @@ Block take_block(int64_t bytes);
 void give_block(Block block);
 // Gives back to the system what no call has; returns its size.
 int64_t release_blocks();
-// Not under a sanitizer, which would not see who writes past the end of a block.
+// Not under AddressSanitizer, which would not see who writes past the end of a block.
 bool blocks_are_kept();
 
 }  // namespace flashpair

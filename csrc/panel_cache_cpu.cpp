@@ -33,6 +33,9 @@ bool PanelCache::prepare(const PanelKey& key, int64_t bytes, int64_t tiles) {
 }
 
 void PanelCache::release() {
+#ifdef __linux__
+  if (data_) madvise(data_, capacity_, MADV_NOHUGEPAGE);  // the pages may be others' next
+#endif
   std::free(data_);
   data_ = nullptr;
   capacity_ = 0;

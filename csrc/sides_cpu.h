@@ -16,6 +16,7 @@ class Buffer {
   ~Buffer() { give_block(memory_); }
   void allocate(int64_t count) {
     give_block(memory_);
+    memory_ = {};
     memory_ = take_block(count * int64_t(sizeof(T)) + 64);
   }
   void zero(int64_t count) { memset(get(), 0, count * sizeof(T)); }

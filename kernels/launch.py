@@ -373,7 +373,7 @@ def _stats_panels(request: Request, plan: Forward) -> None:
         _fold(plan, (0, 0, B, N), partials, (0, 0), folded, finish=True)
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
+# --- formulas ---------------------------------------------------------------------------------------------------------
 
 
 def mean_gap(rows: Tensor, columns: Tensor, both: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -385,6 +385,9 @@ def mean_gap(rows: Tensor, columns: Tensor, both: bool) -> tuple[Tensor, Tensor,
             ROW_SLOTS=rows.shape[0], COLUMN_SLOTS=columns.shape[0], BOTH=both, BLOCK=1024, num_warps=8,
         )  # fmt: skip
     return loss, of_rows, of_columns
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
 
 
 @on_device

@@ -1,9 +1,8 @@
 """The operators behind the primitives: opaque to torch.compile, with fake and autograd registrations.
 
-`pair_stats` → statistics, `pair_weights` → its gradients; `pair_loss` → a loss that is a closed formula of statistics;
-`pair_sum` is the case in which nothing but one scalar is
-wanted, so its gradients are computed in the forward pass; `pair_mine` → extremes. All decode to a `Request` and hand
-it to a backend module, which offers
+`pair_stats` → statistics, `pair_weights` → its gradients; `pair_loss` → a closed formula of statistics; `pair_sum` is
+the case in which nothing but one scalar is wanted, so its gradients are computed in the forward pass; `pair_mine` →
+extremes. All decode to a `Request` and hand it to a backend module, which offers
 
     stats(request) → (rows (R, B), columns (C, N))
     weights(request, rows, columns, grad_rows, grad_columns, needs) → (dx, dy, dparams)
@@ -189,9 +188,10 @@ def _loss_setup(ctx, inputs, output):
 def _loss_backward(ctx, needs, total, *_):
     if total is None:
         return None, None, None, None, None, None, [None] * len(needs[6]), *[None] * 5
-    *pairs, rows, columns, slope_rows, slope_columns = ctx.saved_tensors[:10]
+    saved = ctx.saved_tensors  # once: a checkpoint makes them anew at every look
+    *pairs, rows, columns, slope_rows, slope_columns = saved[:10]
     grads = torch._foreach_mul([slope_rows, slope_columns], total)
-    return *_of_statistics(pairs, (rows, columns), grads, ctx.saved_tensors[10:], ctx.static, needs), None
+    return *_of_statistics(pairs, (rows, columns), grads, saved[10:], ctx.static, needs), None
 
 
 pair_loss.differentiable(_loss_backward, _loss_setup)
@@ -323,8 +323,8 @@ def _sum_setup(ctx, inputs, output):
 def _sum_backward(ctx, needs, total, *_):
     if total is None:
         return None, None, None, None, None, None, [None] * len(needs[6]), *[None] * 7
-    count = len(ctx.needs)
-    gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    count, saved = len(ctx.needs), ctx.saved_tensors
+    gradients, inputs = saved[:count], saved[count:]
     # Scaled in the wide dtype: a gradient scaler's factor need not fit float16.
     wanted = [g.to(total.dtype) for g, need in zip(gradients, ctx.needs, strict=True) if need]
     wide = iter(torch._foreach_mul(wanted, total))

@@ -230,13 +230,12 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """A loss that is a closed formula of statistics, with its pass in one node of autograd.
 
-    Autograd differentiates the formula on the reference backend, among ranks, and where somebody compiles or transforms
-    the call.
+    Autograd differentiates the formula on the reference backend and among ranks.
 
     Args:
         terms: what the formula reads, one vector each.
         extra: further terms without gradient, from the same pass.
-        own: rows whose own loss is wanted too, for ranks.
+        own: rows whose own loss is wanted too; among ranks only.
 
     Returns:
         The loss; that of the own rows; the results of the extra terms.
@@ -244,7 +243,7 @@ def pair_loss(
     pairs = {"labels": labels, "ref_labels": ref_labels}
     wanted, columns = [*terms, *extra], (x if y is None else y).shape[0]
     backend = dispatch.choose(x, x.shape[0] * columns)
-    if backend == "reference" or current() is not None or watched(x):
+    if backend == "reference" or current() is not None or own is not None:
         found = pair_reduce(x, y, wanted, normalize=normalize, **pairs)
         read, found = found[: len(terms)], list(found[len(terms) :])
         return formula.value(*read), None if own is None else formula.value(*(v[own] for v in read)), found
@@ -254,7 +253,7 @@ def pair_loss(
     spec[KEEP] = int(needs_grad(x, y, *params))
     call = x, y, labels, ref_labels, None, None, params, spec, consts, backend, workspace_bytes(None), formula.name
     loss, rows, columns, *_ = ops.pair_loss(*call)
-    return loss, own and loss, ops.statistics_of(wanted, rows, columns)[len(terms) :] if extra else []
+    return loss, None, ops.statistics_of(wanted, rows, columns)[len(terms) :] if extra else []
 
 
 def _public(term: Term, slots: Tensor) -> Tensor:

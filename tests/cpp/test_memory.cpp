@@ -1,7 +1,10 @@
 // memory_cpu.h.
 
+#include <atomic>
 #include <cstring>
 #include <set>
+#include <thread>
+#include <vector>
 
 #include "check.h"
 #include "memory_cpu.h"
@@ -68,6 +71,24 @@ TEST(little_memory_is_idle) {
   give_block(take_block(20 * kMiB));  // too large to be kept
   const int64_t idle = release_blocks();
   CHECK(!blocks_are_kept() || (idle > 60 * kMiB && idle <= 64 * kMiB));
+}
+
+TEST(no_two_threads_have_a_block) {
+  std::atomic<int> clashes = 0;
+  std::vector<std::thread> threads;
+  for (int id = 0; id < 4; ++id)
+    threads.emplace_back([&clashes, id] {
+      for (int round = 0; round < 2000; ++round) {
+        const Block blocks[2] = {take_block(40 * kKiB), take_block((40 + 10 * (round % 5)) * kKiB)};
+        for (const Block& block : blocks) memset(block.data, id, 4096);
+        for (const Block& block : blocks)
+          for (int i = 0; i < 4096; i += 512) clashes += static_cast<char*>(block.data)[i] != id;
+        for (const Block& block : blocks) give_block(block);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(clashes == 0);
+  release_blocks();
 }
 
 }  // namespace
