@@ -25,8 +25,8 @@ def test_host_time_is_measured_beside_triton_and_dense_code(tmp_path, capsys):
     (row,) = json.loads((tmp_path / "host.json").read_text())
     assert set(row["milliseconds"]) == {"flashpair", "decided anew", "recorded", "by Triton", "dense"}
     assert set(row["times_flashpair"]) == {"decided anew", "recorded", "by Triton", "dense"}
-    # Statistics and weights by plain and mixed tiles, a fold each.
-    assert row["kernels"] == 6 and 0 < row["operators"]["flashpair"] < row["operators"]["dense"]
+    # Statistics and weights by plain and mixed tiles, a fold each, and the formula.
+    assert row["kernels"] == 7 and 0 < row["operators"]["flashpair"] < row["operators"]["dense"]
     assert row["driver"] in ("stand-in", "Triton's") and not machine.is_stale(row)
     assert "| clip | " in capsys.readouterr().out
 
