@@ -9,7 +9,7 @@ import support
 import torch
 
 import flashpair
-from flashpair import Mask, Reduction, Term, dispatch
+from flashpair import Mask, Reduction, Term, backend_cpu, dispatch
 from flashpair.formulas import FORMULAS, MEAN_GAP, MEAN_GAP_OF_BOTH
 from flashpair.losses import ClipLoss, InfoNCELoss, SimCLRLoss
 from flashpair.primitives import pair_loss
@@ -92,6 +92,18 @@ def test_infinities_and_nan(dtype):
         loss, of_rows, of_columns = (t.cpu() for t in slopes(rows.to(device), columns.to(device)))
         assert loss.isnan() and of_columns.isnan().tolist() == [[False, True, False]], name
         assert of_rows.isnan().tolist() == [[False] * 3, [False, True, False]], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "columns", "both"), [((1, 9), (0, 9), False), ((2, 9), (0, 9), True), ((2, 9), (1, 4), True)]
+)
+def test_one_operator_refuses_what_is_not_there(rows, columns, both, dtype):
+    """Instead of reading past the end."""
+    if backend_cpu.unavailable():
+        pytest.skip("; ".join(backend_cpu.unavailable()))
+    with pytest.raises(RuntimeError, match="mean_gap: rows must be"):
+        torch.ops.flashpair_cpu.mean_gap(torch.zeros(rows, dtype=dtype), torch.zeros(columns, dtype=dtype), both)
 
 
 def test_names_are_those_of_the_table():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashpair import backend_cpu
+from flashpair import backend_cpu, use_backend
 from flashpair.losses import problem
 from flashpair.operator import watched
 from flashpair.terms import Mask
@@ -49,3 +49,11 @@ def test_counts(columns, rows, dtype, way, monkeypatch):
     same, different = _counted(labels, ref_labels, exclude)
     assert found[Mask.SAME].dtype == found[Mask.DIFFERENT].dtype == dtype
     assert (found[Mask.SAME].tolist(), found[Mask.DIFFERENT].tolist()) == (same, different)
+
+
+def test_the_reference_counts_by_itself(monkeypatch):
+    """What everything is compared with does not share an operator with it."""
+    monkeypatch.setattr(backend_cpu, "label_counts", None)
+    labels = torch.tensor([0, 1, 0])
+    with use_backend("reference"):
+        assert problem.label_counts(labels, None, None, torch.float64)[Mask.SAME].tolist() == [1, 0, 1]
