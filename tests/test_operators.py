@@ -111,6 +111,15 @@ def test_opcheck_loss(side, layout, backend):
     torch.library.opcheck(ops.pair_loss.overload, (*_arguments(data, terms, backend), formula))
 
 
+def test_only_the_loss_has_a_gradient(backend):
+    """Not the statistics and slopes beside it, by either way."""
+    for call in (ops.pair_loss, ops.pair_loss.overload):
+        data = _data(backend, "self", "plain")
+        terms = [Term(LSE, scale=data.scale), Term(SUM, mask=Mask.SAME)]
+        found = call(*_arguments(data, terms, backend), "mean_gap")
+        assert [t.requires_grad for t in found] == [True, False, False, False, False]
+
+
 @CASES
 def test_opcheck_mine(side, layout, backend):
     data = _data(backend, side, layout, grad=False)
