@@ -1,16 +1,12 @@
 // The native operators: decode the flat arguments of python/flashpair/ops.py into a Problem and run it. Registered through
 // LibTorch's stable ABI, so that one binary serves many versions of torch. Everything written is allocated by the caller.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <atomic>
-#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "bind.h"
 #include "engine.h"
 #include "finite_cpu.h"
 #include "formulas_cpu.h"
@@ -20,26 +16,23 @@
 #include "reductions.h"
 
 namespace flashpair {
+
+// Multiply-adds of one matrix product that are worth a thread: with fewer, a second one waits for the first at the end
+// of every round as long as it helps (bench/threads.py).
+static std::atomic<int64_t> products_per_thread = 1 << 21;
+
+int threads_for(double products) {
+  const double worth = products / double(products_per_thread), all = double(torch::stable::get_num_threads());
+  return worth < 1 ? 1 : int(worth < all ? worth : all);
+}
+
 namespace {
 
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
 constexpr size_t kHeader = 7, kPerTerm = 13, kPerConsts = 5, kPerExtreme = 5;
 constexpr size_t kGuideRows = 5, kGuideColumns = 6;  // of the header
-
-void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) task(i, context);
-  });
-}
-
-template <class T>
-const T* pointer(const MaybeTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
-}
 
 template <class T>
 Parameter<T> parameter(const std::vector<Tensor>& params, int64_t index, double number) {
@@ -49,16 +42,7 @@ Parameter<T> parameter(const std::vector<Tensor>& params, int64_t index, double 
   return tensor.dim() == 0 ? Parameter<T>{nullptr, data[0]} : Parameter<T>{data, T(0)};
 }
 
-// Multiply-adds of one matrix product that are worth a thread: with fewer, a second one waits for the first at the end
-// of every round as long as it helps (bench/threads.py).
-std::atomic<int64_t> products_per_thread = 1 << 21;
-
 int64_t set_products_per_thread(int64_t products) { return products_per_thread.exchange(products); }
-
-int threads_for(double products) {
-  const double worth = products / double(products_per_thread), all = double(torch::stable::get_num_threads());
-  return worth < 1 ? 1 : int(worth < all ? worth : all);
-}
 
 template <class T>
 Problem<T> problem(const Tensor& x, const MaybeTensor& y, const MaybeTensor& labels, const MaybeTensor& ref_labels,
@@ -105,8 +89,6 @@ void add_terms(Problem<T>& p, const std::vector<Tensor>& params, const Ints& spe
     p.terms.push_back(term);
   }
 }
-
-bool is_double(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
 
 template <class T>
 std::tuple<Tensor, Tensor> run_stats(const EnginePasses<T>& passes, const Tensor& x, const MaybeTensor& y,

@@ -1,6 +1,7 @@
 // The CPU backend's entry points: one table per instruction set, chosen at run time.
 #pragma once
 
+#include "panel_formulas.h"
 #include "problem.h"
 
 namespace flashpair {
@@ -10,6 +11,12 @@ struct EnginePasses {
   void (*stats)(const Problem<T>&, T* rows, T* columns);
   void (*weights)(const Problem<T>&, const Gradients<T>&);
   void (*extremes)(const Problem<T>&, T* const* values, int64_t* const* indices);
+  PanelTotal (*ordered)(const OrderedPanel<T>&);
+  double (*tabulated)(const TabulatedPanel<T>&);
+  void (*soft_ranks)(const SoftRanksPanel<T>&);
+  // How many of `count` sorted numbers are below sign · values[j] - shift, without `below` those level with it too.
+  void (*places)(const T* sorted, int64_t count, const T* values, int64_t columns, T sign, T shift, bool below,
+                 int32_t* places);
 };
 
 struct Engine {

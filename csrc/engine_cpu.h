@@ -13,6 +13,10 @@ namespace FP_NAMESPACE {
 #include "stats_cpu.h"
 #include "weights_cpu.h"
 #include "extremes_cpu.h"
+#include "ordered_cpu.h"
+#include "tabulated_cpu.h"
+#include "soft_ranks_cpu.h"
+#include "places_cpu.h"
 // clang-format on
 
 template <class T>
@@ -39,14 +43,39 @@ void extremes(const Problem<T>& problem, T* const* values, int64_t* const* indic
   pass.run(values, indices);
 }
 
+template <class T>
+PanelTotal ordered(const OrderedPanel<T>& panel) {
+  return panel.narrow ? OrderedLogSums<T, float>(panel).run() : OrderedLogSums<T, double>(panel).run();
+}
+
+template <class T>
+double tabulated(const TabulatedPanel<T>& panel) {
+  return Tabulated<T>(panel).run();
+}
+
+template <class T>
+void soft_ranks(const SoftRanksPanel<T>& panel) {
+  SoftRanks<T>(panel).run();
+}
+
+template <class T>
+void places(const T* sorted, int64_t count, const T* values, int64_t columns, T sign, T shift, bool below,
+            int32_t* found) {
+  (below ? places_among<T, true> : places_among<T, false>)(sorted, count, values, columns, sign, shift, found);
+}
+
+template <class T>
+constexpr EnginePasses<T> kPasses = {stats<T>,     weights<T>,    extremes<T>, ordered<T>,
+                                     tabulated<T>, soft_ranks<T>, places<T>};
+
 }  // namespace FP_NAMESPACE
 
 extern const Engine FP_ENGINE;
 const Engine FP_ENGINE = {
     FP_ENGINE_NAME,
     FP_VECTOR_BYTES,
-    {FP_NAMESPACE::stats<float>, FP_NAMESPACE::weights<float>, FP_NAMESPACE::extremes<float>},
-    {FP_NAMESPACE::stats<double>, FP_NAMESPACE::weights<double>, FP_NAMESPACE::extremes<double>},
+    FP_NAMESPACE::kPasses<float>,
+    FP_NAMESPACE::kPasses<double>,
 };
 
 }  // namespace flashpair

@@ -41,8 +41,8 @@ class Program:
 
 
 def engine(name: str) -> Program:
-    sources = ["memory_cpu.cpp", "order_cpu.cpp", "panel_cache_cpu.cpp", f"isa_{name}_cpu.cpp"]
-    return Program(["test_engine.cpp", "oracle.cpp"], sources, [f"-DFP_TESTED_ENGINE={name}_engine"])
+    sources = ["memory_cpu.cpp", "order_cpu.cpp", "panel_cache_cpu.cpp", "ranks_cpu.cpp", f"isa_{name}_cpu.cpp"]
+    return Program(["test_engine.cpp", "test_rows.cpp", "oracle.cpp"], sources, [f"-DFP_TESTED_ENGINE={name}_engine"])
 
 
 def wide_engines() -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .dispatch import forced_name
+from .operator import watched
 from .request import (
     GUIDE_COLUMNS,
     GUIDE_ROWS,
@@ -160,6 +162,13 @@ def label_counts(labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | No
     """(2, B): the numbers of positives and negatives of each row."""
     given = [None if v is None else v.contiguous() for v in (labels, ref_labels, exclude)]
     return torch.ops.flashpair_cpu.label_counts.default(*given, dtype == torch.float64)
+
+
+def at_hand(*tensors: Tensor) -> bool:
+    """Whether the operators beside the passes may take these tensors: on a CPU, unless somebody watches or decides."""
+    if forced_name() not in (None, "cpu") or watched(*tensors) or unavailable():
+        return False
+    return all(tensor.is_cpu for tensor in tensors)
 
 
 def _mean_gap(both: bool, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

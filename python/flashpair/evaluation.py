@@ -40,8 +40,8 @@ class Retrieval(NamedTuple):
 def _ranks(panel: RowPanel, position: Tensor, valid: Tensor) -> Tensor:
     """(b, P) rank of each match, from 1; equal distances in the order of their columns."""
     d, near, column = panel.s, panel.s.gather(1, position), panel.column[position]
-    less = counts_below(d, panel.allowed, near)
-    level = counts_below(d, panel.allowed, near, closed=True) - less
+    less = counts_below(panel, Mask.ALL, near)
+    level = counts_below(panel, Mask.ALL, near, closed=True) - less
     rank = less + 1
     tied = ((level > 1) & valid).any(0)
     for p in tied.nonzero()[:, 0].tolist():

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import checks, reference
 from .dispatch import use_backend
-from .losses.ranks import soft_histogram
+from .losses.ranks import row_histogram
 from .losses.statistics import Moments, PairStatistics
 from .rows import RowPanel, row_reduce
+from .terms import Mask
 
 _COLORS = {"positive": "tab:blue", "negative": "tab:red"}
 
@@ -60,8 +61,8 @@ def similarity_histogram(x: Tensor, labels: Tensor, bins: int = 100) -> Similari
     checks.count("bins", bins)
 
     def formula(panel: RowPanel) -> list[Tensor]:
-        masks = (panel.same, panel.different)
-        return [soft_histogram(panel.s, m.to(panel.s.dtype), -1.0, 1.0, bins).sum(0).double() for m in masks]
+        masks = Mask.SAME, Mask.DIFFERENT
+        return [row_histogram(panel, m, -1.0, 1.0, bins).sum(0).double() for m in masks]
 
     with torch.no_grad():
         counts = row_reduce(x, None, formula, labels=labels, normalize=True, totals=2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, dispatch, panels, reference
+from . import backend_cpu, checks, dispatch, panels, reference, rows_cpu
 from .distributed.sharded import current
 from .eager import eagerly
 from .label_order import label_order, positions
@@ -72,6 +72,13 @@ class RowPanel:
     def different(self) -> Tensor:
         """(b, n) bool: the negatives."""
         return ~self.member & self.allowed
+
+    @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """(b,) int64 each, how many positives and how many negatives a row has."""
+        inside = (self.own >= self.start) & (self.own < self.start + self.count)
+        outside = (self.own >= 0) & ~inside
+        return self.count - inside.long(), self.s.shape[1] - self.count - outside.long()
 
     def members(self, own: bool = False) -> tuple[Tensor, Tensor]:
         """Positions (b, P) of the columns that share the label, valid where the second (b, P) is.
@@ -175,6 +182,7 @@ class _Sides:
         self.u = [u.to(wide) for u in further[0 : 2 * plan.products : 2]]
         self.v = [v.to(wide)[plan.column_order] for v in further[1 : 2 * plan.products : 2]]
         largest = max((at.end - at.first) * (at.high - at.low) for at in plan.panels)
+        self.native = backend_cpu.at_hand(self.x)
         self.buffers = [self.x.new_empty(largest) for _ in range(1 + plan.products)]
 
     def panel(self, at: _Bounds) -> RowPanel:
@@ -185,15 +193,19 @@ class _Sides:
         shape = at.end - at.first, at.high - at.low
         # In fresh pages a product of 128 features takes twice as long.
         s, *products = (v[: shape[0] * shape[1]].view(shape) for v in self.buffers)
+        distances = plan.similarity != Similarity.DOT
         with float32_products(self.x, Precision.IEEE):
-            if plan.similarity == Similarity.DOT:
+            if not distances or self.native:
                 torch.mm(x, columns.T, out=s)
             else:
                 squares = self.x_squares[row, None], self.column_squares[None, at.low : at.high]
                 torch.addmm(squares[1], x, columns.T, alpha=-2, out=s).add_(squares[0])
             for u, v, product in zip(self.u, self.v, products, strict=True):
                 torch.mm(u[row], v[at.low : at.high].T, out=product)
-        if plan.similarity != Similarity.DOT:
+        if distances and self.native:
+            root = plan.similarity == Similarity.EUCLIDEAN
+            rows_cpu.distances_(s, self.x_squares[row], self.column_squares[at.low : at.high], plan.normalize, root)
+        elif distances:
             # Equal rows, but for rounding: relative to both squares, of which unit vectors have none above 1.
             size = squares[0] + (1.0 if plan.normalize else squares[1])
             s.masked_fill_(s <= size.mul_(4 * torch.finfo(s.dtype).eps), 0.0)
@@ -364,7 +376,9 @@ def _accumulate(sides: _Sides, at: _Bounds, row: Tensor, s: Tensor, ds: Tensor, 
     """Adds what a panel says of dX and, by sorted column, dY."""
     columns, x = sides.columns[at.low : at.high], sides.x[row]
     kind = sides.plan.similarity
-    if kind == Similarity.EUCLIDEAN:
+    if kind == Similarity.EUCLIDEAN and sides.native:
+        ds = rows_cpu.through_roots(ds, s)
+    elif kind == Similarity.EUCLIDEAN:
         ds = (ds / s).mul_(0.5).masked_fill_(s == 0, 0.0)
     with float32_products(x, Precision.IEEE):
         if dx is not None:

@@ -126,7 +126,7 @@ class DynamicSoftMarginLoss(MetricLoss):
             near = panel.s.gather(1, position)
             # l >= edge where d_an <= d_ap - edge
             limits = torch.where(valid[:, :, None], near[:, :, None] - edges, -torch.inf)
-            count, total = (v.view_as(limits) for v in sums_up_to(panel.s, panel.different, limits.flatten(1)))
+            count, total = (v.view_as(limits) for v in sums_up_to(panel, Mask.DIFFERENT, limits.flatten(1)))
             total = torch.where(valid[:, :, None], count * near[:, :, None] - total, 0.0)
             count = torch.where(valid[:, :, None], count, 0.0)
             reached = torch.stack([total.sum((0, 1)), count.sum((0, 1))])

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .. import checks
 from ..rows import RowPanel
+from ..terms import Mask
 from .geometry import require
 from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem
-from .ranks import soft_histogram
+from .ranks import row_histogram
 from .reducers import reduce_values
 
 
@@ -60,14 +61,11 @@ class FastAPLoss(MetricLoss):
         high = 2.0**self.distance.power
 
         def formula(panel: RowPanel) -> list[Tensor]:
-            position, valid = panel.members()
-            near = panel.s.gather(1, position)
-            positive = soft_histogram(near, valid.to(near.dtype), 0.0, high, self.num_bins)
-            everything = soft_histogram(panel.s, panel.allowed.to(near.dtype), 0.0, high, self.num_bins)
+            positive, everything = (row_histogram(panel, m, 0.0, high, self.num_bins) for m in (Mask.SAME, Mask.ALL))
             below, rank = positive.cumsum(1), everything.cumsum(1)
             some = (positive * below > 0) & (rank > 0)
             share = torch.where(some, positive * below / torch.where(some, rank, 1.0), 0.0)
-            return [share.sum(1), valid.sum(1)]
+            return [share.sum(1), panel.counts[0]]
 
         precision, positives = problem.row_reduce(formula, "FastAPLoss")
         losses = (1 - precision / positives.clamp_min(1)) * problem.row_weights()

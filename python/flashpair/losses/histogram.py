@@ -11,7 +11,7 @@ from .geometry import require
 from .metric import MetricLoss
 from .peer import CosineSimilarity, DotProductSimilarity
 from .problem import PairProblem, all_pairs, pair_problem
-from .ranks import soft_histogram
+from .ranks import row_histogram, soft_histogram
 from .triplets import listed_triplets
 
 
@@ -89,14 +89,9 @@ class HistogramLoss(MetricLoss):
         own = problem.y is None
 
         def formula(panel: RowPanel, anchor_row: Tensor, anchors: Tensor) -> list[Tensor]:
-            weight = anchor_row.to(panel.s.dtype)[:, None]
-            position, valid = panel.members()
-            near = panel.s.gather(1, position)
-            twice = (2.0 - 1.0 * ~anchors[panel.column]) if own else panel.s.new_ones(panel.s.shape[1])
-            weights = weight / twice
-            positive = soft_histogram(near, weights.gather(1, position) * valid, -1.0, 1.0, self._bins)
-            negative = soft_histogram(panel.s, weights * panel.different, -1.0, 1.0, self._bins)
-            return [positive.sum(0), negative.sum(0)]
+            once = 1 / (1.0 + anchors[panel.column].to(panel.s.dtype)) if own else None
+            weight = anchor_row.to(panel.s.dtype)
+            return [weight @ row_histogram(panel, m, -1.0, 1.0, self._bins, once) for m in (Mask.SAME, Mask.DIFFERENT)]
 
         return _overlap(*problem.row_reduce(formula, "HistogramLoss", rows=[anchor], shared=[anchor], totals=2))
 

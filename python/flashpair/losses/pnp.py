@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import checks
 from ..rows import RowPanel
+from ..terms import Mask
 from .geometry import require
 from .metric import MetricLoss
 from .peer import CosineSimilarity
@@ -75,7 +76,7 @@ class PNPLoss(MetricLoss):
         def formula(panel: RowPanel) -> list[Tensor]:
             position, valid = panel.members(own)
             points = torch.where(valid, panel.s.gather(1, position), 0.0)
-            rank = soft_ranks(panel.s, panel.different, points, 1 / self.anneal)
+            rank = soft_ranks(panel, Mask.DIFFERENT, points, 1 / self.anneal)
             return [torch.where(valid, self.penalty(rank), 0.0).sum(1), valid.sum(1)]
 
         total, members = problem.row_reduce(formula, "PNPLoss")

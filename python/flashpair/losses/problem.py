@@ -14,9 +14,7 @@ from torch import Tensor
 
 from .. import backend_cpu, checks
 from ..algebra import log_add_exp
-from ..dispatch import forced_name
 from ..miners.selection import Bound, ClosestNegative, MinedPairs, check_indices, listed, settled
-from ..operator import watched
 from ..pairs import pair_similarity, segment_sum
 from ..primitives import pair_reduce, reduce_in_turn
 from ..request import statistics_dtype
@@ -35,7 +33,7 @@ def label_counts(
     labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | None, dtype: torch.dtype
 ) -> dict[Mask, Tensor]:
     """Number of positives and negatives of each row from the sorted labels, O((B + N) log N)."""
-    if forced_name() in (None, "cpu") and not watched(labels) and labels.is_cpu and not backend_cpu.unavailable():
+    if backend_cpu.at_hand(labels):
         return dict(zip(_SIGNED, backend_cpu.label_counts(labels, ref_labels, exclude, dtype).unbind(0), strict=True))
     columns = labels if ref_labels is None else ref_labels
     ordered = columns.sort().values

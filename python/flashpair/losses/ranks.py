@@ -1,5 +1,8 @@
-"""What row formulas are made of: soft ranks, soft histograms, and sums over the triplets of a row without listing
-them."""
+"""What row formulas are made of: soft ranks, soft histograms, counts below limits and sums over the triplets of a row
+without listing them.
+
+Each is plain PyTorch and, on a CPU, an operator of C++ that needs no mask and no sort of the row.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import rows_cpu
+from ..backend_cpu import at_hand
 from ..rows import RowPanel
+from ..terms import Mask
 
 #: Points of a row up to which each is compared with all columns; more are found by bisection.
 FEW = 8
@@ -22,6 +28,15 @@ class Step(Enum):
     SIGMOID = "sigmoid"
     SOFTPLUS = "softplus"
     HINGE = "hinge"
+
+
+def kept(panel: RowPanel, mask: Mask, own: bool = False) -> Tensor:
+    """(b, n) bool: the columns under a mask; `own`: the excluded one is like others."""
+    if mask == Mask.DIFFERENT:
+        return ~panel.member if own else panel.different
+    if mask == Mask.SAME:
+        return panel.member if own else panel.same
+    return torch.ones_like(panel.s, dtype=torch.bool) if own else panel.allowed
 
 
 def _apply(step: Step, z: Tensor) -> Tensor:
@@ -61,16 +76,41 @@ class _SoftRanks(torch.autograd.Function):
         return by_value.mul_(scale), None, by_point.mul_(cotangent).mul_(-scale), None, None
 
 
-def soft_ranks(values: Tensor, keep: Tensor, points: Tensor, scale: float, step: Step = Step.SIGMOID) -> Tensor:
-    """`R_p = Σ_j step(scale (values_j - points_p))` over the kept j of each row, one point at a time.
+class _NativeSoftRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, panel, s, points, *how):
+        ctx.panel, ctx.how = panel, how
+        ctx.save_for_backward(points)
+        return rows_cpu.soft_ranks(panel, points, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent):
+        of_points, of_s = rows_cpu.soft_rank_slopes(ctx.panel, *ctx.saved_tensors, *ctx.how, cotangent)
+        return None, of_s, of_points, None, None, None, None, None
+
+
+def soft_ranks(
+    panel: RowPanel,
+    mask: Mask,
+    points: Tensor,
+    scale: float,
+    step: Step = Step.SIGMOID,
+    *,
+    sign: float = 1.0,
+    own: bool = False,
+) -> Tensor:
+    """`R_p = Σ_j step(scale (sign s_j - points_p))` over the columns of each row under a mask, one point at a time.
 
     Args:
-        values: (b, n). keep: (b, n) bool. points: (b, P).
+        points: (b, P). own: the excluded column is like others.
 
     Returns:
-        (b, P); O(b n) memory. Differentiable in values and points.
+        (b, P); O(b n) memory. Differentiable in s and points.
     """
-    return _SoftRanks.apply(values, keep, points, scale, step)
+    if at_hand(panel.s, points):
+        return _NativeSoftRanks.apply(panel, panel.s, points, mask, scale, list(Step).index(step), sign, own)
+    return _SoftRanks.apply(sign * panel.s, kept(panel, mask, own), points, scale, step)
 
 
 def soft_histogram(values: Tensor, weight: Tensor, low: float, high: float, bins: int) -> Tensor:
@@ -88,24 +128,63 @@ def soft_histogram(values: Tensor, weight: Tensor, low: float, high: float, bins
     return nodes.scatter_add(1, left, weight - right).scatter_add(1, left + 1, right)
 
 
+class _NativeHistogram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, panel, s, *how):
+        ctx.panel, ctx.how = panel, how
+        return rows_cpu.soft_histogram(panel, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent):
+        of_s = rows_cpu.soft_histogram_slopes(ctx.panel, *ctx.how, cotangent)
+        return None, of_s, None, None, None, None, None
+
+
+def row_histogram(
+    panel: RowPanel, mask: Mask, low: float, high: float, bins: int, weights: Tensor | None = None
+) -> Tensor:
+    """`soft_histogram` of the similarities of each row under a mask.
+
+    Args:
+        weights: (n,) what each column counts, without gradient. Default: 1.
+    """
+    if at_hand(panel.s):
+        return _NativeHistogram.apply(panel, panel.s, mask, weights, low, high, bins)
+    weight = kept(panel, mask).to(panel.s.dtype)
+    return soft_histogram(panel.s, weight if weights is None else weight * weights, low, high, bins)
+
+
+class _NativeTripletSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, panel, s, *how):
+        counts, sums, of_s = rows_cpu.triplet_sums(panel, *how, ctx.needs_input_grad[1])
+        ctx.save_for_backward(of_s)
+        ctx.mark_non_differentiable(counts)
+        return counts, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, cotangent):
+        (of_s,) = ctx.saved_tensors
+        return None, of_s * cotangent[:, None], None, None, None, None
+
+
 def triplet_sums(
-    near: Tensor,
-    valid: Tensor,
-    far: Tensor,
-    keep: Tensor,
-    low: float | None,
-    high: float | None,
-    closed: bool = False,
+    panel: RowPanel, sign: float, low: float | None, high: float | None, closed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Over the triplets (p, n) of each row with `low < far_n - near_p < high`: their number, and Σ (near_p - far_n).
+    """Over the triplets (p, n) of each row, d = sign s, with `low < d_n - d_p < high`: their number, and Σ d_p - d_n.
 
     Sorted positives and their prefix sums: n log P a row instead of n P.
 
     Args:
-        near: (b, P) distances to the positives, of which `valid` (b, P) exist.
-        far: (b, n) distances to the columns, of which `keep` (b, n) are negatives.
         low, high: bounds, None for none. closed: `high` itself is inside.
     """
+    if at_hand(panel.s):
+        bounds = -torch.inf if low is None else low, torch.inf if high is None else high
+        return _NativeTripletSums.apply(panel, panel.s, sign, *bounds, closed)
+    position, valid = panel.members()
+    near, far, keep = sign * panel.s.gather(1, position), sign * panel.s, panel.different
     ordered, order = near.detach().masked_fill(~valid, torch.inf).sort(dim=1)
     present = valid.sum(1, keepdim=True)
     value = torch.where(valid, near, 0.0).gather(1, order)
@@ -123,15 +202,19 @@ def triplet_sums(
     return counts.sum(1), (sums - torch.where(some, counts * far, 0.0)).sum(1)
 
 
-def counts_below(values: Tensor, keep: Tensor, limits: Tensor, closed: bool = False) -> Tensor:
-    """(b, K) int64, how many kept values of each row are below each limit (`closed`: or level with it).
+def counts_below(panel: RowPanel, mask: Mask, limits: Tensor, closed: bool = False, *, sign: float = 1.0) -> Tensor:
+    """(b, K) int64, how many columns of each row under a mask have sign · s below each limit (`closed`: or level).
 
     Args:
-        values: (b, n). keep: (b, n) bool. limits: (b, K) in any order. No gradients.
+        limits: (b, K) in any order. No gradients.
     """
+    limits = limits.detach()
+    if at_hand(panel.s, limits):
+        return rows_cpu.sums_below(panel, mask, limits, closed, False, sign)[0]
+    values, keep = sign * panel.s.detach(), kept(panel, mask)
     if limits.shape[1] > FEW:
-        return _reached(values, limits.detach(), keep.long(), right=not closed)
-    values = values.detach().masked_fill(~keep, torch.inf)
+        return _reached(values, limits, keep.long(), right=not closed)
+    values = values.masked_fill(~keep, torch.inf)
     compare = torch.le if closed else torch.lt
     counts = torch.empty_like(limits, dtype=torch.long)
     for k in range(limits.shape[1]):
@@ -139,17 +222,38 @@ def counts_below(values: Tensor, keep: Tensor, limits: Tensor, closed: bool = Fa
     return counts
 
 
-def sums_up_to(values: Tensor, keep: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """How many kept values of each row are <= each limit, and their sum, which has a gradient in the values.
+class _NativeSumsUpTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, panel, s, mask, limits):
+        ctx.panel, ctx.mask = panel, mask
+        ctx.save_for_backward(limits)
+        counts, sums = rows_cpu.sums_below(panel, mask, limits, True, True)
+        counts = counts.to(sums.dtype)
+        ctx.mark_non_differentiable(counts)
+        return counts, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, cotangent):
+        of_s = rows_cpu.sums_below_slopes(ctx.panel, ctx.mask, *ctx.saved_tensors, True, cotangent)
+        return None, of_s, None, None
+
+
+def sums_up_to(panel: RowPanel, mask: Mask, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """How many columns of each row under a mask have s <= each limit, and the sum of these s, which has a gradient.
 
     Args:
-        values: (b, n). keep: (b, n) bool. limits: (b, K) in any order, no gradient.
+        limits: (b, K) in any order, no gradient.
 
     Returns:
         (counts (b, K), sums (b, K)); n log K a row.
     """
+    limits = limits.detach()
+    if at_hand(panel.s, limits):
+        return _NativeSumsUpTo.apply(panel, panel.s, mask, limits)
+    values, keep = panel.s, kept(panel, mask)
     weights = keep.to(values.dtype), torch.where(keep, values, 0.0)
-    counts, sums = (_reached(values, limits.detach(), w, right=False) for w in weights)
+    counts, sums = (_reached(values, limits, w, right=False) for w in weights)
     return counts, sums
 
 
@@ -160,6 +264,22 @@ def _reached(values: Tensor, limits: Tensor, weight: Tensor, right: bool) -> Ten
     nodes = weight.new_zeros(limits.shape[0], limits.shape[1] + 1)
     below = nodes.scatter_add(1, place, weight)[:, :-1].cumsum(1)
     return torch.empty_like(below).scatter(1, order, below)
+
+
+def next_above(panel: RowPanel, points: Tensor, *, sign: float = 1.0) -> Tensor:
+    """(b, P) int64, the column of another class with the smallest sign · s above each point, else with the largest.
+
+    Args:
+        points: (b, P). A row without columns of other classes gives any column. No gradients.
+    """
+    points = points.detach()
+    if at_hand(panel.s, points):
+        return rows_cpu.next_above(panel, points, sign)
+    keep = panel.different
+    ordered, order = (sign * panel.s.detach()).masked_fill(~keep, torch.inf).sort(dim=1)
+    place = torch.searchsorted(ordered, points.contiguous(), right=True)
+    last = (keep.sum(1, keepdim=True) - 1).clamp_min(0)
+    return order.gather(1, torch.minimum(place, last))
 
 
 def gathered(panel: RowPanel, own: bool = False) -> tuple[Tensor, Tensor]:

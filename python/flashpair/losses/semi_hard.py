@@ -10,6 +10,7 @@ from ..rows import RowPanel
 from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem
+from .ranks import next_above
 from .reducers import Rule, reduce_sums, refuse
 
 
@@ -19,7 +20,8 @@ class TripletSemiHardLoss(MetricLoss):
         d_an* = min{d_an: d_an > d_ap} where there is one, else max_n d_an
         loss = mean over positive pairs (a, p) of  [d_ap - d_an* + margin]_+
 
-    zeros included. A row's negatives are sorted once and each positive finds its place, O(B N log N).
+    zeros included. On a CPU each negative of a row finds its place among the sorted positives, O(B N log P); elsewhere
+    the negatives are sorted, O(B N log N).
 
     Args:
         margin: default 1.
@@ -57,14 +59,9 @@ class TripletSemiHardLoss(MetricLoss):
         def formula(panel: RowPanel) -> list[Tensor]:
             position, valid = panel.members()
             near = away * panel.s.gather(1, position)
-            far = (away * panel.s).masked_fill(~panel.different, torch.inf)
-            count = panel.different.sum(1, keepdim=True)
-            ordered, order = far.detach().sort(dim=1)
-            place = torch.searchsorted(ordered, near.detach().contiguous(), right=True)
-            place = torch.minimum(place, (count - 1).clamp_min(0))
-            valid = valid & (count > 0)
-            chosen = far.gather(1, order.gather(1, place))
-            losses = torch.where(valid, torch.relu(near - torch.where(valid, chosen, 0.0) + self.margin), 0.0)
+            valid = valid & (panel.counts[1] > 0)[:, None]
+            chosen = away * panel.s.gather(1, next_above(panel, near, sign=away))
+            losses = torch.where(valid, torch.relu(near - chosen + self.margin), 0.0)
             return [losses.sum(1), (valid & (losses > 0) if nonzero else valid).sum(1).to(losses.dtype)]
 
         sums, counts = problem.row_reduce(formula, "TripletSemiHardLoss")

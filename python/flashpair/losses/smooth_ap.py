@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import checks
 from ..rows import RowPanel
+from ..terms import Mask
 from .geometry import require
 from .metric import MetricLoss
 from .peer import CosineSimilarity
@@ -56,15 +57,16 @@ class SmoothAPLoss(MetricLoss):
         require(self.distance, "SmoothAPLoss", (CosineSimilarity,))
 
     def loss_of(self, problem: PairProblem) -> Tensor:
+        own = problem.y is None
+
         def formula(panel: RowPanel) -> list[Tensor]:
-            position, valid = panel.members(own=problem.y is None)
+            position, valid = panel.members(own)
             points = torch.where(valid, panel.s.gather(1, position), 0.0)
-            columns = torch.ones_like(panel.s, dtype=torch.bool) if problem.y is None else panel.allowed
             scale = 1 / self.temperature
             half = 0.5  # the sigmoid of k = p, which does not count
-            rank = 1 - half + soft_ranks(panel.s, columns, points, scale)
-            own = 1 - half + soft_ranks(points, valid, points, scale)
-            return [torch.where(valid, own / rank, 0.0).sum(1), valid.sum(1)]
+            rank = 1 - half + soft_ranks(panel, Mask.ALL, points, scale, own=own)
+            among = 1 - half + soft_ranks(panel, Mask.SAME, points, scale, own=own)
+            return [torch.where(valid, among / rank, 0.0).sum(1), valid.sum(1)]
 
         precision, members = problem.row_reduce(formula, "SmoothAPLoss")
         losses = (1 - precision / members.clamp_min(1)) * problem.row_weights()

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..backend_cpu import at_hand
 from ..miners.selection import MinedTripletBand
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
 from ..reference import similarity_matrix
 from ..rows import RowPanel
-from ..terms import Reduction, Term
+from ..terms import Mask, Reduction, Term
 from .arguments import poisoned
 from .geometry import Geometry, geometry_of
 from .metric import MetricLoss
@@ -93,24 +94,25 @@ def _of_rows(problem: PairProblem, how: _Options, low: float | None = None, high
     plain = least is None and high is None and most == margin
 
     def hinges(panel: RowPanel) -> list[Tensor]:
-        position, valid = panel.members()
-        near, far, keep = away * panel.s.gather(1, position), away * panel.s, panel.different
-        if plain and near.shape[1] <= FEW:
-            points = -(near + margin)
-            sums = torch.where(valid, soft_ranks(-far, keep, points, 1.0, Step.HINGE), 0.0).sum(1)
-            counts = valid * (keep.sum(1, keepdim=True) if zeros_count else counts_below(far, keep, near + margin))
-            return [sums, counts.sum(1).to(sums.dtype)]
-        count, total = triplet_sums(near, valid, far, keep, least, most, closed)
+        if plain and panel.most <= FEW and not at_hand(panel.s):
+            position, valid = panel.members()
+            limits = away * panel.s.gather(1, position) + margin
+            sums = soft_ranks(panel, Mask.DIFFERENT, -limits, 1.0, Step.HINGE, sign=-away)
+            if zeros_count:
+                counts = panel.counts[1][:, None]
+            else:
+                counts = counts_below(panel, Mask.DIFFERENT, limits, sign=away)
+            return [torch.where(valid, sums, 0.0).sum(1), (valid * counts).sum(1).to(sums.dtype)]
+        count, total = triplet_sums(panel, away, least, most, closed)
         if zeros_count:
-            every, _ = triplet_sums(near.detach(), valid, far.detach(), keep, least, high, closed=True)
-            return [margin * count + total, every]
+            return [margin * count + total, triplet_sums(panel, away, least, high, closed=True)[0]]
         return [margin * count + total, count]
 
     def soft(panel: RowPanel) -> list[Tensor]:
         position, valid = panel.members()
-        near, keep = away * panel.s.gather(1, position), panel.different
-        losses = soft_ranks(-away * panel.s, keep, -(near + margin), 1.0, Step.SOFTPLUS)
-        return [torch.where(valid, losses, 0.0).sum(1), (valid.sum(1) * keep.sum(1)).to(near.dtype)]
+        near, (positives, negatives) = away * panel.s.gather(1, position), panel.counts
+        losses = soft_ranks(panel, Mask.DIFFERENT, -(near + margin), 1.0, Step.SOFTPLUS, sign=-away)
+        return [torch.where(valid, losses, 0.0).sum(1), (positives * negatives).to(near.dtype)]
 
     if how.smooth:
         refuse(rule, "TripletMarginLoss with smooth_loss", bounds=True)

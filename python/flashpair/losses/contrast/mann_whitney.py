@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import checks
+from ... import backend_cpu, checks, rows_cpu
 from ...distributed.sharded import current
 from ...pairs import pair_similarity, segment_sum
 from ...primitives import pair_reduce
 from ...rows import RowPanel, row_reduce
 from ...terms import Reduction, Score, Term
 from ..arguments import check_matched, poisoned
+from ..closed_form import total_with_slopes
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -89,6 +90,19 @@ class Interpolated(torch.autograd.Function):
         return of_values, of_slopes, of_s
 
 
+def _summed(panel: RowPanel, values: Tensor, slopes: Tensor) -> list[Tensor]:
+    return [torch.where(panel.allowed, Interpolated.apply(values, slopes, panel.s), 0.0).sum()]
+
+
+def _summed_at_once(panel: RowPanel, values: Tensor, slopes: Tensor) -> list[Tensor]:
+    """The same by one operator of the CPU."""
+    inputs = values, slopes, panel.s
+    with torch.no_grad():
+        total, *of = rows_cpu.tabulated(*inputs, panel.own, _MARGIN, panel.s.requires_grad)
+    wanted = torch.is_grad_enabled() and any(v.requires_grad for v in inputs)
+    return [total_with_slopes(total, *zip(inputs, of, strict=True)) if wanted else total]
+
+
 class MannWhitneyLoss(InGroup, torch.nn.Module):
     """Every query's positive above every negative score of the batch: an upper bound of the area over the ROC curve.
 
@@ -152,10 +166,9 @@ class MannWhitneyLoss(InGroup, torch.nn.Module):
         own = pair_similarity(query, positive, index, index, normalize=True)
         table = softplus_table(own, self.temperature)
 
-        def summed(panel: RowPanel, values: Tensor, slopes: Tensor) -> list[Tensor]:
-            return [torch.where(panel.allowed, Interpolated.apply(values, slopes, panel.s), 0.0).sum()]
-
-        how = {"shared": table, "totals": 1, "normalize": True, "copies": 16}
+        at_once = backend_cpu.at_hand(query, *table)
+        summed = _summed_at_once if at_once else _summed
+        how = {"shared": table, "totals": 1, "normalize": True, "copies": 3 if at_once else 16}
         (loss,) = row_reduce(query, positive, summed, exclude=index, **how)
         count = rows * (rows - 1)
         if negatives is not None:

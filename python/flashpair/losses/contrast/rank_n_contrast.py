@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ... import checks
+from ... import backend_cpu, checks, rows_cpu
 from ...distributed.sharded import all_rows, current
+from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
 from ...terms import Similarity
 from ..arguments import inverse_temperature, poisoned
+from ..closed_form import total_with_slopes
 from ..group import InGroup
 from ..two_views import nothing
 
@@ -21,9 +25,10 @@ class RnCLoss(InGroup, nn.Module):
         s_ij = -||v_i - v_j||,   D_ij = |y_i - y_j|₁
         loss = 1 / (n (n - 1))  Σ_i Σ_{k != i} [ LSE_{j != i: D_ij ≥ D_ik} s_ij / T  -  s_ik / T ]
 
-    O(n² log n): each row's log-sums are running ones in the order of its target distances. Whole rows of S, a panel at
-    a time. Ties and k itself are in the set. The call is `loss(embeddings, targets)`; for two views give both, one
-    after the other, with the targets twice.
+    Each row's log-sums are running ones in the order of its target distances. Whole rows of S, a panel at a time: O(n²)
+    of one target a sample on a CPU, where the order is a merge of two sorted lists, else O(n² log n). Ties and k itself
+    are in the set. The call is `loss(embeddings, targets)`; for two views give both, one after the other, with the
+    targets twice.
 
     Args:
         temperature: T, positive number or 0-d tensor (learnable). Default 2.
@@ -70,21 +75,36 @@ class RnCLoss(InGroup, nn.Module):
         rows = embeddings.shape[0]
         if rows < 2:
             return poisoned(nothing(embeddings), embeddings)
-        scale = inverse_temperature(self.temperature)
+        scale = torch.as_tensor(
+            inverse_temperature(self.temperature), dtype=statistics_dtype(embeddings), device=embeddings.device
+        )
         targets = all_rows(targets).detach().reshape(rows, -1)
         targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
-
-        def ordered(panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
-            # The row itself comes last: nothing that is summed has it in its set.
-            apart = torch.cdist(own, targets[panel.column], p=1).masked_fill_(~panel.allowed, -1.0)
-            return [OrderedLogSums.apply(panel.s, scale, apart)]
-
+        merged = targets.shape[1] == 1 and backend_cpu.at_hand(embeddings, targets)
         (total,) = row_reduce(
-            embeddings, None, ordered, rows=[targets],
-            shared=[torch.as_tensor(scale, dtype=targets.dtype, device=targets.device), targets],
-            similarity=Similarity.EUCLIDEAN, totals=1, copies=20,
+            embeddings, None, functools.partial(_merged, targets[:, 0].argsort()) if merged else _sorted,
+            rows=[targets], shared=[scale, targets], similarity=Similarity.EUCLIDEAN, totals=1,
+            copies=3 if merged else 20,
         )  # fmt: skip
         return poisoned(total / (rows * (rows - 1)), embeddings)
+
+
+def _merged(order: Tensor, panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
+    """Of one target a sample: all of them in order are two sorted lists of distances to any of them."""
+    place = torch.empty_like(order)
+    place[panel.column] = torch.arange(len(order))
+    slopes = panel.s.requires_grad or scale.requires_grad
+    with torch.no_grad():
+        total, *of = rows_cpu.ordered_log_sums(
+            panel.s, scale, own[:, 0], targets[order, 0], place[order], panel.own, slopes
+        )
+    return [total_with_slopes(total, *zip((panel.s, scale), of, strict=True)) if slopes else total]
+
+
+def _sorted(panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
+    # The row itself comes last: nothing that is summed has it in its set.
+    apart = torch.cdist(own, targets[panel.column], p=1).masked_fill_(~panel.allowed, -1.0)
+    return [OrderedLogSums.apply(panel.s, scale, apart)]
 
 
 class OrderedLogSums(torch.autograd.Function):

@@ -1,0 +1,64 @@
+// Formulas over whole rows of a panel of S, as plain data: what python/flashpair/rows.py hands to C++ on a CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+#include "row_columns.h"
+
+namespace flashpair {
+
+template <class T>
+struct SPanel {
+  const T* s;               // (rows, columns)
+  const int64_t* left_out;  // (rows,) column that a row never meets, -1: none
+  int64_t rows, columns;
+  T* of_s;  // (rows, columns) slopes of the total, or nullptr
+  int threads;
+  Parallel parallel;
+};
+
+// Columns in the order of their distance |own - target|.
+template <class T>
+struct OrderedPanel {
+  SPanel<T> panel;
+  T scale;
+  const void *own, *targets;  // (rows,), (columns,) ascending; float where they are narrow, else double
+  bool narrow;
+  const int64_t* order;  // (columns,) which column each target belongs to
+};
+
+// A function known by its values and slopes at even knots over [-1, 1] and `margin` more on either side.
+template <class T>
+struct TabulatedPanel {
+  SPanel<T> panel;
+  const T *values, *slopes;  // (knots,)
+  int64_t knots, margin;
+  T *of_values, *of_slopes;  // (knots,)
+};
+
+// The function of a difference that soft ranks sum.
+enum class Step { sigmoid, softplus, hinge };
+
+// Σ_j step(scale (sign · s_j - point)) over the columns under a mask; with cotangents the slopes instead.
+template <class T>
+struct SoftRanksPanel {
+  RowColumns<T> panel;
+  Mask mask;
+  T sign;
+  const T* points;  // (rows, places)
+  int64_t places;
+  T scale;
+  Step step;
+  T* ranks;             // (rows, places)
+  const T* cotangent;   // (rows, places) of the ranks, or nullptr
+  T *of_s, *of_points;  // (rows, columns), (rows, places)
+  int threads;
+  Parallel parallel;
+};
+
+struct PanelTotal {
+  double value, of_scale;
+};
+
+}  // namespace flashpair
