@@ -31,7 +31,7 @@ T mean_gap_slopes(const SlopedSide<T>& rows, const SlopedSide<T>& columns, bool 
     for (int64_t i = 0; i < rows.owners; ++i) {
       const T gap = log_sum[i] - own[i];
       const T e = std::exp(-std::abs(gap));  // of a NaN: NaN
-      total += double((gap > 0 ? gap : gap == gap ? T(0) : gap) + std::log1p(e));
+      total += double((gap > 0 ? gap : T(0)) + std::log1p(e));
       slope[i] = T((gap < 0 ? e : T(1)) / ((T(1) + e) * count));
       of_own[i] -= slope[i];
     }

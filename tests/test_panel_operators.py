@@ -10,7 +10,7 @@ import support
 import torch
 
 import flashpair
-from flashpair import Similarity, backend_cpu, row_reduce, rows_cpu
+from flashpair import Similarity, backend_cpu, row_reduce, rows, rows_cpu
 from flashpair.losses import (
     DynamicSoftMarginLoss,
     FastAPLoss,
@@ -32,7 +32,7 @@ if backend_cpu.unavailable():
     pytest.skip("; ".join(backend_cpu.unavailable()), allow_module_level=True)
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-#: Columns; the classes of the rows: none at all, none, all, at the ends, larger than what is compared without bisection.
+#: Columns; the classes of the rows: empty, all columns, anywhere, larger than what is compared without bisection.
 SHAPES = [(5, [0]), (1, [0, 1]), (7, [0, 7, 3, 1, 7]), (50, [0, 2, 50, 33]), (203, [5, 40, 130, 0, 203, 64])]
 shapes = pytest.mark.parametrize(("columns", "lengths"), SHAPES)
 masks = pytest.mark.parametrize("mask", [Mask.ALL, Mask.SAME, Mask.DIFFERENT])
@@ -74,7 +74,7 @@ def same(function, inputs, monkeypatch, rtol: float | None = None) -> list[torch
         if native:
             assert backend_cpu.at_hand(*inputs)
         else:
-            monkeypatch.setattr(ranks, "at_hand", lambda *tensors: False)
+            monkeypatch.setattr(backend_cpu, "at_hand", lambda *tensors: False)
         results = function()
         results = [results] if isinstance(results, torch.Tensor) else list(results)
         sloped = [v for v in results if v.requires_grad]
@@ -202,20 +202,20 @@ def test_distances(dtype, similarity, normalize, monkeypatch):
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal"])
 def test_ordered_log_sums(dtype, narrow, scale, kind):
     g = torch.Generator().manual_seed(0)
-    for rows, columns in ((5, 37), (4, 2), (3, 1), (0, 3)):
-        s = torch.rand(rows, columns, generator=g, dtype=torch.float64).to(dtype)
+    for count, columns in ((5, 37), (4, 2), (3, 1), (0, 3)):
+        s = torch.rand(count, columns, generator=g, dtype=torch.float64).to(dtype)
         targets = torch.rand(columns, generator=g, dtype=torch.float64)
         targets = {"distinct": targets, "ties": (4 * targets).round(), "equal": torch.zeros_like(targets)}[kind]
         targets = targets.to(torch.float32 if narrow else torch.float64)
-        own = torch.randint(columns, (rows,), generator=g)
-        left_out = torch.where(torch.arange(rows) % 2 == 0, own, -1)
+        own = torch.randint(columns, (count,), generator=g)
+        left_out = torch.where(torch.arange(count) % 2 == 0, own, -1)
         order, factor = targets.argsort(), torch.tensor(scale, dtype=dtype)
         total, of_s, of_scale = rows_cpu.ordered_log_sums(
             s, factor, targets[own], targets[order], order, left_out, True
         )
         zeros = functools.partial(torch.zeros, dtype=torch.float64)
-        wanted = [zeros(()), zeros(rows, columns), zeros(())]
-        for i in range(rows):
+        wanted = [zeros(()), zeros(count, columns), zeros(())]
+        for i in range(count):
             keep = [j for j in range(columns) if j != left_out[i]]
             value, factor_of = s[i].double().requires_grad_(), factor.double().requires_grad_()
             apart, logits = (targets[own[i]] - targets).abs(), -factor_of * value
@@ -248,9 +248,9 @@ def test_tabulated(dtype):
 
 
 LOSSES = {
-    "TripletMarginLoss": TripletMarginLoss(), "TripletSemiHardLoss": TripletSemiHardLoss(),
-    "smooth": TripletMarginLoss(smooth_loss=True), "SmoothAPLoss": SmoothAPLoss(), "PNPLoss": PNPLoss(),
-    "FastAPLoss": FastAPLoss(), "HistogramLoss": HistogramLoss(), "DynamicSoftMarginLoss": DynamicSoftMarginLoss(),
+    "TripletMarginLoss": TripletMarginLoss, "TripletSemiHardLoss": TripletSemiHardLoss,
+    "smooth": functools.partial(TripletMarginLoss, smooth_loss=True), "SmoothAPLoss": SmoothAPLoss, "PNPLoss": PNPLoss,
+    "FastAPLoss": FastAPLoss, "HistogramLoss": HistogramLoss, "DynamicSoftMarginLoss": DynamicSoftMarginLoss,
 }  # fmt: skip
 
 
@@ -261,12 +261,34 @@ def test_losses_ask_the_operators(name, monkeypatch):
         monkeypatch.setattr(ranks, slow, None)
     x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.arange(30) % 4
-    LOSSES[name](x, labels).backward()
+    LOSSES[name]()(x, labels).backward()
     assert x.grad.isfinite().all()
     for bad in (math.nan, math.inf):
         broken = x.detach().clone()
         broken[3, 1] = bad
-        assert LOSSES[name](broken, labels).isnan()
+        assert LOSSES[name]()(broken, labels).isnan()
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "RnCLoss", "MannWhitneyLoss"])
+def test_losses_by_pytorch(name, monkeypatch):
+    """What a GPU runs, in panels of few rows: as by the operators."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 90, 6, generator=g, dtype=torch.float64)
+    labels, targets = torch.arange(90) % 7, torch.rand(90, generator=g)
+    loss_of = {
+        "RnCLoss": lambda v: RnCLoss()(v, targets), "MannWhitneyLoss": lambda v: MannWhitneyLoss(0.1)(v, y),
+    }.get(name, lambda v: LOSSES[name]()(v, labels))  # fmt: skip
+    found = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(backend_cpu, "at_hand", lambda *tensors: False)
+            monkeypatch.setattr(rows, "_CPU_ELEMENTS", 1000)
+            monkeypatch.setattr(rows, "_CPU_ROWS", 4)
+        leaf = x.clone().requires_grad_()
+        loss = loss_of(leaf)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for ours, plain in zip(*found, strict=True):
+        close(ours, plain, 1e-12)
 
 
 def test_pairs_of_losses_ask_the_operators(monkeypatch):

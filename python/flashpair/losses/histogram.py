@@ -90,8 +90,8 @@ class HistogramLoss(MetricLoss):
 
         def formula(panel: RowPanel, anchor_row: Tensor, anchors: Tensor) -> list[Tensor]:
             once = 1 / (1.0 + anchors[panel.column].to(panel.s.dtype)) if own else None
-            weight = anchor_row.to(panel.s.dtype)
-            return [weight @ row_histogram(panel, m, -1.0, 1.0, self._bins, once) for m in (Mask.SAME, Mask.DIFFERENT)]
+            nodes = (row_histogram(panel, m, -1.0, 1.0, self._bins, once) for m in (Mask.SAME, Mask.DIFFERENT))
+            return [torch.where(anchor_row[:, None], v, 0.0).sum(0) for v in nodes]
 
         return _overlap(*problem.row_reduce(formula, "HistogramLoss", rows=[anchor], shared=[anchor], totals=2))
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import rows_cpu
-from ..backend_cpu import at_hand
+from .. import backend_cpu, rows_cpu
 from ..rows import RowPanel
 from ..terms import Mask
 
@@ -108,7 +107,7 @@ def soft_ranks(
     Returns:
         (b, P); O(b n) memory. Differentiable in s and points.
     """
-    if at_hand(panel.s, points):
+    if backend_cpu.at_hand(panel.s, points):
         return _NativeSoftRanks.apply(panel, panel.s, points, mask, scale, list(Step).index(step), sign, own)
     return _SoftRanks.apply(sign * panel.s, kept(panel, mask, own), points, scale, step)
 
@@ -149,7 +148,7 @@ def row_histogram(
     Args:
         weights: (n,) what each column counts, without gradient. Default: 1.
     """
-    if at_hand(panel.s):
+    if backend_cpu.at_hand(panel.s):
         return _NativeHistogram.apply(panel, panel.s, mask, weights, low, high, bins)
     weight = kept(panel, mask).to(panel.s.dtype)
     return soft_histogram(panel.s, weight if weights is None else weight * weights, low, high, bins)
@@ -180,7 +179,7 @@ def triplet_sums(
     Args:
         low, high: bounds, None for none. closed: `high` itself is inside.
     """
-    if at_hand(panel.s):
+    if backend_cpu.at_hand(panel.s):
         bounds = -torch.inf if low is None else low, torch.inf if high is None else high
         return _NativeTripletSums.apply(panel, panel.s, sign, *bounds, closed)
     position, valid = panel.members()
@@ -209,7 +208,7 @@ def counts_below(panel: RowPanel, mask: Mask, limits: Tensor, closed: bool = Fal
         limits: (b, K) in any order. No gradients.
     """
     limits = limits.detach()
-    if at_hand(panel.s, limits):
+    if backend_cpu.at_hand(panel.s, limits):
         return rows_cpu.sums_below(panel, mask, limits, closed, False, sign)[0]
     values, keep = sign * panel.s.detach(), kept(panel, mask)
     if limits.shape[1] > FEW:
@@ -249,7 +248,7 @@ def sums_up_to(panel: RowPanel, mask: Mask, limits: Tensor) -> tuple[Tensor, Ten
         (counts (b, K), sums (b, K)); n log K a row.
     """
     limits = limits.detach()
-    if at_hand(panel.s, limits):
+    if backend_cpu.at_hand(panel.s, limits):
         return _NativeSumsUpTo.apply(panel, panel.s, mask, limits)
     values, keep = panel.s, kept(panel, mask)
     weights = keep.to(values.dtype), torch.where(keep, values, 0.0)
@@ -273,7 +272,7 @@ def next_above(panel: RowPanel, points: Tensor, *, sign: float = 1.0) -> Tensor:
         points: (b, P). A row without columns of other classes gives any column. No gradients.
     """
     points = points.detach()
-    if at_hand(panel.s, points):
+    if backend_cpu.at_hand(panel.s, points):
         return rows_cpu.next_above(panel, points, sign)
     keep = panel.different
     ordered, order = (sign * panel.s.detach()).masked_fill(~keep, torch.inf).sort(dim=1)

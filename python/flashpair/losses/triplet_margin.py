@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
-from ..backend_cpu import at_hand
+from .. import backend_cpu, checks
 from ..miners.selection import MinedTripletBand
 from ..pairs import pair_similarity
 from ..primitives import pair_reduce
@@ -94,7 +93,7 @@ def _of_rows(problem: PairProblem, how: _Options, low: float | None = None, high
     plain = least is None and high is None and most == margin
 
     def hinges(panel: RowPanel) -> list[Tensor]:
-        if plain and panel.most <= FEW and not at_hand(panel.s):
+        if plain and panel.most <= FEW and not backend_cpu.at_hand(panel.s):
             position, valid = panel.members()
             limits = away * panel.s.gather(1, position) + margin
             sums = soft_ranks(panel, Mask.DIFFERENT, -limits, 1.0, Step.HINGE, sign=-away)
