@@ -320,15 +320,14 @@ TEST(a_tabulated_function) {
 }
 
 TEST(distances_and_their_slopes) {
-  const std::vector<float> x{0, 3, 4, 4}, squares{0, 9, 16, 16};
+  const std::vector<float> squares{9, 9, 16, 16};
   for (bool root : {false, true}) {
-    std::vector<float> s{12, 9, 12, 12};  // 3 with each; then 4 with each
+    std::vector<float> s{std::nextafter(9.0f, 0.0f), 9, 12, 8};  // of a row of square 9: equal but for rounding, equal
     to_distances(s.data(), 4, 9.0f, squares.data(), false, root);
-    const std::vector<float> wanted = root ? std::vector<float>{0, 0, 1, 1} : std::vector<float>{0, 0, 1, 1};
-    CHECK(s[1] == wanted[1] && s[2] == wanted[2] && s[3] == wanted[3]);
+    CHECK(s[0] == 0 && s[1] == 0 && s[2] == 1 && s[3] == (root ? 3 : 9));
     std::vector<float> slopes{1, 1, 2, 3}, of_squares(4);
     slopes_of_squares(slopes.data(), s.data(), 4, of_squares.data());
-    CHECK(of_squares[1] == 0 && of_squares[2] == 1 && of_squares[3] == 1.5f);
+    CHECK(of_squares[0] == 0 && of_squares[1] == 0 && of_squares[2] == 1 && of_squares[3] == (root ? 0.5f : 1.5f / 9));
   }
 }
 
