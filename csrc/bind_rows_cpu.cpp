@@ -94,7 +94,7 @@ Tensor through_roots(Tensor slopes, Tensor s) {
   return of_squares;
 }
 
-// Slopes of s where cotangents are given; 0 where these are of nothing.
+// Slopes of s where cotangents are given; 0 where these are of nothing, which no kernel takes for cotangents.
 Tensor slopes_from(const MaybeTensor& cotangent, const Tensor& s) {
   Tensor of_s = like(s, bool(cotangent));
   if (cotangent && !cotangent->numel() && s.numel())
@@ -134,6 +134,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tabulated(Tensor values, Tensor slope
                                                values.numel(), margin, data<T>(of_values), data<T>(of_slopes)}));
   });
   return {total, of_values, of_slopes, of_s};
+}
+
+// The gate of each pair of the hidden values p (units, rows) and q (units, columns); with cotangents what these say of p,
+// q and v instead.
+std::tuple<Tensor, Tensor, Tensor> pair_gate(Tensor p, Tensor q, Tensor v, MaybeTensor cotangent) {
+  check(p.dim() == 2 && q.dim() == 2 && p.size(0) == v.numel() && q.size(0) == v.numel(),
+        "pair_gate: p and q need a row per entry of v");
+  check_types(p, {q, v});
+  if (cotangent) check_types(p, {*cotangent});
+  Tensor values = torch::stable::new_empty(p, {p.size(1), q.size(1)});
+  if (cotangent) check_like(values, *cotangent, "pair_gate: cotangents must be (rows, columns)");
+  Tensor of_p = cotangent ? slopes_from(cotangent, p) : values;
+  Tensor of_q = slopes_from(cotangent, q), of_v = slopes_from(cotangent, v);
+  of_type(p, [&](auto type) {
+    using T = decltype(type);
+    PairGatePanel<T> panel{};
+    panel.p = data<T>(p), panel.q = data<T>(q), panel.v = data<T>(v);
+    panel.units = p.size(0), panel.rows = p.size(1), panel.columns = q.size(1);
+    panel.values = data<T>(values), panel.cotangent = pointer<T>(cotangent);
+    panel.of_p = data<T>(of_p), panel.of_q = data<T>(of_q), panel.of_v = data<T>(of_v);
+    panel.threads = threads_for(double(values.numel()) * double(p.size(0)) * kWork), panel.parallel = parallel;
+    passes<T>().pair_gate(panel);
+  });
+  return {of_p, of_q, of_v};
 }
 
 // A panel's rows and where their classes are, as the operators take them.
@@ -260,6 +284,7 @@ std::tuple<Tensor, Tensor> soft_histogram(Tensor s, Tensor start, Tensor length,
 STABLE_TORCH_LIBRARY_FRAGMENT(flashpair_cpu, m) {
   m.def("distances(Tensor(a!) s, Tensor row_squares, Tensor column_squares, bool unit, bool root) -> ()");
   m.def("through_roots(Tensor slopes, Tensor s) -> Tensor");
+  m.def("pair_gate(Tensor p, Tensor q, Tensor v, Tensor? cotangent) -> (Tensor, Tensor, Tensor)");
   m.def(
       "ordered_log_sums(Tensor s, float scale, Tensor own, Tensor targets, Tensor order, Tensor left_out, bool slopes) "
       "-> (Tensor, Tensor, Tensor)");
@@ -284,6 +309,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashpair_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
   m.impl("distances", TORCH_BOX(&flashpair::distances));
   m.impl("through_roots", TORCH_BOX(&flashpair::through_roots));
+  m.impl("pair_gate", TORCH_BOX(&flashpair::pair_gate));
   m.impl("ordered_log_sums", TORCH_BOX(&flashpair::ordered_log_sums));
   m.impl("tabulated", TORCH_BOX(&flashpair::tabulated));
   m.impl("soft_ranks", TORCH_BOX(&flashpair::soft_ranks));

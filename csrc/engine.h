@@ -14,6 +14,7 @@ struct EnginePasses {
   PanelTotal (*ordered)(const OrderedPanel<T>&);
   double (*tabulated)(const TabulatedPanel<T>&);
   void (*soft_ranks)(const SoftRanksPanel<T>&);
+  void (*pair_gate)(const PairGatePanel<T>&);
   // How many of `count` sorted numbers are below sign · values[j] - shift, without `below` those level with it too.
   void (*places)(const T* sorted, int64_t count, const T* values, int64_t columns, T sign, T shift, bool below,
                  int32_t* places);

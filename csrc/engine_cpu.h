@@ -16,6 +16,7 @@ namespace FP_NAMESPACE {
 #include "ordered_cpu.h"
 #include "tabulated_cpu.h"
 #include "soft_ranks_cpu.h"
+#include "pair_gate_cpu.h"
 #include "places_cpu.h"
 // clang-format on
 
@@ -59,14 +60,19 @@ void soft_ranks(const SoftRanksPanel<T>& panel) {
 }
 
 template <class T>
+void pair_gate(const PairGatePanel<T>& panel) {
+  PairGate<T>(panel).run();
+}
+
+template <class T>
 void places(const T* sorted, int64_t count, const T* values, int64_t columns, T sign, T shift, bool below,
             int32_t* found) {
   (below ? places_among<T, true> : places_among<T, false>)(sorted, count, values, columns, sign, shift, found);
 }
 
 template <class T>
-constexpr EnginePasses<T> kPasses = {stats<T>,     weights<T>,    extremes<T>, ordered<T>,
-                                     tabulated<T>, soft_ranks<T>, places<T>};
+constexpr EnginePasses<T> kPasses = {stats<T>,     weights<T>,    extremes<T>,  ordered<T>,
+                                     tabulated<T>, soft_ranks<T>, pair_gate<T>, places<T>};
 
 }  // namespace FP_NAMESPACE
 

@@ -119,7 +119,7 @@ class OrderedLogSums {
   double sums(const T* s, T top, int64_t count, const Scratch& at) const {
     for (int64_t j = 0; j < panel_.columns; j += kWidth<T>) {
       // The rest of the last vector is not read by anyone.
-      const Vec<T> v = j + kWidth<T> <= panel_.columns ? load(s + j) : load_part(s + j, panel_.columns - j);
+      const Vec<T> v = load_part(s + j, panel_.columns - j);
       store(at.e.get() + j, exp_lanes<T>(-scale_ * v - top));
     }
     double sum = 0;
@@ -162,12 +162,6 @@ class OrderedLogSums {
   static void share_from_the_start(double* values, int64_t count, const Scratch& at) {
     for (int64_t k = 1; k < count; ++k)
       if (at.distance[k] == at.distance[k - 1]) values[k] = values[k - 1];
-  }
-
-  static Vec<T> load_part(const T* p, int64_t count) {
-    Vec<T> v{};
-    for (int64_t l = 0; l < count; ++l) v[l] = p[l];
-    return v;
   }
 
   SPanel<T> panel_;

@@ -57,6 +57,18 @@ struct SoftRanksPanel {
   Parallel parallel;
 };
 
+// Σ_h v_h tanh(p_hi + q_hj); with cotangents the slopes instead.
+template <class T>
+struct PairGatePanel {
+  const T *p, *q, *v;  // (units, rows), (units, columns), (units,)
+  int64_t units, rows, columns;
+  T* values;           // (rows, columns)
+  const T* cotangent;  // (rows, columns) of the values, or nullptr
+  T *of_p, *of_q, *of_v;
+  int threads;
+  Parallel parallel;
+};
+
 struct PanelTotal {
   double value, of_scale;
 };

@@ -10,9 +10,7 @@ void places_among(const T* sorted, int64_t count, const T* values, int64_t colum
   const int64_t pivots = count / stride;
   for (int64_t j = 0; j < columns; j += kWidth<T>) {
     const int64_t lanes = columns - j < kWidth<T> ? columns - j : kWidth<T>;
-    T numbers[kWidth<T>] = {};
-    if (lanes < kWidth<T>) memcpy(numbers, values + j, lanes * sizeof(T));
-    const Vec<T> v = load(lanes < kWidth<T> ? numbers : values + j) * sign - shift;
+    const Vec<T> v = load_part(values + j, lanes) * sign - shift;
     MaskVec<T> found{};
     for (int64_t k = 0; k < pivots; ++k) {
       const T pivot = sorted[stride * (k + 1) - 1];

@@ -41,6 +41,21 @@ template <class T>
 FP_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+// The first lanes only where fewer numbers are left; the others are 0.
+template <class T>
+FP_INLINE Vec<T> load_part(const T* p, int64_t left) {
+  if (left >= kWidth<T>) return load(p);
+  T lanes[kWidth<T>] = {};
+  __builtin_memcpy(lanes, p, left * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+FP_INLINE void store_part(T* p, Vec<T> v, int64_t left) {
+  if (left >= kWidth<T>)
+    store(p, v);
+  else
+    __builtin_memcpy(p, &v, left * sizeof(T));
+}
 template <class T>
 FP_INLINE MaskVec<T> load_mask(const Lane<T>* p) {
   MaskVec<T> v;

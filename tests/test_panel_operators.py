@@ -23,7 +23,7 @@ from flashpair.losses import (
     TripletSemiHardLoss,
     ranks,
 )
-from flashpair.losses.contrast import mann_whitney, rank_n_contrast
+from flashpair.losses.contrast import ada_meow, mann_whitney, rank_n_contrast
 from flashpair.losses.ranks import Step
 from flashpair.rows import RowPanel
 from flashpair.terms import Mask
@@ -247,6 +247,16 @@ def test_tabulated(dtype):
     assert rows_cpu.tabulated(*(v.detach() for v in table), s, left_out, mann_whitney._MARGIN, False)[3].numel() == 0
 
 
+@dtypes
+@pytest.mark.parametrize("size", [(3, 5, 37), (1, 1, 1), (2, 0, 4), (2, 3, 0), (4, 9, 64)])
+def test_pair_gate(dtype, size, monkeypatch):
+    units, rows_, columns = size
+    g = torch.Generator().manual_seed(0)
+    shapes = (units, rows_), (units, columns), (units,)
+    leaves = [(3 * torch.randn(s, generator=g, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes]
+    same(lambda: ada_meow.PairGate.apply(*leaves), leaves, monkeypatch)
+
+
 LOSSES = {
     "TripletMarginLoss": TripletMarginLoss, "TripletSemiHardLoss": TripletSemiHardLoss,
     "smooth": functools.partial(TripletMarginLoss, smooth_loss=True), "SmoothAPLoss": SmoothAPLoss, "PNPLoss": PNPLoss,
@@ -310,6 +320,8 @@ def test_operators_refuse_what_does_not_fit():
         lambda: ranks.row_histogram(panel, Mask.ALL, -1.0, 1.0, 0),
         lambda: rows_cpu.through_roots(panel.s.detach(), panel.s.detach()[:-1]),
         lambda: rows_cpu.distances_(panel.s.detach(), torch.zeros(2), torch.zeros(7), True, True),
+        lambda: rows_cpu.pair_gate(*torch.zeros(2, 3, 4), torch.zeros(2)),
+        lambda: rows_cpu.pair_gate(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3).double()),
         lambda: rows_cpu.tabulated(*torch.zeros(2, 9), torch.zeros(3, 3), torch.zeros(3).long(), 4, True),
         lambda: rows_cpu.ordered_log_sums(torch.zeros(2, 3), torch.ones(()), *torch.zeros(2, 2), *index, True),
         lambda: ranks.counts_below(panel, Mask.ALL, points.float()),

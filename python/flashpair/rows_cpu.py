@@ -60,6 +60,17 @@ def tabulated(
     return torch.ops.flashpair_cpu.tabulated.default(*given, margin, of_s)
 
 
+def pair_gate(p: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """(b, n) Σ_h v_h tanh(p_hi + q_hj) of p (units, b), q (units, n) and v (units,)."""
+    return torch.ops.flashpair_cpu.pair_gate.default(p.contiguous(), q.contiguous(), v.contiguous(), None)[0]
+
+
+def pair_gate_slopes(p: Tensor, q: Tensor, v: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the cotangents (b, n) of the gate say of p, q and v."""
+    given = (t.contiguous() for t in (p, q, v, cotangent))
+    return torch.ops.flashpair_cpu.pair_gate.default(*given)
+
+
 def _columns(panel: RowPanel) -> tuple[Tensor, ...]:
     return tuple(v.contiguous() for v in (panel.s.detach(), panel.start, panel.count, panel.own))
 

@@ -319,6 +319,42 @@ TEST(a_tabulated_function) {
   for (int64_t columns : kColumns) tabulated<float>(columns, 2), tabulated<double>(columns, 1);
 }
 
+template <class T>
+void gate(int64_t units, int64_t count, int64_t columns, int threads) {
+  check::Random random{1};
+  std::vector<T> p(units * count), q(units * columns), v(units), cotangent(count * columns);
+  for (std::vector<T>* numbers : {&p, &q, &v, &cotangent})
+    for (T& number : *numbers) number = T(random.uniform(-2, 2));
+  std::vector<T> values(count * columns), of_p(p.size()), of_q(q.size()), of_v(units);
+  PairGatePanel<T> panel{};
+  panel.p = p.data(), panel.q = q.data(), panel.v = v.data();
+  panel.units = units, panel.rows = count, panel.columns = columns;
+  panel.values = values.data(), panel.of_p = of_p.data(), panel.of_q = of_q.data(), panel.of_v = of_v.data();
+  panel.threads = threads, panel.parallel = on_threads;
+  tested<T>().pair_gate(panel);
+  panel.cotangent = cotangent.data();
+  tested<T>().pair_gate(panel);
+  std::vector<double> wanted_p(p.size()), wanted_q(q.size()), wanted_v(units);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      double sum = 0;
+      for (int64_t h = 0; h < units; ++h) {
+        const double t = std::tanh(double(p[h * count + i]) + double(q[h * columns + j]));
+        const double c = double(cotangent[i * columns + j]), slope = c * double(v[h]) * (1 - t * t);
+        sum += double(v[h]) * t;
+        wanted_p[h * count + i] += slope, wanted_q[h * columns + j] += slope, wanted_v[h] += c * t;
+      }
+      CHECK_CLOSE(double(values[i * columns + j]), sum, 1e-5);
+    }
+  for (size_t k = 0; k < p.size(); ++k) CHECK_CLOSE(double(of_p[k]), wanted_p[k], 1e-4);
+  for (size_t k = 0; k < q.size(); ++k) CHECK_CLOSE(double(of_q[k]), wanted_q[k], 1e-4);
+  for (int64_t h = 0; h < units; ++h) CHECK_CLOSE(double(of_v[h]), wanted_v[h], 1e-3);
+}
+
+TEST(the_gate_of_a_pair) {
+  for (int64_t columns : kColumns) gate<float>(3, 5, columns, 2), gate<double>(2, 1, columns, 1);
+}
+
 TEST(distances_and_their_slopes) {
   const std::vector<float> squares{9, 9, 16, 16};
   for (bool root : {false, true}) {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ... import checks
+from ... import backend_cpu, checks, rows_cpu
 from ...distributed.sharded import all_rows
 from ...pairs import pair_similarity
 from ...panels import product
@@ -20,12 +20,16 @@ from ..two_views import MatchedLoss
 class PairGate(torch.autograd.Function):
     """(b, n) Σ_h v_h tanh(p_hi + q_hj), one hidden unit at a time: no (b, n, hidden) tensor, forward or backward.
 
-    Units come first, p (hidden, b) and q (hidden, n): with a stride between the columns the sum takes thrice as long.
+    By PyTorch, and on a CPU by an operator. Units come first, p (hidden, b) and q (hidden, n): with a stride between
+    the columns the sum takes thrice as long.
     """
 
     @staticmethod
     def forward(ctx, p: Tensor, q: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(p, q, v)
+        ctx.native = backend_cpu.at_hand(p, q, v)
+        if ctx.native:
+            return rows_cpu.pair_gate(p, q, v)
         total, unit = p.new_zeros(2, p.shape[1], q.shape[1])
         for h in range(len(v)):
             total.addcmul_(_unit(p, q, h, unit), v[h])
@@ -35,6 +39,8 @@ class PairGate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         p, q, v = ctx.saved_tensors
+        if ctx.native:
+            return rows_cpu.pair_gate_slopes(p, q, v, grad)
         dp, dq, dv = torch.empty_like(p), torch.empty_like(q), torch.empty_like(v)
         grad = grad.contiguous()
         unit, slope = torch.empty_like(grad), torch.empty_like(grad)
