@@ -4,9 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <stdexcept>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "bind.h"
 #include "distances_cpu.h"
@@ -39,6 +37,11 @@ void check(bool good, const char* text) {
 
 void check_types(const Tensor& s, std::initializer_list<Tensor> others) {
   for (const Tensor& other : others) check(other.scalar_type() == s.scalar_type(), "all numbers need the type of s");
+}
+
+void check_integers(std::initializer_list<Tensor> tensors) {
+  for (const Tensor& tensor : tensors)
+    check(tensor.scalar_type() == torch::headeronly::ScalarType::Long, "places in rows must be int64");
 }
 
 void check_like(const Tensor& a, const Tensor& b, const char* text) {
@@ -109,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> ordered_log_sums(Tensor s, double scale, Tens
             order.numel() == s.size(1),
         "ordered_log_sums: own and left_out need an entry per row, targets and order one per column");
   check_types(targets, {own});
+  check_integers({order, left_out});
   Tensor total = torch::stable::new_empty(s, {}), of_scale = torch::stable::new_empty(s, {}), of_s = like(s, slopes);
   of_type(s, [&](auto type) {
     using T = decltype(type);
@@ -126,6 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tabulated(Tensor values, Tensor slope
             left_out.numel() == s.size(0),
         "tabulated: two knots inside of margins of 4 or more, as many slopes as values, an entry of left_out per row");
   check_types(s, {values, slopes});
+  check_integers({left_out});
   Tensor total = torch::stable::new_empty(s, {}), of_s = like(s, of_s_wanted);
   Tensor of_values = like(values, true), of_slopes = like(slopes, true);
   of_type(s, [&](auto type) {
@@ -175,6 +180,7 @@ struct Rows {
 void check_rows(const Tensor& s, const Tensor& start, const Tensor& length, const Tensor& own) {
   check(s.dim() == 2 && start.numel() == s.size(0) && length.numel() == s.size(0) && own.numel() == s.size(0),
         "start, length and own need an entry per row of s");
+  check_integers({start, length, own});
 }
 
 void check_points(const Tensor& s, const Tensor& points, const MaybeTensor& cotangent) {

@@ -77,16 +77,19 @@ class OrderedLogSums {
     double *total = &row_totals_[2 * i], *of_scale = total + 1, logits = 0;
     *total = *of_scale = 0;
     T low = INFINITY, top = -INFINITY;
+    // Rounded once, so that the same numbers are summed everywhere.
+    for (int64_t j = 0; j < panel_.columns; j += kWidth<T>)
+      store(at.e.get() + j, -scale_ * load_part(s + j, panel_.columns - j));
     for (int64_t k = 0; k < count; ++k) {
-      const T l = -scale_ * s[at.index[k]];
+      const T l = at.e[at.index[k]];
       logits += double(l), low = l < low ? l : low, top = l > top ? l : top;
     }
     if (of_s && out >= 0) of_s[out] = 0;
     if (count == 0) return;
     if (std::isfinite(logits) && double(top) - double(low) <= kSpread)
-      *total = sums(s, top, count, at) + double(count) * double(top) - logits;
+      *total = sums(top, count, at) + double(count) * double(top) - logits;
     else
-      *total = log_sums(s, count, at) - logits;
+      *total = log_sums(count, at) - logits;
     if (!of_s) return;
     for (int64_t k = 0; k < count; ++k) {
       const int32_t j = at.index[k];
@@ -115,13 +118,10 @@ class OrderedLogSums {
     return count + (order_[low] != out);
   }
 
-  // Σ_k log C_k; leaves e = e^{l - top} by column and Σ_{k as near or nearer} 1 / C_k by place.
-  double sums(const T* s, T top, int64_t count, const Scratch& at) const {
-    for (int64_t j = 0; j < panel_.columns; j += kWidth<T>) {
-      // The rest of the last vector is not read by anyone.
-      const Vec<T> v = load_part(s + j, panel_.columns - j);
-      store(at.e.get() + j, exp_lanes<T>(-scale_ * v - top));
-    }
+  // Σ_k log C_k of the logarithms in `e`; leaves e = e^{l - top} by column and Σ_{k as near or nearer} 1 / C_k by place.
+  double sums(T top, int64_t count, const Scratch& at) const {
+    for (int64_t j = 0; j < panel_.columns; j += kWidth<T>)
+      store(at.e.get() + j, exp_lanes<T>(load(at.e.get() + j) - top));
     double sum = 0;
     for (int64_t k = 0; k < count; ++k) at.sums[k] = sum += double(at.e[at.index[k]]);
     const bool ties = share_from_the_end(at.sums.get(), count, at);
@@ -135,9 +135,9 @@ class OrderedLogSums {
   }
 
   // The same of any logarithms, two libm calls each; here e = 1 and the shares are Σ e^l / C, per pair.
-  double log_sums(const T* s, int64_t count, const Scratch& at) const {
+  double log_sums(int64_t count, const Scratch& at) const {
     double sum = -INFINITY, total = 0;
-    for (int64_t k = 0; k < count; ++k) at.sums[k] = sum = log_add_exp(sum, double(-scale_ * s[at.index[k]]));
+    for (int64_t k = 0; k < count; ++k) at.sums[k] = sum = log_add_exp(sum, double(at.e[at.index[k]]));
     share_from_the_end(at.sums.get(), count, at);
     for (int64_t k = 0; k < count; ++k) total += at.sums[k];
     if (!panel_.of_s) return total;
@@ -146,7 +146,7 @@ class OrderedLogSums {
     share_from_the_start(at.shares.get(), count, at);
     for (int64_t k = 0; k < count; ++k) {
       const int32_t j = at.index[k];
-      at.shares[k] = std::exp(double(-scale_ * s[j]) + at.shares[k]), at.e[j] = 1;
+      at.shares[k] = std::exp(double(at.e[j]) + at.shares[k]), at.e[j] = 1;
     }
     return total;
   }

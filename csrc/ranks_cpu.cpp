@@ -129,6 +129,8 @@ void sums_below(const EnginePasses<T>& engine, const SumsBelow<T>& p, int64_t fi
       const T* values = s + range.first;
       // The limits that a column is not below.
       engine.places(limits.values(), p.places, values, columns, p.sign, T(0), p.closed, place.data());
+      for (int64_t j = 0; j < columns; ++j)
+        if (values[j] != values[j]) place[j] = int32_t(p.places);  // a NaN is below nothing
       if (p.cotangent) {
         for (int64_t j = 0; j < columns; ++j) of_s[range.first + j] = T(sums[place[j]]);
       } else if (p.sums) {
@@ -142,8 +144,10 @@ void sums_below(const EnginePasses<T>& engine, const SumsBelow<T>& p, int64_t fi
     double sum = 0;
     for (int64_t k = 0; k < p.places; ++k) {
       const int64_t at = i * p.places + limits.place(k);
-      p.counts[at] = count += counts[k], sum += sums[k];
-      if (p.sums) p.sums[at] = T(sum);
+      count += counts[k], sum += sums[k];
+      const bool never = limits[k] != limits[k];
+      p.counts[at] = never ? 0 : count;
+      if (p.sums) p.sums[at] = never ? T(0) : T(sum);
     }
   }
 }

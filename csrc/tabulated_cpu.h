@@ -9,7 +9,9 @@ class Tabulated {
 
   double run() {
     const SPanel<T>& panel = p_.panel;
-    const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(panel.rows, panel.threads));
+    // The moments of all tasks take no more memory than the panel.
+    const int64_t most = panel.rows * panel.columns / (2 * kMoments * p_.knots);
+    const int64_t tasks = std::max<int64_t>(1, std::min({panel.rows, int64_t(panel.threads), most}));
     if (panel.of_s) expand();
     moments_.allocate(tasks * kMoments * p_.knots);
     parallel_tasks(panel.parallel, tasks, [&](int64_t task) {

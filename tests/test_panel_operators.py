@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import support
@@ -286,14 +287,14 @@ def test_losses_by_pytorch(name, monkeypatch):
     x, y = torch.randn(2, 90, 6, generator=g, dtype=torch.float64)
     labels, targets = torch.arange(90) % 7, torch.rand(90, generator=g)
     loss_of = {
-        "RnCLoss": lambda v: RnCLoss()(v, targets), "MannWhitneyLoss": lambda v: MannWhitneyLoss(0.1)(v, y),
+        "RnCLoss": lambda v: RnCLoss()(v, targets), "MannWhitneyLoss": lambda v: MannWhitneyLoss(1.0)(v, y),
     }.get(name, lambda v: LOSSES[name]()(v, labels))  # fmt: skip
     found = []
     for native in (True, False):
         if not native:
             monkeypatch.setattr(backend_cpu, "at_hand", lambda *tensors: False)
-            monkeypatch.setattr(rows, "_CPU_ELEMENTS", 1000)
-            monkeypatch.setattr(rows, "_CPU_ROWS", 4)
+        monkeypatch.setattr(rows, "_CPU_ELEMENTS", 1000 + 500 * native)
+        monkeypatch.setattr(rows, "_CPU_ROWS", 4)
         leaf = x.clone().requires_grad_()
         loss = loss_of(leaf)
         found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
@@ -304,8 +305,40 @@ def test_losses_by_pytorch(name, monkeypatch):
 def test_pairs_of_losses_ask_the_operators(monkeypatch):
     monkeypatch.setattr(rank_n_contrast, "OrderedLogSums", None)
     monkeypatch.setattr(mann_whitney, "Interpolated", None)
-    x, y = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    (RnCLoss()(x, torch.rand(12)) + MannWhitneyLoss()(x, y)).backward()
+    x, y = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (RnCLoss()(x, torch.rand(40)) + MannWhitneyLoss(1.0)(x, y)).backward()
+
+
+def test_nan_is_below_nothing(monkeypatch):
+    """Nor is anything below a NaN: the ranks of others do not change."""
+    panel = panel_of(50, [0, 2, 40], torch.float64)
+    with torch.no_grad():
+        panel.s[:, 3] = math.nan
+    for points in (points_of(panel).detach(), points_of(panel).detach()[:, :2]):
+        points[1] = math.nan
+        for closed in (False, True):
+            counts = ranks.counts_below(panel, Mask.ALL, points, closed)
+            assert (counts[1] == 0).all() and counts.max() < 50
+            with monkeypatch.context() as plain:
+                plain.setattr(backend_cpu, "at_hand", lambda *tensors: False)
+                assert torch.equal(ranks.counts_below(panel, Mask.ALL, points, closed), counts)
+
+
+@dtypes
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+def test_rank_n_contrast_of_two_samples_is_zero(dtype, temperature):
+    x = 1000 * torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    assert RnCLoss(temperature)(x, torch.tensor([0.0, 1.0])) == 0
+
+
+def test_rank_n_contrast_of_targets_that_are_not_finite(monkeypatch):
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    for bad in (math.nan, math.inf):
+        targets = torch.arange(9.0)
+        targets[4] = bad
+        for native in (True, False):
+            monkeypatch.setattr(backend_cpu, "at_hand", lambda *tensors, native=native: native)
+            assert RnCLoss()(x, targets).isnan() and RnCLoss()(x, targets[:, None].expand(-1, 2)).isnan()
 
 
 def test_operators_refuse_what_does_not_fit():
@@ -325,6 +358,7 @@ def test_operators_refuse_what_does_not_fit():
         lambda: rows_cpu.tabulated(*torch.zeros(2, 9), torch.zeros(3, 3), torch.zeros(3).long(), 4, True),
         lambda: rows_cpu.ordered_log_sums(torch.zeros(2, 3), torch.ones(()), *torch.zeros(2, 2), *index, True),
         lambda: ranks.counts_below(panel, Mask.ALL, points.float()),
+        lambda: ranks.next_above(replace(panel, own=panel.own.int()), points),
         lambda: rows_cpu.through_roots(panel.s.detach(), panel.s.detach().float()),
     ]
     for call in calls:

@@ -6,6 +6,7 @@ Each is plain PyTorch and, on a CPU, an operator of C++ that needs no mask and n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -36,6 +37,13 @@ def kept(panel: RowPanel, mask: Mask, own: bool = False) -> Tensor:
     if mask == Mask.SAME:
         return panel.member if own else panel.same
     return torch.ones_like(panel.s, dtype=torch.bool) if own else panel.allowed
+
+
+def _under(panel: RowPanel, mask: Mask, own: bool = False) -> tuple[Tensor, Tensor]:
+    """(similarities, which of them count): of positives only the members of a row, (b, P), else (b, n)."""
+    if mask == Mask.SAME:
+        return gathered(panel, own)
+    return panel.s, kept(panel, mask, own)
 
 
 def _apply(step: Step, z: Tensor) -> Tensor:
@@ -109,7 +117,8 @@ def soft_ranks(
     """
     if backend_cpu.at_hand(panel.s, points):
         return _NativeSoftRanks.apply(panel, panel.s, points, mask, scale, list(Step).index(step), sign, own)
-    return _SoftRanks.apply(sign * panel.s, kept(panel, mask, own), points, scale, step)
+    values, keep = _under(panel, mask, own)
+    return _SoftRanks.apply(values if sign == 1 else sign * values, keep, points, scale, step)
 
 
 def soft_histogram(values: Tensor, weight: Tensor, low: float, high: float, bins: int) -> Tensor:
@@ -150,8 +159,11 @@ def row_histogram(
     """
     if backend_cpu.at_hand(panel.s):
         return _NativeHistogram.apply(panel, panel.s, mask, weights, low, high, bins)
-    weight = kept(panel, mask).to(panel.s.dtype)
-    return soft_histogram(panel.s, weight if weights is None else weight * weights, low, high, bins)
+    values, keep = _under(panel, mask)
+    weight = keep.to(values.dtype)
+    if weights is not None:
+        weight = weight * (weights[panel.members()[0]] if mask == Mask.SAME else weights)
+    return soft_histogram(values, weight, low, high, bins)
 
 
 class _NativeTripletSums(torch.autograd.Function):
@@ -169,6 +181,14 @@ class _NativeTripletSums(torch.autograd.Function):
         return None, of_s * cotangent[:, None], None, None, None, None
 
 
+def triplet_counts(panel: RowPanel, sign: float, low: float | None, high: float | None, closed: bool) -> Tensor:
+    """(b,) the number of triplets of `triplet_sums`, which without bounds are all."""
+    if low is None and high is None:
+        positives, negatives = panel.counts
+        return (positives * negatives).to(panel.s.dtype)
+    return triplet_sums(replace(panel, s=panel.s.detach()), sign, low, high, closed)[0]
+
+
 def triplet_sums(
     panel: RowPanel, sign: float, low: float | None, high: float | None, closed: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +203,7 @@ def triplet_sums(
         bounds = -torch.inf if low is None else low, torch.inf if high is None else high
         return _NativeTripletSums.apply(panel, panel.s, sign, *bounds, closed)
     position, valid = panel.members()
-    near, far, keep = sign * panel.s.gather(1, position), sign * panel.s, panel.different
+    near, far, keep = sign * panel.s.gather(1, position), sign * panel.s, kept(panel, Mask.DIFFERENT)
     ordered, order = near.detach().masked_fill(~valid, torch.inf).sort(dim=1)
     present = valid.sum(1, keepdim=True)
     value = torch.where(valid, near, 0.0).gather(1, order)
@@ -204,6 +224,8 @@ def triplet_sums(
 def counts_below(panel: RowPanel, mask: Mask, limits: Tensor, closed: bool = False, *, sign: float = 1.0) -> Tensor:
     """(b, K) int64, how many columns of each row under a mask have sign · s below each limit (`closed`: or level).
 
+    A NaN is below nothing, and nothing below a NaN.
+
     Args:
         limits: (b, K) in any order. No gradients.
     """
@@ -212,7 +234,7 @@ def counts_below(panel: RowPanel, mask: Mask, limits: Tensor, closed: bool = Fal
         return rows_cpu.sums_below(panel, mask, limits, closed, False, sign)[0]
     values, keep = sign * panel.s.detach(), kept(panel, mask)
     if limits.shape[1] > FEW:
-        return _reached(values, limits, keep.long(), right=not closed)
+        return _reached(values, limits, keep.long(), right=not closed).masked_fill_(limits.isnan(), 0)
     values = values.masked_fill(~keep, torch.inf)
     compare = torch.le if closed else torch.lt
     counts = torch.empty_like(limits, dtype=torch.long)
@@ -268,13 +290,15 @@ def _reached(values: Tensor, limits: Tensor, weight: Tensor, right: bool) -> Ten
 def next_above(panel: RowPanel, points: Tensor, *, sign: float = 1.0) -> Tensor:
     """(b, P) int64, the column of another class with the smallest sign · s above each point, else with the largest.
 
+    Of equal ones any; a row without columns of other classes gives any column.
+
     Args:
-        points: (b, P). A row without columns of other classes gives any column. No gradients.
+        points: (b, P). No gradients.
     """
     points = points.detach()
     if backend_cpu.at_hand(panel.s, points):
         return rows_cpu.next_above(panel, points, sign)
-    keep = panel.different
+    keep = kept(panel, Mask.DIFFERENT)
     ordered, order = (sign * panel.s.detach()).masked_fill(~keep, torch.inf).sort(dim=1)
     place = torch.searchsorted(ordered, points.contiguous(), right=True)
     last = (keep.sum(1, keepdim=True) - 1).clamp_min(0)

@@ -21,7 +21,7 @@ from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
 from .positive_pairs import sums_over_positive_pairs
 from .problem import PairProblem, all_pairs, check_call, pair_problem
-from .ranks import FEW, Step, counts_below, soft_ranks, triplet_sums
+from .ranks import FEW, Step, counts_below, soft_ranks, triplet_counts, triplet_sums
 from .reducers import Rule, reduce_sums, reduce_values, reducer_rule, refuse
 from .statistics import PairStatistics, moments, single
 from .triplets import check_triplets_per_anchor, listed_triplets, random_triplets
@@ -104,7 +104,7 @@ def _of_rows(problem: PairProblem, how: _Options, low: float | None = None, high
             return [torch.where(valid, sums, 0.0).sum(1), (valid * counts).sum(1).to(sums.dtype)]
         count, total = triplet_sums(panel, away, least, most, closed)
         if zeros_count:
-            return [margin * count + total, triplet_sums(panel, away, least, high, closed=True)[0]]
+            return [margin * count + total, triplet_counts(panel, away, least, high, closed=True)]
         return [margin * count + total, count]
 
     def soft(panel: RowPanel) -> list[Tensor]:

@@ -91,11 +91,9 @@ class Interpolated(torch.autograd.Function):
 
 
 def _summed(panel: RowPanel, values: Tensor, slopes: Tensor) -> list[Tensor]:
-    return [torch.where(panel.allowed, Interpolated.apply(values, slopes, panel.s), 0.0).sum()]
-
-
-def _summed_at_once(panel: RowPanel, values: Tensor, slopes: Tensor) -> list[Tensor]:
-    """The same by one operator of the CPU."""
+    """F of all pairs of a panel; on a CPU by one operator, whose memory for the table is below that of the panel."""
+    if panel.s.numel() < 8 * len(values) or not backend_cpu.at_hand(panel.s):
+        return [torch.where(panel.allowed, Interpolated.apply(values, slopes, panel.s), 0.0).sum()]
     inputs = values, slopes, panel.s
     with torch.no_grad():
         total, *of = rows_cpu.tabulated(*inputs, panel.own, _MARGIN, panel.s.requires_grad)
@@ -166,13 +164,11 @@ class MannWhitneyLoss(InGroup, torch.nn.Module):
         own = pair_similarity(query, positive, index, index, normalize=True)
         table = softplus_table(own, self.temperature)
 
-        at_once = backend_cpu.at_hand(query, *table)
-        summed = _summed_at_once if at_once else _summed
-        how = {"shared": table, "totals": 1, "normalize": True, "copies": 3 if at_once else 16}
-        (loss,) = row_reduce(query, positive, summed, exclude=index, **how)
+        how = {"shared": table, "totals": 1, "normalize": True, "copies": 16}
+        (loss,) = row_reduce(query, positive, _summed, exclude=index, **how)
         count = rows * (rows - 1)
         if negatives is not None:
-            loss = loss + row_reduce(query, negatives, summed, **how)[0]
+            loss = loss + row_reduce(query, negatives, _summed, **how)[0]
             count += rows * negatives.shape[0]
         loss = loss / rows / (max(count, 1) if self.mean_over_negatives else 1)
         return poisoned(loss, query, positive, negatives)

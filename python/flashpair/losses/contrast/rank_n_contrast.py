@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -63,7 +61,7 @@ class RnCLoss(InGroup, nn.Module):
             targets: (n,) or (n, L) floating point, compared by the sum of absolute differences.
 
         Returns:
-            0-d loss in float32 (float64 for float64); 0 for fewer than two rows.
+            0-d loss in float32 (float64 for float64); 0 for fewer than two rows; NaN where a target is not finite.
 
         Raises:
             TypeError, ValueError: on bad input, naming the argument.
@@ -80,13 +78,19 @@ class RnCLoss(InGroup, nn.Module):
         )
         targets = all_rows(targets).detach().reshape(rows, -1)
         targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
-        merged = targets.shape[1] == 1 and backend_cpu.at_hand(embeddings, targets)
+        finite = targets.nan_to_num(0.0, 0.0, 0.0)  # others have no order; the loss becomes NaN
+        order = finite[:, 0].argsort() if finite.is_cpu and finite.shape[1] == 1 else None
+
+        def ordered(panel: RowPanel, *given: Tensor) -> list[Tensor]:
+            if order is not None and backend_cpu.at_hand(panel.s):
+                return _merged(order, panel, *given)
+            return _sorted(panel, *given)
+
         (total,) = row_reduce(
-            embeddings, None, functools.partial(_merged, targets[:, 0].argsort()) if merged else _sorted,
-            rows=[targets], shared=[scale, targets], similarity=Similarity.EUCLIDEAN, totals=1,
-            copies=3 if merged else 20,
+            embeddings, None, ordered, rows=[finite], shared=[scale, finite],
+            similarity=Similarity.EUCLIDEAN, totals=1, copies=20,
         )  # fmt: skip
-        return poisoned(total / (rows * (rows - 1)), embeddings)
+        return poisoned(total / (rows * (rows - 1)), embeddings, targets)
 
 
 def _merged(order: Tensor, panel: RowPanel, own: Tensor, scale: Tensor, targets: Tensor) -> list[Tensor]:
