@@ -6,44 +6,19 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
-#include <thread>
 
 #include "check.h"
-#include "engine.h"
 #include "oracle.h"
 #include "panel_cache_cpu.h"
-
-#if !defined(FP_TESTED_ENGINE)
-#define FP_TESTED_ENGINE portable_engine
-#endif
-
-namespace flashpair {
-extern const Engine FP_TESTED_ENGINE;
-}
+#include "tested.h"
 
 namespace {
 
 using namespace flashpair;
 using oracle::Values;
 using oracle::Wide;
-
-template <class T>
-const EnginePasses<T>& passes();
-template <>
-const EnginePasses<float>& passes<float>() {
-  return FP_TESTED_ENGINE.f32;
-}
-template <>
-const EnginePasses<double>& passes<double>() {
-  return FP_TESTED_ENGINE.f64;
-}
-
-// Every task on a thread of its own.
-void parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t k = 0; k < count; ++k) threads.emplace_back(task, k, context);
-  for (std::thread& thread : threads) thread.join();
-}
+using tested::parallel;
+using tested::passes;
 
 // A problem and what its pointers point to.
 template <class T>

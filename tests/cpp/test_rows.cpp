@@ -3,38 +3,17 @@
 
 #include <algorithm>
 #include <limits>
-#include <thread>
 
 #include "check.h"
 #include "distances_cpu.h"
-#include "engine.h"
 #include "ranks_cpu.h"
-
-#if !defined(FP_TESTED_ENGINE)
-#define FP_TESTED_ENGINE portable_engine
-#endif
-
-namespace flashpair {
-extern const Engine FP_TESTED_ENGINE;
-}
+#include "tested.h"
 
 namespace {
 
 using namespace flashpair;
-
-template <class T>
-const EnginePasses<T>& tested() {
-  if constexpr (sizeof(T) == 4)
-    return FP_TESTED_ENGINE.f32;
-  else
-    return FP_TESTED_ENGINE.f64;
-}
-
-void on_threads(int64_t count, void (*task)(int64_t, void*), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t k = 0; k < count; ++k) threads.emplace_back(task, k, context);
-  for (std::thread& thread : threads) thread.join();
-}
+using tested::parallel;
+using tested::passes;
 
 // Rows of multiples of 1/2, with ties, and classes anywhere; memory ends where the panel does.
 template <class T>
@@ -72,7 +51,7 @@ void triplets(int64_t columns, T sign, T low, T high, bool closed) {
   Panel<T> panel(6, columns, 1);
   std::vector<T> counts(6), sums(6), of_s(6 * columns, T(NAN));
   const ranks::TripletSums<T> p{panel.rows, sign, low, high, closed, counts.data(), sums.data(), of_s.data()};
-  ranks::triplet_sums(tested<T>(), p, 0, 6);
+  ranks::triplet_sums(passes<T>(), p, 0, 6);
   for (int64_t i = 0; i < 6; ++i) {
     double sum = 0;
     int64_t count = 0;
@@ -107,9 +86,9 @@ void below(int64_t columns, int64_t places, Mask mask, bool closed) {
   std::vector<T> sums(6 * places), of_s(6 * columns, T(NAN));
   ranks::SumsBelow<T> p{panel.rows,  mask,    T(-1),  panel.points.data(), places, closed, counts.data(),
                         sums.data(), nullptr, nullptr};
-  ranks::sums_below(tested<T>(), p, 0, 6);
+  ranks::sums_below(passes<T>(), p, 0, 6);
   p.cotangent = panel.points.data(), p.of_s = of_s.data();
-  ranks::sums_below(tested<T>(), p, 0, 6);
+  ranks::sums_below(passes<T>(), p, 0, 6);
   for (int64_t i = 0; i < 6; ++i) {
     std::vector<double> slopes(columns);
     for (int64_t k = 0; k < places; ++k) {
@@ -139,7 +118,7 @@ void above(int64_t columns, int64_t places) {
   Panel<T> panel(6, columns, places);
   std::vector<int64_t> found(6 * places);
   const ranks::NextAbove<T> p{panel.rows, T(-1), panel.points.data(), places, found.data()};
-  ranks::next_above(tested<T>(), p, 0, 6);
+  ranks::next_above(passes<T>(), p, 0, 6);
   for (int64_t i = 0; i < 6; ++i)
     for (int64_t k = 0; k < places; ++k) {
       const T point = panel.points[i * places + k], infinity = std::numeric_limits<T>::infinity();
@@ -167,11 +146,12 @@ template <class T>
 void soft(int64_t columns, int64_t places, Mask mask, Step step, bool with_own, int threads) {
   Panel<T> panel(6, columns, places, with_own);
   std::vector<T> found(6 * places), of_s(6 * columns, T(NAN)), of_points(6 * places);
-  SoftRanksPanel<T> p{panel.rows, mask,    T(-1),   panel.points.data(), places, T(0.5), step, found.data(), nullptr,
-                      nullptr,    nullptr, threads, on_threads};
-  tested<T>().soft_ranks(p);
+  SoftRanksPanel<T> p{
+      panel.rows, mask,    T(-1),   panel.points.data(), places, T(0.5), step, found.data(), nullptr, nullptr,
+      nullptr,    threads, parallel};
+  passes<T>().soft_ranks(p);
   p.cotangent = panel.points.data(), p.of_s = of_s.data(), p.of_points = of_points.data();
-  tested<T>().soft_ranks(p);
+  passes<T>().soft_ranks(p);
   for (int64_t i = 0; i < 6; ++i) {
     std::vector<double> slopes(columns);
     for (int64_t k = 0; k < places; ++k) {
@@ -244,7 +224,7 @@ void ordered(int64_t columns, T scale, bool narrow) {
   const std::vector<float> few(sorted.begin(), sorted.end()), few_own(wide_own.begin(), wide_own.end());
   std::vector<T> of_s(6 * columns, T(NAN));
   const PanelTotal found =
-      tested<T>().ordered({{panel.s.data(), panel.own.data(), 6, columns, of_s.data(), 2, on_threads},
+      passes<T>().ordered({{panel.s.data(), panel.own.data(), 6, columns, of_s.data(), 2, parallel},
                            scale,
                            narrow ? static_cast<const void*>(few_own.data()) : wide_own.data(),
                            narrow ? static_cast<const void*>(few.data()) : sorted.data(),
@@ -295,7 +275,7 @@ void tabulated(int64_t columns, int threads) {
   for (T& v : panel.s) v /= 4;
   std::vector<T> of_s(6 * columns, T(NAN));
   const double total =
-      tested<T>().tabulated({{panel.s.data(), panel.own.data(), 6, columns, of_s.data(), threads, on_threads},
+      passes<T>().tabulated({{panel.s.data(), panel.own.data(), 6, columns, of_s.data(), threads, parallel},
                              values.data(),
                              slopes.data(),
                              kKnots,
@@ -330,10 +310,10 @@ void gate(int64_t units, int64_t count, int64_t columns, int threads) {
   panel.p = p.data(), panel.q = q.data(), panel.v = v.data();
   panel.units = units, panel.rows = count, panel.columns = columns;
   panel.values = values.data(), panel.of_p = of_p.data(), panel.of_q = of_q.data(), panel.of_v = of_v.data();
-  panel.threads = threads, panel.parallel = on_threads;
-  tested<T>().pair_gate(panel);
+  panel.threads = threads, panel.parallel = parallel;
+  passes<T>().pair_gate(panel);
   panel.cotangent = cotangent.data();
-  tested<T>().pair_gate(panel);
+  passes<T>().pair_gate(panel);
   std::vector<double> wanted_p(p.size()), wanted_q(q.size()), wanted_v(units);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < columns; ++j) {
