@@ -62,10 +62,12 @@ def machine_of(row: dict) -> tuple:
 
 
 def newest_machine(rows: list[dict]) -> list[dict]:
-    """The rows of the machine that was measured last."""
+    """The rows of the machine that was measured last; of several on one day the one with current rows, or with most."""
     if not rows:
         return []
-    last = max(rows, key=lambda r: (r["date"], sum(machine_of(o) == machine_of(r) for o in rows)))
+    last = max(
+        rows, key=lambda r: (r["date"], not machine.is_stale(r), sum(machine_of(o) == machine_of(r) for o in rows))
+    )
     return [r for r in rows if machine_of(r) == machine_of(last)]
 
 

@@ -146,6 +146,21 @@ def test_a_sweep_that_was_cut_short_is_reported(tmp_path, monkeypatch, capsys):
     assert "| clip | 4096x128 | 1.0 | - | **3.00x** |" in text and "inf_cl: No module named 'inf_cl' (clip)" in text
 
 
+def test_the_machine_shown_is_the_one_measured_last():
+    """On one day it is the one whose rows are of today's sources, not the one that has more."""
+    row = {"date": "2026-01-02", "threads": 2, "sources": "old"}
+    rows = [
+        {**row, "device": "A"},
+        {**row, "device": "A"},
+        {**row, "device": "B", "sources": machine.source_hash("cpu")},
+    ]
+    assert {r["device"] for r in report.newest_machine(rows)} == {"B"}
+    assert {r["device"] for r in report.newest_machine([*rows[:2], {**row, "device": "C"}])} == {"A"}
+    later = {**row, "date": "2026-01-03", "device": "C"}
+    assert {r["device"] for r in report.newest_machine([*rows, later])} == {"C"}
+    assert report.newest_machine([]) == []
+
+
 def test_narrow_rows_of_a_cpu_say_so():
     """Beside those of float32: in the table of README, in its details, and what the processor has for them."""
     rows = [
