@@ -34,7 +34,7 @@ BATCH, STEPS, LEARNING_RATE = 300, 160, 3e-3
 DEGREES, SHIFT, SCALE = 15.0, 0.11, 0.15  # largest distortion; the shift in half image widths
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 FEATURES = 64
-MARKS = {"MAP@R": 0.97, "Recall@1 distorted": 0.97, "curves": 1e-3}
+MARKS = {"MAP@R": 0.97, "Recall@1 distorted": 0.97, "curves": 1e-9}
 
 
 # --- data and network -------------------------------------------------------------------------------------------------
@@ -120,7 +120,8 @@ def train(images: Tensor, labels: Tensor, steps: int, name: str) -> tuple[nn.Mod
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    model = network()
+    # In single precision, training turns the last bit of a step into another curve; on which processor is chance.
+    model = network().double()
     loss_of, mine = MultiSimilarityLoss(), MultiSimilarityMiner()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -128,8 +129,7 @@ def train(images: Tensor, labels: Tensor, steps: int, name: str) -> tuple[nn.Mod
     bar = trange(steps, desc=name, leave=True)
     for _ in bar:
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        # Double precision for the loss alone: in single, training turns the last bit of a step into another curve.
-        embeddings = model(distort(images[chosen], generator)).double()
+        embeddings = model(distort(images[chosen], generator).double())
         loss = loss_of(embeddings, labels[chosen], mine(embeddings, labels[chosen]))
         optimizer.zero_grad()
         loss.backward()
@@ -137,7 +137,7 @@ def train(images: Tensor, labels: Tensor, steps: int, name: str) -> tuple[nn.Mod
         schedule.step()
         curve.append(loss.item())
         bar.set_postfix(loss=f"{curve[-1]:.4f}")
-    return model, curve
+    return model.float(), curve
 
 
 def print_scores(rows: dict[str, dict[str, float]]) -> None:

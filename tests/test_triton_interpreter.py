@@ -153,10 +153,9 @@ NARROW = only(
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("program", "side"), on_sides(NARROW))
-def test_narrow_inputs(program, side):
-    """Each program in one of both; the kernels read them alike."""
-    dtype = (torch.float16, torch.bfloat16)[NARROW.index(program) % 2]
+def test_narrow_inputs(program, side, dtype):
     data = make(*_shape(side, 33, 18), 17, grid=program.grid, precision=dtype)
     support.compare(program.run, data, "triton", dtype)
 
