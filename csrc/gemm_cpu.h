@@ -77,15 +77,26 @@ void pack_columns(const T* y, int64_t ld, int64_t count, int64_t depth, T* packe
   }
 }
 
+// One panel of packed columns, of which so many vectors are wanted.
+template <class T, int NV>
+FP_INLINE void similarity_panel(int64_t vectors, const T* x, int64_t ld, int64_t rows, const T* packed, int64_t depth,
+                                T* s, int64_t lds, Ahead& ahead) {
+  if constexpr (NV > 1) {
+    if (vectors < NV) return similarity_panel<T, NV - 1>(vectors, x, ld, rows, packed, depth, s, lds, ahead);
+  }
+  for (int64_t i = 0; i < rows; i += FP_MR) {
+    ahead.fetch();
+    micro_kernel<T, NV, false, false>(depth, x + i * ld, ld, packed, kPanel<T>, s + i * lds, lds);
+  }
+}
+
 template <class T>
 void gemm_similarity(const T* x, int64_t ld, int64_t rows, const T* packed, int64_t columns, int64_t depth, T* s,
                      int64_t lds, Ahead& ahead) {
   ahead.share(round_up(columns, kPanel<T>) / kPanel<T> * (round_up(rows, FP_MR) / FP_MR));
   for (int64_t j = 0; j < columns; j += kPanel<T>) {
-    for (int64_t i = 0; i < rows; i += FP_MR) {
-      ahead.fetch();
-      micro_kernel<T, FP_NV, false, false>(depth, x + i * ld, ld, packed, kPanel<T>, s + i * lds + j, lds);
-    }
+    const int64_t vectors = (columns - j + kWidth<T> - 1) / kWidth<T>;
+    similarity_panel<T, FP_NV>(vectors, x, ld, rows, packed, depth, s + j, lds, ahead);
     packed += depth * kPanel<T>;
   }
 }

@@ -51,11 +51,13 @@ void make_orders(const int64_t* labels, int64_t rows, const int64_t* ref_labels,
   const Labelled column_pairs = symmetric ? Labelled() : sorted(ref_labels, columns);
   std::vector<int64_t> distinct;
   distinct.reserve(rows + column_pairs.size());
-  for (const Labelled* pairs : {&row_pairs, &column_pairs})
-    for (const auto& pair : *pairs)
-      if (distinct.empty() || distinct.back() != pair.first) distinct.push_back(pair.first);
-  std::sort(distinct.begin(), distinct.end());
-  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  auto row = row_pairs.begin();
+  auto column = column_pairs.begin();
+  while (row != row_pairs.end() || column != column_pairs.end()) {
+    const bool of_column = row == row_pairs.end() || (column != column_pairs.end() && column->first < row->first);
+    const int64_t label = of_column ? (column++)->first : (row++)->first;
+    if (distinct.empty() || distinct.back() != label) distinct.push_back(label);
+  }
   order_of(row_pairs, distinct, row_order);
   if (!symmetric) order_of(column_pairs, distinct, column_order);
 }
@@ -63,8 +65,10 @@ void make_orders(const int64_t* labels, int64_t rows, const int64_t* ref_labels,
 std::vector<int64_t> matches(const int64_t* labels, int64_t rows, const int64_t* ref_labels, int64_t columns) {
   std::vector<int64_t> sorted(ref_labels, ref_labels + columns), found(rows);
   if (!std::is_sorted(sorted.begin(), sorted.end())) std::sort(sorted.begin(), sorted.end());
+  auto range = std::make_pair(sorted.begin(), sorted.begin());
   for (int64_t i = 0; i < rows; ++i) {
-    const auto range = std::equal_range(sorted.begin(), sorted.end(), labels[i]);
+    // Rows often come class by class.
+    if (i == 0 || labels[i] != labels[i - 1]) range = std::equal_range(sorted.begin(), sorted.end(), labels[i]);
     found[i] = range.second - range.first;
   }
   return found;

@@ -4,6 +4,10 @@
 constexpr int kTile = 192;  // largest tile; S, the two operands and the two gradients of a tile share the L2 cache
 constexpr int kUnit = 48;   // tiles begin at multiples of this: a multiple of FP_MR and of kPanel
 static_assert(kUnit % FP_MR == 0 && kUnit % kPanel<float> == 0 && kUnit % kPanel<double> == 0 && kTile % kUnit == 0);
+// Or of this, where groups of whole units would be uneven: of FP_MR and of whole vectors.
+constexpr int kFineUnit = std::lcm(FP_MR, kWidth<float>);
+static_assert(kUnit % kFineUnit == 0);
+constexpr double kUneven = 1.06;  // how much more than its share the largest group may have
 
 // Uninitialised aligned memory.
 template <class T>
@@ -108,8 +112,13 @@ struct Side {
 
   void copy_row(int64_t p, T* copy) const {
     const T* row = input + index[p] * features;
-    const Vec<T> divisor = broadcast(norm ? norm[p] : T(1));
-    for (int64_t d = 0; d < width; d += kWidth<T>) store(copy + d, features_from(row, d) / divisor);
+    if (norm) {
+      const Vec<T> divisor = broadcast(norm[p]);
+      for (int64_t d = 0; d < width; d += kWidth<T>) store(copy + d, features_from(row, d) / divisor);
+    } else {
+      memcpy(copy, row, features * sizeof(T));
+      for (int64_t d = features; d < width; ++d) copy[d] = 0;
+    }
     for (int64_t d = width; d < ld; ++d) copy[d] = 0;
   }
 
@@ -139,12 +148,13 @@ struct Side {
       asm volatile("" : : "r"(lanes) : "memory");  // all lanes are wanted: alone, lane 0 would be rounded otherwise
       square[p] = lanes[0];
     }
-    uint64_t mixed = uint64_t(index[p]) * 0x9e3779b97f4a7c15u;
-    for (int l = 0; l < kWidth<T>; ++l) {
-      mixed = (mixed ^ uint64_t(hash_lanes[l])) * 0xff51afd7ed558ccdu;
-      mixed ^= mixed >> 33;
-    }
-    return mixed;
+    // The lanes in pairs or one by one, each times an odd number of its own: products that do not wait for each other.
+    uint64_t words[FP_VECTOR_BYTES / 8], mixed = uint64_t(index[p]) * 0x9e3779b97f4a7c15u;
+    memcpy(words, &hash_lanes, sizeof words);
+    for (int l = 0; l < FP_VECTOR_BYTES / 8; ++l)
+      mixed += (words[l] ^ words[l] >> 29) * (0xff51afd7ed558ccdu + uint64_t(l) * 0x5851f42d4c957f2eu);
+    mixed = (mixed ^ mixed >> 33) * 0xc4ceb9fe1a85ec53u;
+    return mixed ^ mixed >> 33;
   }
 };
 
@@ -157,9 +167,12 @@ struct Tiling {
 
   void cut(int64_t count, int64_t wanted_groups) {
     tiles = 0, largest = 0;
-    const int64_t units = (count + kUnit - 1) / kUnit, per_tile = kTile / kUnit;
+    int64_t unit_rows = kUnit, units = (count + kUnit - 1) / kUnit;
     groups = wanted_groups < units ? wanted_groups : units;
     if (groups < 1) groups = 1;
+    if (double((units + groups - 1) / groups * kUnit * groups) > kUneven * double(count))
+      unit_rows = kFineUnit, units = (count + kFineUnit - 1) / kFineUnit;
+    const int64_t per_tile = kTile / unit_rows;
     start.allocate(units + 2);
     group_start.allocate(groups + 1);
     int64_t unit = 0;
@@ -168,9 +181,9 @@ struct Tiling {
       const int64_t share = units / groups + (g < units % groups ? 1 : 0);
       const int64_t parts = (share + per_tile - 1) / per_tile;
       for (int64_t part = 0; part < parts; ++part) {
-        start[tiles++] = unit * kUnit;
+        start[tiles++] = unit * unit_rows;
         const int64_t own = share / parts + (part < share % parts ? 1 : 0);
-        if (own * kUnit > largest) largest = own * kUnit;
+        if (own * unit_rows > largest) largest = own * unit_rows;
         unit += own;
       }
     }

@@ -109,7 +109,7 @@ class Stats {
     TermData<T>& any = to_row ? *to_row : *to_column;
     const int n = whole<T>(tile.columns);
     const bool identity = any.term->score == Score::identity;
-    const Bounds<T> kept = kept_range(walk_, tile, any.term->mask, masked, buffers);
+    const Bounds<T> kept = kept_range(walk_, tile, any, masked, buffers);
     if (kept.low > kept.high) return;  // no pair
     const T shift = thread.sticky(item, score_bound(any, tile, true, kept.low, kept.high));
     const bool ragged = masked || thresholds(to_row, to_column);

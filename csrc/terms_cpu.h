@@ -351,12 +351,19 @@ T score_bound(const TermData<T>& data, const Tile<T>& tile, bool to_row, T low, 
   return score_upper(data.term->score, data.term->constant, z_low + o.low, z_high + o.high);
 }
 
-// Smallest and largest s of the pairs that a mask keeps; infinite where one is NaN, so that no bound speaks for it. CLIP's
-// own pairs, say, are far above all others and no part of their sum. Of a tile that is not masked, and of one whose mask
-// is read pair by pair, those of the whole tile.
+// Logits so near to each other may share a shift, whichever of them are kept.
+constexpr double kNear = 20;
+
+// Smallest and largest s of the pairs that the mask of a uniform term keeps; infinite where one is NaN, so that no bound
+// speaks for it. CLIP's own pairs, say, are far above all others and no part of their sum. Those of the whole tile where
+// it is not masked, where the mask is read pair by pair, and where all logits are near each other.
 template <class T>
-Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, Mask mask, bool masked, RowBuffers<T>& buffers) {
-  if (!masked || mask_uses_pairs(mask)) return {tile.low, tile.high};
+Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, const TermData<T>& any, bool masked,
+                     RowBuffers<T>& buffers) {
+  const Mask mask = any.term->mask;
+  const bool near = any.term->score == Score::identity &&
+                    std::abs(any.term->scale.number) * (tile.high - tile.low) <= T(kNear);
+  if (!masked || near || mask_uses_pairs(mask)) return {tile.low, tile.high};
   Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
   MaskVec<T> bad{};
   for (int r = 0; r < tile.rows; ++r) {

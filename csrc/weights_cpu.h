@@ -295,7 +295,7 @@ class Weights {
     const int n = whole<T>(tile.columns);
     const bool identity = any.term->score == Score::identity;
     const T scale = any.term->scale.number;
-    const Bounds<T> kept = kept_range(walk_, tile, any.term->mask, masked, buffers);
+    const Bounds<T> kept = kept_range(walk_, tile, any, masked, buffers);
     if (kept.low > kept.high) return;  // no pair
     const T shift = score_bound(any, tile, true, kept.low, kept.high);
     const bool shared =
