@@ -1,8 +1,10 @@
 // The native operators of formulas over whole rows: what python/flashpair/rows.py and losses/ranks.py ask of a panel.
 // Arguments are contiguous; results that are not wanted are empty.
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 
@@ -141,6 +143,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tabulated(Tensor values, Tensor slope
   return {total, of_values, of_slopes, of_s};
 }
 
+// Total, its slopes in s and in the scale; with a weight the mean instead, which has no scale.
+std::tuple<Tensor, Tensor, Tensor> hardest(Tensor s, Tensor own, int64_t kept, double scale,
+                                           std::optional<double> weight, bool slopes) {
+  check(s.dim() == 2 && own.numel() == s.size(0) && kept >= 1 && kept < s.size(1),
+        "hardest: an entry of own per row of s, and as many other columns as are kept");
+  check_integers({own});
+  const int64_t* first = data<int64_t>(own);
+  check(std::all_of(first, first + own.numel(), [&](int64_t column) { return column >= 0 && column < s.size(1); }),
+        "hardest: own must be a column of each row");
+  Tensor total = torch::stable::new_empty(s, {}), of_scale = torch::stable::new_empty(s, {}), of_s = like(s, slopes);
+  of_type(s, [&](auto type) {
+    using T = decltype(type);
+    const PanelTotal found = passes<T>().hardest(
+        {panel_of<T>(s, own, of_s), kept, T(scale), weight.has_value(), weight ? *weight : 0.0});
+    *data<T>(total) = T(found.value), *data<T>(of_scale) = T(found.of_scale);
+  });
+  return {total, of_s, of_scale};
+}
+
 // The gate of each pair of the hidden values p (units, rows) and q (units, columns); with cotangents what these say of p,
 // q and v instead.
 std::tuple<Tensor, Tensor, Tensor> pair_gate(Tensor p, Tensor q, Tensor v, MaybeTensor cotangent) {
@@ -148,18 +169,20 @@ std::tuple<Tensor, Tensor, Tensor> pair_gate(Tensor p, Tensor q, Tensor v, Maybe
         "pair_gate: p and q need a row per entry of v");
   check_types(p, {q, v});
   if (cotangent) check_types(p, {*cotangent});
-  Tensor values = torch::stable::new_empty(p, {p.size(1), q.size(1)});
-  if (cotangent) check_like(values, *cotangent, "pair_gate: cotangents must be (rows, columns)");
+  const int64_t rows = p.size(1), columns = q.size(1);
+  check(!cotangent || (cotangent->dim() == 2 && cotangent->size(0) == rows && cotangent->size(1) == columns),
+        "pair_gate: cotangents must be (rows, columns)");
+  Tensor values = torch::stable::new_empty(p, {cotangent ? 0 : rows, columns});
   Tensor of_p = cotangent ? slopes_from(cotangent, p) : values;
   Tensor of_q = slopes_from(cotangent, q), of_v = slopes_from(cotangent, v);
   of_type(p, [&](auto type) {
     using T = decltype(type);
     PairGatePanel<T> panel{};
     panel.p = data<T>(p), panel.q = data<T>(q), panel.v = data<T>(v);
-    panel.units = p.size(0), panel.rows = p.size(1), panel.columns = q.size(1);
+    panel.units = p.size(0), panel.rows = rows, panel.columns = columns;
     panel.values = data<T>(values), panel.cotangent = pointer<T>(cotangent);
     panel.of_p = data<T>(of_p), panel.of_q = data<T>(of_q), panel.of_v = data<T>(of_v);
-    panel.threads = threads_for(double(values.numel()) * double(p.size(0)) * kWork), panel.parallel = parallel;
+    panel.threads = threads_for(double(rows) * double(columns) * double(p.size(0)) * kWork), panel.parallel = parallel;
     passes<T>().pair_gate(panel);
   });
   return {of_p, of_q, of_v};
@@ -297,6 +320,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashpair_cpu, m) {
   m.def(
       "tabulated(Tensor values, Tensor slopes, Tensor s, Tensor left_out, int margin, bool of_s) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hardest(Tensor s, Tensor own, int kept, float scale, float? weight, bool slopes) -> (Tensor, Tensor, Tensor)");
 #define FP_ROWS "Tensor s, Tensor start, Tensor length, Tensor own, "
   m.def("soft_ranks(" FP_ROWS
         "bool with_own, int mask, float sign, Tensor points, float scale, int step, Tensor? cotangent) "
@@ -318,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
   m.impl("pair_gate", TORCH_BOX(&flashpair::pair_gate));
   m.impl("ordered_log_sums", TORCH_BOX(&flashpair::ordered_log_sums));
   m.impl("tabulated", TORCH_BOX(&flashpair::tabulated));
+  m.impl("hardest", TORCH_BOX(&flashpair::hardest));
   m.impl("soft_ranks", TORCH_BOX(&flashpair::soft_ranks));
   m.impl("triplet_sums", TORCH_BOX(&flashpair::triplet_sums));
   m.impl("sums_below", TORCH_BOX(&flashpair::sums_below));

@@ -13,6 +13,7 @@ struct EnginePasses {
   void (*extremes)(const Problem<T>&, T* const* values, int64_t* const* indices);
   PanelTotal (*ordered)(const OrderedPanel<T>&);
   double (*tabulated)(const TabulatedPanel<T>&);
+  PanelTotal (*hardest)(const HardestPanel<T>&);
   void (*soft_ranks)(const SoftRanksPanel<T>&);
   void (*pair_gate)(const PairGatePanel<T>&);
   // How many of `count` sorted numbers are below sign · values[j] - shift, without `below` those level with it too.

@@ -15,6 +15,7 @@ namespace FP_NAMESPACE {
 #include "extremes_cpu.h"
 #include "ordered_cpu.h"
 #include "tabulated_cpu.h"
+#include "hardest_cpu.h"
 #include "soft_ranks_cpu.h"
 #include "pair_gate_cpu.h"
 #include "places_cpu.h"
@@ -55,6 +56,11 @@ double tabulated(const TabulatedPanel<T>& panel) {
 }
 
 template <class T>
+PanelTotal hardest(const HardestPanel<T>& panel) {
+  return Hardest<T>(panel).run();
+}
+
+template <class T>
 void soft_ranks(const SoftRanksPanel<T>& panel) {
   SoftRanks<T>(panel).run();
 }
@@ -71,8 +77,8 @@ void places(const T* sorted, int64_t count, const T* values, int64_t columns, T 
 }
 
 template <class T>
-constexpr EnginePasses<T> kPasses = {stats<T>,     weights<T>,    extremes<T>,  ordered<T>,
-                                     tabulated<T>, soft_ranks<T>, pair_gate<T>, places<T>};
+constexpr EnginePasses<T> kPasses = {stats<T>,   weights<T>,    extremes<T>,  ordered<T>, tabulated<T>,
+                                     hardest<T>, soft_ranks<T>, pair_gate<T>, places<T>};
 
 }  // namespace FP_NAMESPACE
 

@@ -37,6 +37,16 @@ struct TabulatedPanel {
   T *of_values, *of_slopes;  // (knots,)
 };
 
+// The positive of each row, its `left_out`, among its `kept` largest others.
+template <class T>
+struct HardestPanel {
+  SPanel<T> panel;
+  int64_t kept;  // 1 or more, and there are as many others
+  T scale;
+  bool mean;      // weight · mean of the kept - positive, instead of the log-sum
+  double weight;  // of that mean
+};
+
 // The function of a difference that soft ranks sum.
 enum class Step { sigmoid, softplus, hinge };
 

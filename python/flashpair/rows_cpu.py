@@ -60,6 +60,25 @@ def tabulated(
     return torch.ops.flashpair_cpu.tabulated.default(*given, margin, of_s)
 
 
+def hardest(
+    s: Tensor, own: Tensor, kept: int, scale: Tensor, weight: float | None, slopes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over a panel's rows of log(1 + Σ_j e^(scale (s_j - s_own))) over the `kept` largest others, its slopes.
+
+    Args:
+        s: (b, n) finite or NaN. own: (b,) the column of each row's positive.
+        kept: from 1 to n - 1; those level with the last one, but for rounding, are kept too.
+        scale: 0-d.
+        weight: instead weight · (mean of the kept) - s_own, without a slope in the scale. None: the log-sum.
+        slopes: without them that in s is empty.
+
+    Returns:
+        Total, its slopes in s (b, n) and in the scale.
+    """
+    given = s.contiguous(), own.contiguous()
+    return torch.ops.flashpair_cpu.hardest.default(*given, kept, scale.item(), weight, slopes)
+
+
 def pair_gate(p: Tensor, q: Tensor, v: Tensor) -> Tensor:
     """(b, n) Σ_h v_h tanh(p_hi + q_hj) of p (units, b), q (units, n) and v (units,)."""
     return torch.ops.flashpair_cpu.pair_gate.default(p.contiguous(), q.contiguous(), v.contiguous(), None)[0]

@@ -234,7 +234,10 @@ def counts_below(panel: RowPanel, mask: Mask, limits: Tensor, closed: bool = Fal
         return rows_cpu.sums_below(panel, mask, limits, closed, False, sign)[0]
     values, keep = sign * panel.s.detach(), kept(panel, mask)
     if limits.shape[1] > FEW:
-        return _reached(values, limits, keep.long(), right=not closed).masked_fill_(limits.isnan(), 0)
+        # Bisection takes no NaN among the limits.
+        never = limits.isnan()
+        limits = limits.masked_fill(never, torch.inf)
+        return _reached(values, limits, (keep & ~values.isnan()).long(), right=not closed).masked_fill_(never, 0)
     values = values.masked_fill(~keep, torch.inf)
     compare = torch.le if closed else torch.lt
     counts = torch.empty_like(limits, dtype=torch.long)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import checks
+from ... import backend_cpu, checks, rows_cpu
 from ...pairs import pair_similarity
 from ...request import statistics_dtype
 from ...rows import RowPanel, row_reduce
@@ -70,15 +70,21 @@ class HardContrastiveLoss(MatchedLoss):
 
         def hardest(panel: RowPanel, scale: Tensor) -> list[Tensor]:
             with torch.no_grad():
-                of = self._log_sum if self.simple is None else self._mean
-                total, of_s, of_scale = of(panel.s.detach(), panel.own[:, None], kept, scale)
+                total, of_s, of_scale = self._slopes(panel, kept, scale)
             return [total_with_slopes(total, (panel.s, of_s), (scale, of_scale))]
 
         (total,) = row_reduce(first, second, hardest, exclude=index, normalize=True, shared=[scale], totals=1, copies=5)
         return total / rows
 
-    def _log_sum(self, s: Tensor, own: Tensor, kept: int, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _slopes(self, panel: RowPanel, kept: int, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Total of a panel's rows, its derivatives in s and in the scale."""
+        s = panel.s.detach()
+        if backend_cpu.at_hand(s):
+            return rows_cpu.hardest(s, panel.own, kept, scale, self.simple, panel.s.requires_grad)
+        return (self._log_sum if self.simple is None else self._mean)(s, panel.own[:, None], kept, scale)
+
+    def _log_sum(self, s: Tensor, own: Tensor, kept: int, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """With the log-sum."""
         positive, (rivals, among) = s.gather(1, own), _hardest(s, own, kept)
         top = rivals.amax(1, keepdim=True)
         weights = rivals.sub_(top).mul_(scale).exp_().mul_(among)
@@ -92,7 +98,7 @@ class HardContrastiveLoss(MatchedLoss):
         return F.softplus(gap, threshold=40).sum(), of_s, of_scale
 
     def _mean(self, s: Tensor, own: Tensor, kept: int, scale: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The same of the simple loss, which has no scale."""
+        """Of the simple loss, which has no scale."""
         among = _hardest(s, own, kept)[1]
         of_s = among.mul_(self.simple / among.sum(1, keepdim=True)).scatter_(1, own, -1.0)
         return (of_s * s).sum(), of_s, None
@@ -105,9 +111,5 @@ def _hardest(s: Tensor, own: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     others = s.scatter(1, own, -torch.inf)
     rank, among = s.shape[1] - kept, others.clone()  # from 0, smallest first; NaN counts as the largest
-    if s.device.type == "cpu":
-        among.numpy().partition(rank, axis=1)  # a third of kthvalue's time
-        last = among[:, rank, None].clone()
-    else:
-        last = among.kthvalue(rank + 1, dim=1, keepdim=True).values
+    last = among.kthvalue(rank + 1, dim=1, keepdim=True).values
     return others, torch.gt(others, last - 8 * torch.finfo(s.dtype).eps, out=among)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import checks
-from ...distributed.sharded import by_row, current
+from ...distributed.sharded import Sharded, by_row, current
 from ...pairs import pair_similarity, segment_sum
 from ...primitives import pair_reduce
 from ...random import draw_seed, uniform
@@ -117,7 +117,9 @@ class ProtoNCELoss(InGroup, nn.Module):
                 columns, weight = torch.cat([of_rows, scaled[others]]), F.pad(counts.to(dtype), (rows, 0), value=1.0)
             terms = [Term(Reduction.LOGSUMEXP, weight=weight)]
             total = total + total_at_once(lambda z: pair_reduce(z, columns, terms)[0].sum(), z)  # noqa: B023
-        total = total - pair_similarity(z, own, index, index).sum()
+        # Rows that are aligned need no gathering, which takes as long as a pass; those of all ranks do.
+        attraction = pair_similarity(z, own, index, index) if isinstance(z, Sharded) else z * own
+        total = total - attraction.sum()
         return poisoned(total / (rows * len(clusters)), embeddings, *centroids)
 
 
