@@ -155,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor> hardest(Tensor s, Tensor own, int64_t kept, d
   Tensor total = torch::stable::new_empty(s, {}), of_scale = torch::stable::new_empty(s, {}), of_s = like(s, slopes);
   of_type(s, [&](auto type) {
     using T = decltype(type);
-    const PanelTotal found = passes<T>().hardest(
-        {panel_of<T>(s, own, of_s), kept, T(scale), weight.has_value(), weight ? *weight : 0.0});
+    const PanelTotal found =
+        passes<T>().hardest({panel_of<T>(s, own, of_s), kept, T(scale), weight.has_value(), weight ? *weight : 0.0});
     *data<T>(total) = T(found.value), *data<T>(of_scale) = T(found.of_scale);
   });
   return {total, of_s, of_scale};
@@ -320,8 +320,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashpair_cpu, m) {
   m.def(
       "tabulated(Tensor values, Tensor slopes, Tensor s, Tensor left_out, int margin, bool of_s) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "hardest(Tensor s, Tensor own, int kept, float scale, float? weight, bool slopes) -> (Tensor, Tensor, Tensor)");
+  m.def("hardest(Tensor s, Tensor own, int kept, float scale, float? weight, bool slopes) -> (Tensor, Tensor, Tensor)");
 #define FP_ROWS "Tensor s, Tensor start, Tensor length, Tensor own, "
   m.def("soft_ranks(" FP_ROWS
         "bool with_own, int mask, float sign, Tensor points, float scale, int step, Tensor? cotangent) "

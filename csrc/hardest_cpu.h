@@ -113,7 +113,8 @@ class Hardest {
       bad |= MaskVec<T>(v != v);
     }
     Range found{low[0], high[0], any_lane<T>(bad)};
-    for (int l = 1; l < kWidth<T>; ++l) found.low = std::min(found.low, low[l]), found.high = std::max(found.high, high[l]);
+    for (int l = 1; l < kWidth<T>; ++l)
+      found.low = std::min(found.low, low[l]), found.high = std::max(found.high, high[l]);
     return found;
   }
 

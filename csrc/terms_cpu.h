@@ -361,8 +361,8 @@ template <class T>
 Bounds<T> kept_range(const Walk<T>& walk, const Tile<T>& tile, const TermData<T>& any, bool masked,
                      RowBuffers<T>& buffers) {
   const Mask mask = any.term->mask;
-  const bool near = any.term->score == Score::identity &&
-                    std::abs(any.term->scale.number) * (tile.high - tile.low) <= T(kNear);
+  const bool near =
+      any.term->score == Score::identity && std::abs(any.term->scale.number) * (tile.high - tile.low) <= T(kNear);
   if (!masked || near || mask_uses_pairs(mask)) return {tile.low, tile.high};
   Vec<T> low = broadcast(T(INFINITY)), high = broadcast(T(-INFINITY));
   MaskVec<T> bad{};

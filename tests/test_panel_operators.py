@@ -249,6 +249,44 @@ def test_tabulated(dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("weight", [None, 0.7], ids=["log-sum", "mean"])
+@pytest.mark.parametrize("columns", [2, 5, 37, 203])
+def test_hardest(columns, weight, dtype):
+    """Of rows with ties, of one value, near each other and far apart; rows of a panel stand for queries."""
+    g = torch.Generator().manual_seed(columns)
+    s = 2 * torch.rand(7, columns, generator=g, dtype=torch.float64) - 1
+    s[1], s[2], s[3], s[4] = (4 * s[1]).round() / 4, 0.25, 1e-3 * s[3], s[4].sign()
+    own = torch.randint(columns, (7,), generator=g)
+    scale = torch.tensor(300.0, dtype=dtype)  # e^300 is beyond float32
+    for kept in {1, max((columns - 1) // 3, 1), columns - 1}:
+        found = rows_cpu.hardest(s.to(dtype), own, kept, scale, weight, True)
+        leaf, factor = s.to(dtype).double().requires_grad_(), scale.double().requires_grad_()
+        total = 0
+        for i in range(7):
+            others = torch.cat([leaf[i, : own[i]], leaf[i, own[i] + 1 :]])
+            last = others.detach().sort(descending=True).values[kept - 1]
+            chosen, positive = others[others > last - 8 * torch.finfo(dtype).eps], leaf[i, own[i]]
+            logits = factor * torch.cat([positive[None], chosen])
+            total = total + (logits.logsumexp(0) - logits[0] if weight is None else weight * chosen.mean() - positive)
+        slopes = torch.autograd.grad(total, (leaf, factor), allow_unused=True)
+        bound = 64 * columns * torch.finfo(dtype).eps
+        close(found[0].double(), total.detach(), bound)
+        close(found[1].double(), slopes[0], bound)
+        if weight is None:
+            close(found[2].double(), slopes[1], bound)
+        total = rows_cpu.hardest(s.to(dtype), own, kept, scale, weight, False)
+        assert total[0] == found[0] and total[1].numel() == 0
+
+
+@pytest.mark.parametrize("weight", [None, 0.7])
+def test_hardest_keeps_nan(weight):
+    for at in (0, 4):
+        s = torch.zeros(1, 5)
+        s[0, at] = math.nan
+        assert rows_cpu.hardest(s, torch.tensor([0]), 2, torch.ones(()), weight, True)[0].isnan()
+
+
+@dtypes
 @pytest.mark.parametrize("size", [(3, 5, 37), (1, 1, 1), (2, 0, 4), (2, 3, 0), (4, 9, 64)])
 def test_pair_gate(dtype, size, monkeypatch):
     units, rows_, columns = size
@@ -316,9 +354,15 @@ def test_nan_is_below_nothing(monkeypatch):
         panel.s[:, 3] = math.nan
     for points in (points_of(panel).detach(), points_of(panel).detach()[:, :2]):
         points[1] = math.nan
+        points[2, ::2] = math.nan  # among others
         for closed in (False, True):
             counts = ranks.counts_below(panel, Mask.ALL, points, closed)
-            assert (counts[1] == 0).all() and counts.max() < 50
+            assert (counts[1] == 0).all() and counts.max() < 50 and counts[2, 0] == 0
+            level = torch.le if closed else torch.lt
+            for i in range(len(points)):
+                met = torch.arange(50) != panel.own[i]
+                wanted = [(level(panel.s[i], point) & met).sum() for point in points[i]]
+                assert counts[i].tolist() == [int(w) for w in wanted]
             with monkeypatch.context() as plain:
                 plain.setattr(backend_cpu, "at_hand", lambda *tensors: False)
                 assert torch.equal(ranks.counts_below(panel, Mask.ALL, points, closed), counts)
@@ -356,6 +400,8 @@ def test_operators_refuse_what_does_not_fit():
         lambda: rows_cpu.pair_gate(*torch.zeros(2, 3, 4), torch.zeros(2)),
         lambda: rows_cpu.pair_gate(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3).double()),
         lambda: rows_cpu.tabulated(*torch.zeros(2, 9), torch.zeros(3, 3), torch.zeros(3).long(), 4, True),
+        lambda: rows_cpu.hardest(torch.zeros(3, 3), torch.zeros(3).long(), 3, torch.ones(()), None, True),
+        lambda: rows_cpu.hardest(torch.zeros(3, 3), torch.full((3,), -1), 1, torch.ones(()), None, True),
         lambda: rows_cpu.ordered_log_sums(torch.zeros(2, 3), torch.ones(()), *torch.zeros(2, 2), *index, True),
         lambda: ranks.counts_below(panel, Mask.ALL, points.float()),
         lambda: ranks.next_above(replace(panel, own=panel.own.int()), points),

@@ -66,7 +66,7 @@ def hardest(
     """Sum over a panel's rows of log(1 + Σ_j e^(scale (s_j - s_own))) over the `kept` largest others, its slopes.
 
     Args:
-        s: (b, n) finite or NaN. own: (b,) the column of each row's positive.
+        s: (b, n) of unit vectors. own: (b,) the column of each row's positive.
         kept: from 1 to n - 1; those level with the last one, but for rounding, are kept too.
         scale: 0-d.
         weight: instead weight · (mean of the kept) - s_own, without a slope in the scale. None: the log-sum.
