@@ -31,7 +31,7 @@ TYPES = {
 KERNELS = (
     "_stats_kernel", "_weights_kernel", "_extremes_kernel", "_top_k_kernel", "_fold_kernel", "_visited_kernel",
     "_visited_product_kernel", "_norms_kernel", "_gradient_kernel", "_best_kernel", "_decode_kernel",
-    "_mean_gap_kernel",
+    "_mean_gap_kernel", "_anchors_kernel", "_pairs_kernel",
 )  # fmt: skip
 
 

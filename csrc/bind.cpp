@@ -2,7 +2,9 @@
 // LibTorch's stable ABI, so that one binary serves many versions of torch. Everything written is allocated by the caller.
 
 #include <atomic>
+#include <iterator>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -241,22 +243,44 @@ bool finite(std::vector<Tensor> tensors) {
 }
 
 template <class T>
-void run_mean_gap(const Tensor& rows, const Tensor& columns, Tensor& loss, Tensor& of_rows, Tensor& of_columns,
-                  bool both) {
+void run_formula(Formula formula, const Tensor& rows, const Tensor& columns, const MaybeTensor& counts,
+                 const Floats& constants, Tensor& loss, Tensor& of_rows, Tensor& of_columns) {
   auto side = [](const Tensor& statistics, Tensor& slopes) {
     return SlopedSide<T>{static_cast<const T*>(statistics.data_ptr()), static_cast<T*>(slopes.data_ptr()),
                          statistics.size(0), statistics.size(1)};
   };
-  *static_cast<T*>(loss.data_ptr()) = mean_gap_slopes(side(rows, of_rows), side(columns, of_columns), both);
+  *static_cast<T*>(loss.data_ptr()) =
+      formula_slopes(formula, side(rows, of_rows), side(columns, of_columns), pointer<T>(counts), constants.data());
 }
 
-// The loss, and its derivative in both.
-std::tuple<Tensor, Tensor, Tensor> mean_gap(Tensor rows, Tensor columns, bool both) {
-  if (rows.size(0) < 2 || (both && (columns.size(0) < 1 || columns.size(1) != rows.size(1))))
-    throw std::runtime_error("mean_gap: rows must be (2 or more, B), and with both directions columns (1 or more, B)");
+// What a formula reads: statistics of rows, of columns, numbers of pairs, constants; see formulas_cpu.h.
+struct Read {
+  int64_t rows, columns, counts;
+  size_t constants;
+};
+constexpr Read kRead[] = {{2, 0, 0, 0}, {2, 1, 0, 0}, {2, 0, 2, 2}, {2, 0, 0, 3}, {2, 0, 2, 1}, {1, 0, 1, 0}, {2, 0, 2, 0}};
+
+// The loss, and its derivative in both statistics.
+std::tuple<Tensor, Tensor, Tensor> formula(int64_t number, Tensor rows, Tensor columns, MaybeTensor counts,
+                                           Floats constants) {
+  if (number < 0 || number >= int64_t(std::size(kRead)))
+    throw std::runtime_error("formula: there is none of number " + std::to_string(number));
+  const Read& read = kRead[number];
+  const int64_t owners = rows.size(1);
+  auto refuse = [&](const char* what, int64_t least) {
+    throw std::runtime_error("formula: " + std::string(what) + " of formula " + std::to_string(number) + " must be " +
+                             std::to_string(least) + " or more vectors of one length");
+  };
+  if (rows.size(0) < read.rows) refuse("rows", read.rows);
+  if (read.columns && (columns.size(0) < read.columns || columns.size(1) != owners)) refuse("columns", read.columns);
+  if (read.counts && (!counts || counts->size(0) < read.counts || counts->size(1) != owners ||
+                      counts->scalar_type() != rows.scalar_type()))
+    refuse("counts", read.counts);
+  if (constants.size() < read.constants) throw std::runtime_error("formula: too few constants");
   Tensor loss = torch::stable::new_empty(rows, {});
   Tensor of_rows = torch::stable::empty_like(rows), of_columns = torch::stable::empty_like(columns);
-  (is_double(rows) ? run_mean_gap<double> : run_mean_gap<float>)(rows, columns, loss, of_rows, of_columns, both);
+  (is_double(rows) ? run_formula<double> : run_formula<float>)(Formula(number), rows, columns, counts, constants, loss,
+                                                               of_rows, of_columns);
   return {loss, of_rows, of_columns};
 }
 
@@ -309,7 +333,8 @@ STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
         "Tensor(b!)? total) -> ()");
   m.def("extremes(" FP_PROBLEM "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
   m.def("finite(Tensor[] tensors) -> bool");
-  m.def("mean_gap(Tensor rows, Tensor columns, bool both) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "formula(int number, Tensor rows, Tensor columns, Tensor? counts, float[] constants) -> (Tensor, Tensor, Tensor)");
   m.def("label_counts(Tensor labels, Tensor? ref_labels, Tensor? exclude, bool wide) -> Tensor");
   m.def("vector_bytes() -> int");
   m.def("isa() -> str");
@@ -323,7 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CPU, m) {
   m.impl("extremes", TORCH_BOX(&flashpair::extremes));
   m.impl("finite", TORCH_BOX(&flashpair::finite));
   m.impl("label_counts", TORCH_BOX(&flashpair::label_counts));
-  m.impl("mean_gap", TORCH_BOX(&flashpair::mean_gap));
+  m.impl("formula", TORCH_BOX(&flashpair::formula));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashpair_cpu, CompositeExplicitAutograd, m) {

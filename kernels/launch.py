@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _best_kernel, _decode_kernel, _extremes_kernel, _top_k_kernel
-from .formulas import _mean_gap_kernel
+from .formulas import CIRCLE, MULTI_SIMILARITY, SUP_CON, _anchors_kernel, _mean_gap_kernel, _pairs_kernel
 from .products import _visited_product_kernel
 from .program import (
     GUIDED,
@@ -376,13 +376,35 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
 
-def mean_gap(rows: Tensor, columns: Tensor, both: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`formulas.MEAN_GAP`, or `MEAN_GAP_OF_BOTH`: the loss, and its derivative in both statistics."""
+#: The kernel of each of `flashpair.formulas` with its own constants.
+_FORMULAS = {
+    "mean_gap": (_mean_gap_kernel, {"BOTH": False}),
+    "mean_gap_of_both": (_mean_gap_kernel, {"BOTH": True}),
+    "sup_con": (_anchors_kernel, {"FORMULA": SUP_CON.value}),
+    "multi_similarity": (_anchors_kernel, {"FORMULA": MULTI_SIMILARITY.value}),
+    "circle": (_anchors_kernel, {"FORMULA": CIRCLE.value}),
+    "mean_of_pairs": (_pairs_kernel, {"PARTS": 1}),
+    "means_of_pairs": (_pairs_kernel, {"PARTS": 2}),
+}
+
+
+def formula(
+    name: str, rows: Tensor, columns: Tensor, counts: Tensor | None, constants: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a closed formula, and its derivative in both statistics."""
+    kernel, options = _FORMULAS[name]
     loss, of_rows, of_columns = rows.new_empty(()), torch.empty_like(rows), torch.empty_like(columns)
+    given: tuple = (rows, columns)
+    numbers: tuple[float, ...] = ()
+    if kernel is not _mean_gap_kernel:
+        given += (rows if counts is None else counts.contiguous(),)
+    if kernel is _anchors_kernel:
+        options = {**options, "AVERAGE": int(constants[0])}
+        numbers = (*map(float, constants[1:]), 1.0, 1.0)[:2]
     with torch.cuda.device_of(rows):
         launch(
-            _mean_gap_kernel, 1, None, rows, columns, loss, of_rows, of_columns, rows.shape[1], columns.shape[1],
-            ROW_SLOTS=rows.shape[0], COLUMN_SLOTS=columns.shape[0], BOTH=both, BLOCK=1024, num_warps=8,
+            kernel, 1, None, *given, loss, of_rows, of_columns, rows.shape[1], columns.shape[1], *numbers, **options,
+            ROW_SLOTS=rows.shape[0], COLUMN_SLOTS=columns.shape[0], BLOCK=1024, num_warps=8,
         )  # fmt: skip
     return loss, of_rows, of_columns
 

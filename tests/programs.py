@@ -29,7 +29,16 @@ from flashpair import (
     pair_sum,
 )
 from flashpair.distributed.sharded import by_row
-from flashpair.formulas import MEAN_GAP, MEAN_GAP_OF_BOTH
+from flashpair.formulas import (
+    CIRCLE,
+    MEAN_GAP,
+    MEAN_GAP_OF_BOTH,
+    MEAN_OF_PAIRS,
+    MEANS_OF_PAIRS,
+    MULTI_SIMILARITY,
+    SUP_CON,
+)
+from flashpair.losses.problem import label_counts
 from flashpair.primitives import pair_loss, reduce_in_turn
 
 ROWS, COLUMNS = Axis.ROWS, Axis.COLUMNS
@@ -127,6 +136,32 @@ def _mean_gap(d: Data) -> tuple:
     return loss, *found
 
 
+def _anchors(d: Data) -> tuple:
+    """Losses of anchors in one node: numbers of pairs given, and from the pass where thresholds decide."""
+    counts = label_counts(d.labels, d.ref_labels, None, d.scale.dtype)
+    logits = [Term(LSE, scale=d.scale), Term(SUM, mask=SAME, scale=d.scale)]
+    sup_con, *_ = pair_loss(**d.pairs, terms=logits, formula=SUP_CON, counts=counts, constants=(2.0, 0.0))
+    kept = {SAME: {"below": 0.603}, DIFFERENT: {"above": -0.603}}
+    both = [Term(LSE, mask=mask, scale=sign * d.scale, **kept[mask]) for mask, sign in ((SAME, -1), (DIFFERENT, 1))]
+    numbers = [Term(COUNT, mask=mask, scale=0.0, offset=1.0, **kept[mask]) for mask in (SAME, DIFFERENT)]
+    similar, *_ = pair_loss(**d.pairs, terms=both, formula=MULTI_SIMILARITY, constants=(1.0, 2.0, 50.0))
+    circle, *_ = pair_loss(**d.pairs, terms=both + numbers, formula=CIRCLE, constants=(0.0,))
+    return sup_con, similar, circle
+
+
+def _means_of_pairs(d: Data) -> tuple:
+    """Means of the losses of pairs in one node, of one kind and of two."""
+    terms = [
+        Term(SUM, Score.HINGE, SAME, offset=-0.2),
+        Term(SUM, Score.HINGE, DIFFERENT, scale=-1.0, offset=1.7),
+        Term(COUNT, Score.HINGE, SAME, offset=-0.2),
+        Term(COUNT, Score.HINGE, DIFFERENT, scale=-1.0, offset=1.7),
+    ]
+    how = {**d.pairs, "similarity": Similarity.EUCLIDEAN}
+    one, *_ = pair_loss(**how, terms=terms[1::2], formula=MEAN_OF_PAIRS)
+    return one, pair_loss(**how, terms=terms, formula=MEANS_OF_PAIRS)[0]
+
+
 def _circle(d: Data) -> tuple:
     root, margin = math.sqrt(8.0), 0.4
     terms = [
@@ -190,6 +225,8 @@ PROGRAMS = [
     Program("multi_similarity", _multi_similarity, grid=True),
     Program("in_turn", _in_turn, grid=True),
     Program("mean_gap", _mean_gap),
+    Program("anchors", _anchors, grid=True),
+    Program("means_of_pairs", _means_of_pairs, grid=True),
     Program("circle", _circle),
     Program(
         "contrastive",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashpair import terms
+from flashpair import formulas, terms
 
 ROOT = Path(__file__).resolve().parents[1]
 MIRRORED = ("Similarity", "Score", "Mask", "Reduction", "Axis", "Combine", "Guide")
@@ -28,3 +28,17 @@ def test_slots_of_reductions_agree():
     body = re.search(r"int reduction_slots\(Reduction reduction\) {(.*?)\n}", header, re.DOTALL).group(1)
     by_name = {m[0].upper(): int(m[1]) for m in re.findall(r"case Reduction::(\w+):\s*return (\d+);", body)}
     assert [by_name[r.name] for r in terms.Reduction] == expected
+
+
+def test_formulas_have_one_order():
+    """Numbers of formulas and averages that cross to C++ and to Triton."""
+    header = (ROOT / "csrc/formulas_cpu.h").read_text()
+    for kind, names in (("Formula", list(formulas.FORMULAS)), ("Average", [a.name.lower() for a in formulas.Average])):
+        listed = re.search(rf"enum class {kind} {{([^}}]*)}}", header).group(1)
+        assert [name.strip() for name in listed.split(",")] == names
+    pytest.importorskip("triton")
+    from flashpair.kernels import formulas as kernels
+    from flashpair.kernels import launch
+
+    assert [kernels.SUM.value, kernels.MEAN.value, kernels.ABOVE_ZERO.value] == list(formulas.Average)
+    assert list(launch._FORMULAS) == list(formulas.FORMULAS)

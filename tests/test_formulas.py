@@ -10,25 +10,47 @@ import torch
 
 import flashpair
 from flashpair import Mask, Reduction, Term, backend_cpu, dispatch
-from flashpair.formulas import FORMULAS, MEAN_GAP, MEAN_GAP_OF_BOTH
+from flashpair.formulas import (
+    CIRCLE,
+    FORMULAS,
+    MEAN_GAP,
+    MEAN_GAP_OF_BOTH,
+    MEAN_OF_PAIRS,
+    MEANS_OF_PAIRS,
+    MULTI_SIMILARITY,
+    SUP_CON,
+    Average,
+)
 from flashpair.losses import ClipLoss, InfoNCELoss, SimCLRLoss
 from flashpair.primitives import pair_loss
 
-#: Formula, slots of rows and of columns, owners: less than a vector, more than a block, further slots, nobody.
+#: Formula, constants, slots of rows and of columns, owners: less than a vector, more than a block, further slots, nobody.
 CASES = [
-    (MEAN_GAP_OF_BOTH, 2, 1, 7), (MEAN_GAP, 2, 0, 1), (MEAN_GAP_OF_BOTH, 2, 1, 1024), (MEAN_GAP_OF_BOTH, 7, 6, 2500),
-    (MEAN_GAP, 3, 6, 1030), (MEAN_GAP_OF_BOTH, 2, 1, 0), (MEAN_GAP, 3, 0, 0),
+    (MEAN_GAP_OF_BOTH, (), 2, 1, 7), (MEAN_GAP, (), 2, 0, 1), (MEAN_GAP_OF_BOTH, (), 2, 1, 1024),
+    (MEAN_GAP_OF_BOTH, (), 7, 6, 2500), (MEAN_GAP, (), 3, 6, 1030), (MEAN_GAP_OF_BOTH, (), 2, 1, 0),
+    (MEAN_GAP, (), 3, 0, 0), (MEAN_OF_PAIRS, (), 1, 0, 7), (MEAN_OF_PAIRS, (), 3, 1, 1030), (MEAN_OF_PAIRS, (), 1, 0, 0),
+    (MEANS_OF_PAIRS, (), 2, 0, 1024), (MEANS_OF_PAIRS, (), 5, 2, 2500),
+    *[
+        (formula, (float(average), *constants), *sizes)
+        for formula, constants in ((SUP_CON, (0.0,)), (SUP_CON, (1.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ()))
+        for average, sizes in ((Average.SUM, (2, 0, 7)), (Average.MEAN, (3, 1, 1030)), (Average.ABOVE_ZERO, (2, 0, 1024)),
+                               (Average.ABOVE_ZERO, (6, 5, 2500)), (Average.MEAN, (2, 0, 0)), (Average.ABOVE_ZERO, (2, 0, 0)))
+    ],
 ]  # fmt: skip
 every_case = pytest.mark.parametrize(
-    ("formula", "row_slots", "column_slots", "owners"), CASES, ids=lambda v: getattr(v, "name", None)
+    ("formula", "constants", "row_slots", "column_slots", "owners"), CASES, ids=lambda v: getattr(v, "name", None)
 )
 
 
-def _statistics(row_slots: int, column_slots: int, owners: int, dtype=torch.float64) -> list[torch.Tensor]:
+def _statistics(formula, row_slots: int, column_slots: int, owners: int, dtype=torch.float64) -> list:
+    """Rows, columns and counts, of which some are 0."""
     generator = torch.Generator().manual_seed(owners)
     # Gaps from where e^-|gap| vanishes to where it is 1.
     made = [torch.randn(slots, owners, generator=generator, dtype=torch.float64) for slots in (row_slots, column_slots)]
-    return [(30 * side**3).to(dtype) for side in made]
+    if formula.anchors is not None:  # a loss that float32 does not tell from 0 is left out of the mean of those above it
+        made[0].clamp_(min=-1.1)
+    counts = torch.randint(4, (formula.counts, owners), generator=generator).to(dtype) if formula.counts else None
+    return [*[(30 * side**3).to(dtype) for side in made], counts]
 
 
 def _implementations(formula, dtype):
@@ -42,6 +64,10 @@ def _implementations(formula, dtype):
     return found
 
 
+def _on(device: str, *tensors):
+    return [None if t is None else t.to(device) for t in tensors]
+
+
 def test_mean_gap_is_a_cross_entropy():
     """Softmax over the others and the own logit, written out."""
     others, own = [[0.3, -1.2], [2.0, 0.5], [-0.4, 0.1]], [1.0, -0.7, 0.2]
@@ -52,26 +78,69 @@ def test_mean_gap_is_a_cross_entropy():
     assert float(MEAN_GAP.value(log_sums, torch.tensor(own, dtype=torch.float64))) == pytest.approx(wanted, rel=1e-14)
 
 
+def _written_out(formula, rows, counts, constants) -> float:
+    """The definitions, an anchor at a time, in Python's floats."""
+    losses = []
+    for i in range(rows.shape[1]):
+        a, b = (float(v) for v in rows[:2, i])
+        if formula is MULTI_SIMILARITY:
+            alpha, beta = constants[1:]
+            losses.append(math.log1p(math.exp(a)) / alpha + math.log1p(math.exp(b)) / beta)
+            continue
+        positives, others = (float(v) for v in counts[:, i])
+        kept = positives > 0 and (others > 0 or (formula is SUP_CON and constants[1]))
+        value = a - b / max(positives, 1) if formula is SUP_CON else math.log1p(math.exp(a + b))
+        losses.append(value if kept else 0.0)
+    if constants[0] == Average.SUM:
+        return sum(losses)
+    chosen = [loss for loss in losses if loss > 0] if constants[0] == Average.ABOVE_ZERO else losses
+    return sum(chosen) / max(len(chosen), 1)
+
+
+@pytest.mark.parametrize("average", list(Average))
+@pytest.mark.parametrize(
+    ("formula", "constants"),
+    [(SUP_CON, (0.0,)), (SUP_CON, (1.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ())],
+    ids=["sup_con", "sup_con_alone", "multi_similarity", "circle"],
+)
+def test_losses_of_anchors_written_out(formula, constants, average):
+    rows, _, counts = _statistics(formula, 2, 0, 40)
+    rows, constants = rows.clamp(-20, 20), (float(average), *constants)
+    wanted = _written_out(formula, rows, counts, constants)
+    assert float(formula.value(*rows, *(() if counts is None else counts), *constants)) == pytest.approx(wanted)
+    for name, slopes, device in _implementations(formula, torch.float64):
+        assert float(slopes(*_on(device, rows, rows[:0], counts), constants)[0]) == pytest.approx(wanted), name
+
+
+def test_means_of_pairs_written_out():
+    rows, _, counts = _statistics(MEANS_OF_PAIRS, 2, 0, 9)
+    counts[1] = 0  # no pair: the sum over nothing
+    rows[1] = 0
+    assert float(MEANS_OF_PAIRS.value(*rows, *counts)) == pytest.approx(float(rows[0].sum()) / int(counts[0].sum()))
+
+
 @every_case
-def test_slopes_are_those_of_autograd(formula, row_slots, column_slots, owners):
-    rows, columns = (s.requires_grad_() for s in _statistics(row_slots, column_slots, owners))
-    loss = formula.value(rows[0], rows[1], *columns[: formula is MEAN_GAP_OF_BOTH])
+def test_slopes_are_those_of_autograd(formula, constants, row_slots, column_slots, owners):
+    rows, columns, counts = _statistics(formula, row_slots, column_slots, owners)
+    rows, columns = rows.requires_grad_(), columns.requires_grad_()
+    read = [*rows[: formula.reads], *columns[: formula is MEAN_GAP_OF_BOTH], *(() if counts is None else counts)]
+    loss = formula.value(*read, *constants)
     wanted = [loss, *torch.autograd.grad(loss, (rows, columns), allow_unused=True)]
     wanted = [torch.zeros_like(s) if g is None else g for s, g in zip((loss, rows, columns), wanted, strict=True)]
     with torch.no_grad():
-        found = formula.slopes(rows, columns)
+        found = formula.slopes(rows, columns, counts, constants)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_case
-def test_every_implementation(formula, row_slots, column_slots, owners, dtype):
-    statistics = _statistics(row_slots, column_slots, owners, dtype)
-    wanted = formula.slopes(*(s.double() for s in statistics))
+def test_every_implementation(formula, constants, row_slots, column_slots, owners, dtype):
+    statistics = _statistics(formula, row_slots, column_slots, owners, dtype)
+    wanted = formula.slopes(*(None if s is None else s.double() for s in statistics), constants)
     eps = torch.finfo(dtype).eps
     for name, slopes, device in _implementations(formula, dtype):
-        found = slopes(*(s.to(device) for s in statistics))
+        found = slopes(*_on(device, *statistics), constants)
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == dtype and a.shape == b.shape, name
             # A column's slope is the sum of two, which may cancel; a float32 gap is rounded before the exponential.
@@ -85,25 +154,62 @@ def test_infinities_and_nan(dtype):
     rows = torch.tensor([[-torch.inf, 1.0, 2.0], [0.5, 0.5, 0.5]], dtype=dtype)
     columns = torch.tensor([[0.1, torch.nan, 0.3]], dtype=dtype)
     for name, slopes, device in _implementations(MEAN_GAP, dtype):
-        alone, of_rows, _ = (t.cpu() for t in slopes(rows.to(device), columns.to(device)))
+        alone, of_rows, _ = (t.cpu() for t in slopes(*_on(device, rows, columns), None, ()))
         assert float(alone) == pytest.approx((math.log1p(math.exp(0.5)) + math.log1p(math.exp(1.5))) / 3), name
         assert float(of_rows[0, 0]) == 0 and bool((of_rows[:, 1:] != 0).all()), name
     for name, slopes, device in _implementations(MEAN_GAP_OF_BOTH, dtype):
-        loss, of_rows, of_columns = (t.cpu() for t in slopes(rows.to(device), columns.to(device)))
+        loss, of_rows, of_columns = (t.cpu() for t in slopes(*_on(device, rows, columns), None, ()))
         assert loss.isnan() and of_columns.isnan().tolist() == [[False, True, False]], name
         assert of_rows.isnan().tolist() == [[False] * 3, [False, True, False]], name
 
 
+@pytest.mark.parametrize("average", list(Average))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_anchors_that_lack_something_and_nan(dtype, average):
+    """Log-sums over nothing are no loss where the anchor is left out or both are softplus of -inf; a NaN is not zero."""
+    nothing, nan = -torch.inf, torch.nan
+    rows = torch.tensor([[nothing, 1.0, nan, 2.0], [nothing, nothing, 0.5, 0.25]], dtype=dtype)
+    counts = torch.tensor([[0.0, 1.0, 1.0, 2.0], [3.0, 0.0, 2.0, 2.0]], dtype=dtype)
+    for formula, constants in ((SUP_CON, (0.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ())):
+        for given in (rows, rows.nan_to_num(nan=1.0, neginf=nothing)):
+            for name, slopes, device in _implementations(formula, dtype):
+                numbers = counts if formula.counts else None
+                found = slopes(*_on(device, given, given[:0], numbers), (float(average), *constants))
+                loss, of_rows, _ = (t.cpu() for t in found)
+                assert bool(loss.isnan()) == bool(given.isnan().any()), (name, formula.name)
+                assert bool((of_rows[:, 0] == 0).all()) and bool((of_rows[:, 3] != 0).all()), (name, formula.name)
+                assert not of_rows[:, [0, 1, 3]].isnan().any(), (name, formula.name)
+                if formula.counts:
+                    assert bool((of_rows[:, 1] == 0).all()), (name, formula.name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("rows", "columns", "both"), [((1, 9), (0, 9), False), ((2, 9), (0, 9), True), ((2, 9), (1, 4), True)]
+    ("formula", "rows", "columns", "counts", "constants", "complaint"),
+    [
+        (MEAN_GAP, (1, 9), (0, 9), None, (), "rows of formula 0 must be 2"),
+        (MEAN_GAP_OF_BOTH, (2, 9), (0, 9), None, (), "columns of formula 1 must be 1"),
+        (MEAN_GAP_OF_BOTH, (2, 9), (1, 4), None, (), "columns of formula 1 must be 1"),
+        (SUP_CON, (2, 9), (0, 9), None, (1.0, 0.0), "counts of formula 2 must be 2"),
+        (SUP_CON, (2, 9), (0, 9), (1, 9), (1.0, 0.0), "counts of formula 2 must be 2"),
+        (CIRCLE, (2, 9), (0, 9), (2, 8), (1.0,), "counts of formula 4 must be 2"),
+        (MULTI_SIMILARITY, (2, 9), (0, 9), None, (1.0, 2.0), "too few constants"),
+        (MEANS_OF_PAIRS, (2, 9), (0, 9), (1, 9), (), "counts of formula 6 must be 2"),
+    ],
 )
-def test_one_operator_refuses_what_is_not_there(rows, columns, both, dtype):
+def test_one_operator_refuses_what_is_not_there(formula, rows, columns, counts, constants, complaint, dtype):
     """Instead of reading past the end."""
     if backend_cpu.unavailable():
         pytest.skip("; ".join(backend_cpu.unavailable()))
-    with pytest.raises(RuntimeError, match="mean_gap: rows must be"):
-        torch.ops.flashpair_cpu.mean_gap(torch.zeros(rows, dtype=dtype), torch.zeros(columns, dtype=dtype), both)
+    number, given = list(FORMULAS).index(formula.name), [torch.zeros(s, dtype=dtype) for s in (rows, columns)]
+    numbers = None if counts is None else torch.zeros(counts, dtype=dtype)
+    with pytest.raises(RuntimeError, match=complaint):
+        torch.ops.flashpair_cpu.formula(number, *given, numbers, list(constants))
+    with pytest.raises(RuntimeError, match="none of number 7"):
+        torch.ops.flashpair_cpu.formula(7, *given, numbers, list(constants))
+    if numbers is not None:  # of another dtype
+        with pytest.raises(RuntimeError, match="counts"):
+            torch.ops.flashpair_cpu.formula(number, *given, torch.zeros(formula.counts, 9).half(), [1.0, 2.0, 3.0])
 
 
 def test_names_are_those_of_the_table():

@@ -37,7 +37,7 @@ from flashpair import (
     use_backend,
 )
 from flashpair.operator import operator
-from flashpair.request import encode
+from flashpair.request import encode, statistics_dtype
 from flashpair.workspace import MINIMUM_BYTES, workspace_bytes
 
 
@@ -108,7 +108,26 @@ def test_opcheck_loss(side, layout, backend):
     if side == "self":
         terms, formula = [*terms, Term(LSE, axis=Axis.COLUMNS)], "mean_gap_of_both"
     terms.append(Term(Reduction.MOMENTS, axis=Axis.COLUMNS))
-    torch.library.opcheck(ops.pair_loss.overload, (*_arguments(data, terms, backend), formula))
+    torch.library.opcheck(ops.pair_loss.overload, _of_formula(data, terms, backend, formula))
+
+
+def _of_formula(data, terms, backend, formula, counts=None, constants=()) -> tuple:
+    """The arguments of `pair_loss`."""
+    arguments = _arguments(data, terms, backend)
+    return *arguments[:6], counts, *arguments[6:], formula, list(constants)
+
+
+@CASES
+@pytest.mark.parametrize("given", [True, False], ids=["counts given", "counts from the pass"])
+def test_opcheck_loss_with_counts(side, layout, given, backend):
+    data = _data(backend, side, layout)
+    terms = [Term(LSE, scale=data.scale), Term(SUM, mask=Mask.SAME)]
+    if not given:
+        terms += [Term(Reduction.COUNT, offset=9.0, mask=mask) for mask in (Mask.SAME, Mask.DIFFERENT)]
+    rows = data.x.shape[0]
+    counts = torch.arange(2.0 * rows, device=data.x.device).reshape(2, rows).to(statistics_dtype(data.x))
+    arguments = _of_formula(data, terms, backend, "sup_con", counts if given else None, (2.0, 0.0))
+    torch.library.opcheck(ops.pair_loss.overload, arguments)
 
 
 def test_only_the_loss_has_a_gradient(backend):
@@ -116,7 +135,7 @@ def test_only_the_loss_has_a_gradient(backend):
     for call in (ops.pair_loss, ops.pair_loss.overload):
         data = _data(backend, "self", "plain")
         terms = [Term(LSE, scale=data.scale), Term(SUM, mask=Mask.SAME)]
-        found = call(*_arguments(data, terms, backend), "mean_gap")
+        found = call(*_of_formula(data, terms, backend, "mean_gap"))
         assert [t.requires_grad for t in found] == [True, False, False, False, False]
 
 

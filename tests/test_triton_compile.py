@@ -88,6 +88,8 @@ PROGRAMS = {
             "multi_similarity",
             "in_turn",
             "mean_gap",
+            "anchors",
+            "means_of_pairs",
             "circle",
             "contrastive",
             "lifted",
@@ -187,10 +189,13 @@ def test_compiles(architecture, kind, program, d, record, capsys):
 
 
 @pytest.mark.parametrize("architecture", sorted(SOME))
-def test_formulas_compile(architecture, record):
-    found = [launched for launched in record(_run("mean_gap", "half", 64), architecture) if "gap" in launched.name]
-    assert len(found) == 1
-    check(found[0], architecture, "half")
+@pytest.mark.parametrize(("program", "kernels"), [("mean_gap", 1), ("anchors", 3), ("means_of_pairs", 2)])
+def test_formulas_compile(program, kernels, architecture, record):
+    names = {kernel.__name__ for kernel, _ in launch._FORMULAS.values()}
+    found = [launched for launched in record(_run(program, "half", 64), architecture) if launched.name in names]
+    assert len(found) == kernels
+    for launched in found:
+        check(launched, architecture, "half")
 
 
 def test_cases_cover_the_table(record):

@@ -7,11 +7,13 @@ results lose nothing but the rounding of their gradients.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import formulas
 from .dispatch import forced_name
 from .operator import watched
 from .request import (
@@ -171,15 +173,15 @@ def at_hand(*tensors: Tensor) -> bool:
     return all(tensor.is_cpu for tensor in tensors)
 
 
-def _mean_gap(both: bool, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.flashpair_cpu.mean_gap.default(rows, columns, both)
+def _formula(
+    number: int, rows: Tensor, columns: Tensor, counts: Tensor | None, constants: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = None if counts is None else counts.contiguous()
+    return torch.ops.flashpair_cpu.formula.default(number, rows, columns, counts, constants)
 
 
-#: Formulas that one operator computes.
-FORMULAS = {
-    "mean_gap": functools.partial(_mean_gap, False),
-    "mean_gap_of_both": functools.partial(_mean_gap, True),
-}
+#: All of them, by one operator.
+FORMULAS = {name: functools.partial(_formula, number) for number, name in enumerate(formulas.FORMULAS)}
 
 
 def mine(request: Request) -> list[tuple[Tensor, Tensor]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import formulas
 from .operands import unserved
 from .request import Request
 
@@ -58,15 +60,12 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
     return _launchers().stats(request)
 
 
-def _mean_gap(both: bool, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _launchers().mean_gap(rows, columns, both)
+def _formula(name: str, rows: Tensor, columns: Tensor, counts: Tensor | None, constants: Sequence[float]):
+    return _launchers().formula(name, rows, columns, counts, constants)
 
 
-#: Formulas that one kernel computes.
-FORMULAS = {
-    "mean_gap": functools.partial(_mean_gap, False),
-    "mean_gap_of_both": functools.partial(_mean_gap, True),
-}
+#: All of them, by one kernel each.
+FORMULAS = {name: functools.partial(_formula, name) for name in formulas.FORMULAS}
 
 
 def weights(request: Request, rows, columns, grad_rows, grad_columns, needs):

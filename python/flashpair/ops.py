@@ -8,7 +8,7 @@ extremes. All decode to a `Request` and hand it to a backend module, which offer
     weights(request, rows, columns, grad_rows, grad_columns, needs) → (dx, dy, dparams)
     sums(request, needs) → (total, dx, dy, dparams)
     mine(request) → [(values (B, k), indices (B, k)), ...]
-    FORMULAS, if it has any: name → (rows, columns) → (loss, slope of rows, slope of columns)
+    FORMULAS, if it has any: name → `slopes` of that `formulas.Formula`
     unavailable() → reasons against running at all
     why_not(x) → reasons against embeddings of the dtype and device of x
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .formulas import FORMULAS
+from .formulas import FORMULAS, counted
 from .operator import operator
 from .request import HEADER, PER_EXTREME, SLOTS, Request, count_slots, decode, statistics_dtype
 from .terms import Extreme, Mask, Reduction
@@ -154,47 +154,98 @@ def pair_loss(
     ref_labels: Tensor | None,
     pair_mask: Tensor | None,
     exclude: Tensor | None,
+    counts: Tensor | None,  # (k, B) of statistics' dtype, for a formula that reads numbers of pairs; None: statistics
     params: list[Tensor],
     spec: list[int],
     consts: list[float],
     backend: str,
     max_workspace_bytes: int,
     formula: str,
+    constants: list[float],
 ) -> list[Tensor]:  # loss, rows (R, B), columns (C, N), their slopes
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
     with without_autocast(x):
         module = backend_module(backend)
         rows, columns = module.stats(request)
-        slopes = getattr(module, "FORMULAS", {}).get(formula) or FORMULAS[formula].slopes
-        loss, *found = slopes(rows, columns)
+        loss, *found = _slopes(module, formula, rows, columns, counts, constants)
     return [loss, rows, columns, *found]
 
 
+def _slopes(module, name: str, rows, columns, counts, constants) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = getattr(module, "FORMULAS", {}).get(name) or FORMULAS[name].slopes
+    return slopes(rows, columns, counted(name, rows, counts), constants)
+
+
 @pair_loss.fake
-def _(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes, formula):
+def _(
+    x, y, labels, ref_labels, pair_mask, exclude, counts, params,
+    spec, consts, backend, max_workspace_bytes, formula, constants,
+):  # fmt: skip
     dtype = statistics_dtype(x)
     shapes = _statistics_shape(x, y, spec)
     return [x.new_empty(shape, dtype=dtype) for shape in ((), *shapes, *shapes)]
 
 
 def _loss_setup(ctx, inputs, output):
-    x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, backend, max_workspace_bytes, _ = inputs
-    ctx.save_for_backward(x, y, labels, ref_labels, pair_mask, exclude, *output[1:], *params)
+    x, y, labels, ref_labels, pair_mask, exclude, _, params, spec, consts, backend, max_workspace_bytes, *_ = inputs
+    _keep_slopes(ctx, (x, y, labels, ref_labels, pair_mask, exclude), output[1:], params)
     ctx.static = (spec, consts, backend, max_workspace_bytes)
     ctx.mark_non_differentiable(*output[1:])
+
+
+def _keep_slopes(ctx, pairs, statistics_and_slopes, params):
+    ctx.save_for_backward(*pairs, *statistics_and_slopes, *params)
     ctx.set_materialize_grads(False)
+
+
+def _of_loss(ctx, needs, total):
+    """Gradients of the arguments of `pair_stats`, from that of the loss."""
+    saved = ctx.saved_tensors  # once: a checkpoint makes them anew at every look
+    *pairs, rows, columns, slope_rows, slope_columns = saved[:10]
+    grads = torch._foreach_mul([slope_rows, slope_columns], total)
+    return _of_statistics(pairs, (rows, columns), grads, saved[10:], ctx.static, needs)
 
 
 def _loss_backward(ctx, needs, total, *_):
     if total is None:
-        return None, None, None, None, None, None, [None] * len(needs[6]), *[None] * 5
-    saved = ctx.saved_tensors  # once: a checkpoint makes them anew at every look
-    *pairs, rows, columns, slope_rows, slope_columns = saved[:10]
-    grads = torch._foreach_mul([slope_rows, slope_columns], total)
-    return *_of_statistics(pairs, (rows, columns), grads, saved[10:], ctx.static, needs), None
+        return *[None] * 7, [None] * len(needs[7]), *[None] * 6
+    *of_pairs, of_params = _of_loss(ctx, (*needs[:6], needs[7]), total)[:7]
+    return *of_pairs, None, of_params, *[None] * 6
 
 
 pair_loss.differentiable(_loss_backward, _loss_setup)
+
+
+class _OneLoss(torch.autograd.Function):
+    """A formula of statistics that several passes found, with one backward pass for all of them."""
+
+    @staticmethod
+    def forward(ctx, found, static, formula, constants, *tensors):
+        rows, columns = (torch.cat(side) for side in zip(*found, strict=True))
+        loss, *slopes = _slopes(backend_module(static[2]), formula, rows, columns, None, constants)
+        _keep_slopes(ctx, tensors[:6], (rows, columns, *slopes), tensors[6:])
+        ctx.static = static
+        return loss
+
+    @staticmethod
+    def backward(ctx, total):
+        needs = ctx.needs_input_grad[4:]
+        if total is None:
+            return None, None, None, None, *[None] * len(needs)
+        of_pairs = _of_loss(ctx, (*needs[:6], needs[6:]), total)
+        return None, None, None, None, *of_pairs[:6], *of_pairs[6]
+
+
+def loss_of_one_pass(
+    found: Sequence[tuple[Tensor, Tensor]],
+    pairs: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    *static,
+    formula: str,
+    constants: Sequence[float],
+) -> Tensor:
+    """`pair_loss` of one pass whose terms, in this order, several passes have reduced; see `as_of_one_pass`."""
+    return _OneLoss.apply(found, static, formula, constants, *pairs, *params)
 
 
 # --- weights: the backward pass of the statistics --------------------------------------------------------------------

@@ -178,16 +178,19 @@ def reduce_in_turn(
     y: Tensor | None,
     first: Sequence[Term],
     then: Callable[[Sequence[Tensor]], Sequence[Term]],
+    formula: Formula | None = None,
+    constants: Sequence[float] = (),
     *,
     labels: Tensor | None = None,
     ref_labels: Tensor | None = None,
     exclude: Tensor | None = None,
     similarity: Similarity = Similarity.DOT,
     normalize: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...] | Tensor:
     """`pair_reduce` of some terms, then of those that `then` makes of their results; one backward pass for all.
 
-    No gradient goes through `then`: the results may become thresholds. Results: those of `first`, then the others.
+    No gradient goes through `then`: the results may become thresholds. Results: those that `then` made, then those of
+    `first`; with a formula, the loss that it makes of them in this order.
     """
     pairs = {"labels": labels, "ref_labels": ref_labels, "exclude": exclude}
     how = {**pairs, "similarity": similarity, "normalize": normalize}
@@ -195,7 +198,8 @@ def reduce_in_turn(
     backend = dispatch.choose(x, x.shape[0] * columns)
     if backend == "reference" or current() is not None or watched(x):
         found = pair_reduce(x, y, first, **how)
-        return (*found, *pair_reduce(x, y, then([v.detach() for v in found]), **how))
+        found = (*pair_reduce(x, y, then([v.detach() for v in found]), **how), *found)
+        return found if formula is None else formula.value(*found[: formula.reads + formula.counts], *constants)
     _check(x, y, labels, ref_labels, None, exclude, y is None, similarity, Precision.IEEE)
     workspace, operands = workspace_bytes(None), (x, y, labels, ref_labels, None, exclude)
     all_terms: list[Term] = []
@@ -207,12 +211,14 @@ def reduce_in_turn(
         params, spec, consts = encode(list(terms), similarity, normalize, y is None, False, Precision.IEEE)
         spec[KEEP] = int(needs_grad(x, y, *params))
         with torch.no_grad():
-            found.append(ops.pair_stats(*operands, params, spec, consts, backend, workspace))
-            results = ops.statistics_of(terms, *found[-1])
-        all_terms += terms
+            found.insert(0, ops.pair_stats(*operands, params, spec, consts, backend, workspace))
+            results = ops.statistics_of(terms, *found[0])
+        all_terms = [*terms, *all_terms]
     params, spec, consts = encode(all_terms, similarity, normalize, y is None, False, Precision.IEEE)
-    statistics = ops.as_of_one_pass(found, operands, params, spec, consts, backend, workspace)
-    return tuple(ops.statistics_of(all_terms, *statistics))
+    call = found, operands, params, spec, consts, backend, workspace
+    if formula is not None:
+        return ops.loss_of_one_pass(*call, formula=formula.name, constants=constants)
+    return tuple(ops.statistics_of(all_terms, *ops.as_of_one_pass(*call)))
 
 
 @_outside_autocast
@@ -224,8 +230,12 @@ def pair_loss(
     extra: Sequence[Term] = (),
     own: slice | None = None,
     *,
+    counts: Tensor | None = None,
+    constants: Sequence[float] = (),
     labels: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    similarity: Similarity = Similarity.DOT,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """A loss that is a closed formula of statistics, with its pass in one node of autograd.
@@ -233,26 +243,29 @@ def pair_loss(
     Autograd differentiates the formula on the reference backend and among ranks.
 
     Args:
-        terms: what the formula reads, one vector each.
+        terms: what the formula reads, one vector each; without `counts` the numbers of pairs that it reads, too.
         extra: further terms without gradient, from the same pass.
         own: rows whose own loss is wanted too; among ranks only.
+        counts: (k, B) the numbers of pairs that the formula reads, in the dtype of the statistics.
+        constants: of the formula.
 
     Returns:
         The loss; that of the own rows; the results of the extra terms.
     """
-    pairs = {"labels": labels, "ref_labels": ref_labels}
+    pairs = {"labels": labels, "ref_labels": ref_labels, "exclude": exclude}
     wanted, columns = [*terms, *extra], (x if y is None else y).shape[0]
     backend = dispatch.choose(x, x.shape[0] * columns)
     if backend == "reference" or current() is not None or own is not None:
-        found = pair_reduce(x, y, wanted, normalize=normalize, **pairs)
-        read, found = found[: len(terms)], list(found[len(terms) :])
-        return formula.value(*read), None if own is None else formula.value(*(v[own] for v in read)), found
-    _check(x, y, labels, ref_labels, None, None, y is None, Similarity.DOT, Precision.IEEE)
+        found = pair_reduce(x, y, wanted, similarity=similarity, normalize=normalize, **pairs)
+        read, found = [*found[: len(terms)], *(() if counts is None else counts)], list(found[len(terms) :])
+        of_own = None if own is None else formula.value(*(v[own] for v in read), *constants)
+        return formula.value(*read, *constants), of_own, found
+    _check(x, y, labels, ref_labels, None, exclude, y is None, similarity, Precision.IEEE)
     checks.terms(wanted, x.shape[0], columns, x.device, labels is not None, False)
-    params, spec, consts = encode(wanted, Similarity.DOT, normalize, y is None, False, Precision.IEEE)
+    params, spec, consts = encode(wanted, similarity, normalize, y is None, False, Precision.IEEE)
     spec[KEEP] = int(needs_grad(x, y, *params))
-    call = x, y, labels, ref_labels, None, None, params, spec, consts, backend, workspace_bytes(None), formula.name
-    loss, rows, columns, *_ = ops.pair_loss(*call)
+    how = params, spec, consts, backend, workspace_bytes(None), formula.name, list(constants)
+    loss, rows, columns, *_ = ops.pair_loss(x, y, labels, ref_labels, None, exclude, counts, *how)
     return loss, None, ops.statistics_of(wanted, rows, columns)[len(terms) :] if extra else []
 
 

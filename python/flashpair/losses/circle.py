@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..formulas import CIRCLE
 from ..terms import Mask, Reduction, Score, Term
 from .geometry import require
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, CosineSimilarity
 from .problem import pair_problem
-from .reducers import reduce_values, reducer_rule
+from .reducers import reduce_anchors, reducer_rule
 
 
 def _terms(m: float, gamma: float) -> list[Term]:
@@ -46,14 +47,8 @@ def circle_loss(
     distance = CosineSimilarity() if distance is None else distance
     require(distance, "CircleLoss", (CosineSimilarity,))
     problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
-    (positive, negative), (positives, negatives) = problem.reduce(
-        _terms(m, gamma),
-        counts=(Mask.SAME, Mask.DIFFERENT),
-        statistics=return_stats,
-    )
-    losses = torch.where((positives > 0) & (negatives > 0), F.softplus(positive + negative, threshold=40), 0.0)
-    rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
-    return problem.finish(reduce_values(losses, rule, labels=problem.anchor_labels))
+    rule, both = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer), (Mask.SAME, Mask.DIFFERENT)
+    return problem.finish(reduce_anchors(problem, rule, _terms(m, gamma), CIRCLE, both, statistics=return_stats))
 
 
 class CircleLoss(MetricLoss):

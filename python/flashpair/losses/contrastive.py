@@ -9,7 +9,7 @@ from ..terms import Mask, Score
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
 from .problem import PairProblem, pair_problem
-from .reducers import pair_losses, reduce_pairs, reducer_rule
+from .reducers import pair_losses, reducer_rule, reduce_pairs
 
 
 def contrastive_loss(
@@ -56,7 +56,7 @@ def reduce_margins(
             growing=away < 0,
         ),
     ]
-    return sum(reduce_pairs(problem, parts))
+    return reduce_pairs(problem, parts)
 
 
 class ContrastiveLoss(MetricLoss):

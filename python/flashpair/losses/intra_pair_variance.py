@@ -60,4 +60,4 @@ class IntraPairVarianceLoss(MetricLoss):
             raise_it = (problem.geometry.sign > 0) == (mask == Mask.SAME)
             scale, offset = (-1.0, (1 - eps) * mean) if raise_it else (1.0, -(1 + eps) * mean)
             parts.append(pair_losses(self.rule(part), Score.SQUARED_HINGE, mask, scale, offset, growing=scale > 0))
-        return sum(reduce_pairs(problem, parts))
+        return reduce_pairs(problem, parts)

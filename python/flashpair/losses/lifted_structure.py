@@ -10,7 +10,7 @@ from ..terms import Axis, Combine, Mask, Reduction, Score, Term
 from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem
-from .reducers import Rule, pair_losses, reduce_pairs, reduce_values, refuse
+from .reducers import Rule, pair_losses, reduce_values, refuse, reduce_pairs
 
 
 class _Margins(MetricLoss):
@@ -82,7 +82,7 @@ class LiftedStructureLoss(_Margins):
             self.rule(), Score.SQUARED_HINGE, Mask.SAME, pull.scale, rows + pull.offset, growing=pull.scale > 0,
             other_offset=columns + pull.offset, combine=Combine.LOGADDEXP,
         )  # fmt: skip
-        return reduce_pairs(problem, [positives])[0] / 2
+        return reduce_pairs(problem, [positives]) / 2
 
 
 class GeneralizedLiftedStructureLoss(_Margins):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..formulas import MULTI_SIMILARITY
 from ..terms import Mask, Reduction, Term
 from .metric import MetricLoss
 from .peer import CosineSimilarity, MeanReducer
 from .problem import pair_problem
-from .reducers import reduce_values, reducer_rule
+from .reducers import reduce_anchors, reducer_rule
 
 
 def multi_similarity_loss(
@@ -32,17 +31,13 @@ def multi_similarity_loss(
     distance = CosineSimilarity() if distance is None else distance
     problem = pair_problem(embeddings, labels, indices_tuple, ref_emb, ref_labels, distance)
     pull, push = -alpha * problem.geometry.sign, beta * problem.geometry.sign
-    (positive, negative), _ = problem.reduce(
-        [
-            Term(Reduction.LOGSUMEXP, mask=Mask.SAME, scale=pull, offset=-pull * base),
-            Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=push, offset=-push * base),
-        ],
-        statistics=return_stats,
-    )
-    # From 40 on softplus(z) is z to the last digit of a double.
-    rows = torch.add(F.softplus(positive, threshold=40) / alpha, F.softplus(negative, threshold=40), alpha=1 / beta)
-    rule = reducer_rule(MeanReducer() if reducer is None else reducer)
-    return problem.finish(reduce_values(rows, rule, labels=problem.anchor_labels))
+    terms = [
+        Term(Reduction.LOGSUMEXP, mask=Mask.SAME, scale=pull, offset=-pull * base),
+        Term(Reduction.LOGSUMEXP, mask=Mask.DIFFERENT, scale=push, offset=-push * base),
+    ]
+    rule, constants = reducer_rule(MeanReducer() if reducer is None else reducer), (alpha, beta)
+    loss = reduce_anchors(problem, rule, terms, MULTI_SIMILARITY, constants=constants, statistics=return_stats)
+    return problem.finish(loss)
 
 
 class MultiSimilarityLoss(MetricLoss):

@@ -10,7 +10,7 @@ from .arguments import inverse_temperature
 from .metric import MetricLoss
 from .peer import CosineSimilarity, MeanReducer
 from .problem import pair_problem
-from .reducers import pair_losses, reduce_pairs, reducer_rule
+from .reducers import pair_losses, reducer_rule, reduce_pairs
 
 
 def nt_xent_loss(
@@ -35,7 +35,7 @@ def nt_xent_loss(
     # Second pass: softplus(LSE - z) keeps the digits that log of a ratio loses.
     rule = reducer_rule(MeanReducer() if reducer is None else reducer)
     positives = pair_losses(rule, Score.SOFTPLUS, Mask.SAME, -sign * scale, negatives, growing=sign < 0)
-    return problem.finish(reduce_pairs(problem, [positives])[0])
+    return problem.finish(reduce_pairs(problem, [positives]))
 
 
 class NTXentLoss(MetricLoss):

@@ -6,7 +6,8 @@ turns them into one pass over all pairs, or into sums over the listed pairs when
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from .. import backend_cpu, checks
 from ..algebra import log_add_exp
+from ..formulas import Formula
 from ..miners.selection import Bound, ClosestNegative, MinedPairs, check_indices, listed, settled
 from ..pairs import pair_similarity, segment_sum
-from ..primitives import pair_reduce, reduce_in_turn
+from ..primitives import pair_loss, pair_reduce, reduce_in_turn
 from ..request import statistics_dtype
 from ..rows import row_reduce
 from ..terms import Mask, Reduction, Score, Term
@@ -29,12 +31,10 @@ from .weights import row_weights
 _SIGNED = (Mask.SAME, Mask.DIFFERENT)
 
 
-def label_counts(
-    labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | None, dtype: torch.dtype
-) -> dict[Mask, Tensor]:
-    """Number of positives and negatives of each row from the sorted labels, O((B + N) log N)."""
+def label_counts(labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(2, B): numbers of positives and negatives of each row from the sorted labels, O((B + N) log N)."""
     if backend_cpu.at_hand(labels):
-        return dict(zip(_SIGNED, backend_cpu.label_counts(labels, ref_labels, exclude, dtype).unbind(0), strict=True))
+        return backend_cpu.label_counts(labels, ref_labels, exclude, dtype)
     columns = labels if ref_labels is None else ref_labels
     ordered = columns.sort().values
     same = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
@@ -45,7 +45,12 @@ def label_counts(
         met = exclude >= 0
         alike = met & (columns[exclude.clamp_min(0)] == labels)
         same, other = same - alike.long(), other - (met & ~alike).long()
-    return {Mask.SAME: same.to(dtype), Mask.DIFFERENT: other.to(dtype)}
+    return torch.stack([same, other]).to(dtype)
+
+
+def _count(mask: Mask) -> Term:
+    """The number of pairs under a mask."""
+    return Term(Reduction.COUNT, Score.IDENTITY, mask, scale=0.0, offset=1.0)
 
 
 @dataclass
@@ -74,9 +79,9 @@ class PairProblem:
         known: dict[Mask, Tensor] = {}
         if not statistics and counts:
             if self.pairs is None and not self.bounds:
-                known = label_counts(self.labels, self.ref_labels, self.exclude, statistics_dtype(self.x))
+                known = dict(zip(_SIGNED, self._label_counts().unbind(0), strict=True))
             else:
-                extra = [Term(Reduction.COUNT, Score.IDENTITY, mask, scale=0.0, offset=1.0) for mask in counts]
+                extra = [_count(mask) for mask in counts]
         if not terms and not extra:
             return [], [known[mask] for mask in counts]
         run = self._listed if self.pairs is not None else self._labelled
@@ -88,6 +93,40 @@ class PairProblem:
         elif extra:
             known = dict(zip(counts, found, strict=True))
         return results, [known[mask] for mask in counts]
+
+    def loss(
+        self,
+        terms: list[Term],
+        formula: Formula,
+        counts: tuple[Mask, ...] = (),
+        constants: Sequence[float] = (),
+        statistics: bool = False,
+    ) -> Tensor:
+        """A closed formula of the results of the terms and of the numbers of pairs of each row, in one node of autograd
+        where one pass, or two in turn, find all of them.
+
+        Args:
+            counts: none, (SAME,) or (SAME, DIFFERENT): the numbers that the formula reads.
+        """
+        statistics = statistics or (self.measure and self.statistics is None)
+        by_label = self.pairs is None and not self.bounds
+        if by_label and not statistics:
+            known = self._label_counts()[: len(counts)] if counts else None
+            return pair_loss(self.x, self.y, terms, formula, counts=known, constants=constants, **self._how)[0]
+        listed = [*terms, *map(_count, counts)]
+        awaited = None if by_label or self.pairs is not None else self._awaited(listed)
+        in_order = all(a.mask <= b.mask for a, b in itertools.pairwise(listed))  # as _in_turn reduces them
+        signed = all(term.mask != Mask.ALL for term in terms)
+        if statistics or self.pairs is not None or not signed or (awaited is not None and not in_order):
+            results, found = self.reduce(terms, counts, statistics)
+            return formula.value(*results, *found, *constants)
+        if awaited is not None:
+            return self._in_turn(listed, awaited, formula, constants)
+        parts = [part for term in listed for part in self._parts(term)]
+        return pair_loss(self.x, self.y, parts, formula, constants=constants, **self._how)[0]
+
+    def _label_counts(self) -> Tensor:
+        return label_counts(self.labels, self.ref_labels, self.exclude, statistics_dtype(self.x))
 
     def row_reduce(self, formula, loss: str, **options) -> tuple[Tensor, ...]:
         """`flashpair.row_reduce` over the pairs that labels define.
@@ -160,21 +199,28 @@ class PairProblem:
         awaited = self._awaited(terms)
         if awaited is None:
             return self._one_pass(terms)
-        # The negatives first, which tell how close they come; few tiles hold the positives that are then reduced.
-        negative, positive = ([term for term in terms if term.mask == mask] for mask in (Mask.DIFFERENT, Mask.SAME))
+        positive, negative = ([t for t, term in enumerate(terms) if term.mask == mask] for mask in _SIGNED)
+        found = self._in_turn([terms[t] for t in (*positive, *negative)], awaited)
+        results = dict(zip((*positive, *negative), found, strict=False))
+        return [results[t] for t in range(len(terms))]
+
+    def _in_turn(self, terms: list[Term], awaited: ClosestNegative, formula: Formula | None = None, constants=()):
+        """Results of terms over positives, then over negatives, or a formula of them, in two passes.
+
+        The negatives first, which tell how close they come; few tiles hold the positives that are then reduced.
+        """
+        positive = [term for term in terms if term.mask == Mask.SAME]
 
         def then(found) -> list[Term]:
             awaited.found(found[-1])
             return [part for term in positive for part in self._parts(term)]
 
-        first = [part for term in negative for part in self._parts(term)] + [awaited.term()]
+        first = [part for term in terms[len(positive) :] for part in self._parts(term)] + [awaited.term()]
         if positive:
-            found = reduce_in_turn(self.x, self.y, first, then, **self._how)
-        else:
-            found = pair_reduce(self.x, self.y, first, **self._how)
-            then(found)
-        of_negative, of_positive = iter(found), iter(found[len(first) :])
-        return [next(of_negative if term.mask == Mask.DIFFERENT else of_positive) for term in terms]
+            return reduce_in_turn(self.x, self.y, first, then, formula, constants, **self._how)
+        found = pair_reduce(self.x, self.y, first, **self._how)
+        then(found)
+        return found if formula is None else formula.value(*found[:-1], *constants)
 
     def _awaited(self, terms: list[Term]) -> ClosestNegative | None:
         """A threshold of the positives that a pass over the negatives among the terms would find."""

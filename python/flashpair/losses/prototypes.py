@@ -104,7 +104,7 @@ class CentroidTripletLoss(MetricLoss):
             sums_, _ = rows_of.reduce(part.terms)
             count = (counts.shape[0] - 1.0 * (classes[own] == problem.labels)) * some
             return part.finish(sums_, [count], problem.labels)
-        return reduce_pairs(rows_of, [part])[0]
+        return reduce_pairs(rows_of, [part])
 
     @staticmethod
     def _excluded(problem: PairProblem, refs: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor] | None:

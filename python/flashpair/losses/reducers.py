@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..formulas import MEAN_OF_PAIRS, MEANS_OF_PAIRS, Average, Formula
 from ..terms import Mask, Reduction, Score, Term
 from .arguments import constant
 from .geometry import NotFused
@@ -26,6 +27,8 @@ from .peer import (
     aggregation_func,
 )
 from .problem import PairProblem
+
+_SIGNED = [Mask.SAME, Mask.DIFFERENT]
 
 
 class Rule(NamedTuple):
@@ -64,6 +67,33 @@ def reducer_rule(reducer, part: str = "loss", divisor: bool = False) -> Rule:
         "its own mean)" + (", DivisorReducer" if divisor else "")
     )
     raise NotFused(f"reducer must be {allowed}, or MultipleReducers of these; got {kind.__name__}")
+
+
+def anchors_average(rule: Rule) -> Average | None:
+    """What a closed formula makes of losses of anchors under a rule; None where there is no such average."""
+    rule = rule if rule.per_anchor is None else rule.per_anchor  # the losses are those of anchors already
+    if rule.class_weights is not None or rule.divisor or rule.per_anchor is not None:
+        return None
+    if rule.low is None and rule.high is None:
+        return Average.MEAN if rule.mean else Average.SUM
+    return Average.ABOVE_ZERO if rule.low == 0 and rule.high is None else None
+
+
+def reduce_anchors(
+    problem: PairProblem,
+    rule: Rule,
+    terms: list[Term],
+    formula: Formula,
+    counts: tuple[Mask, ...] = (),
+    constants: tuple[float, ...] = (),
+    statistics: bool = False,
+) -> Tensor:
+    """One number from the losses of anchors: `formula.anchors` of terms, numbers of pairs and constants."""
+    average = anchors_average(rule)
+    if average is not None:
+        return problem.loss(terms, formula, counts, (float(average), *constants), statistics)
+    results, found = problem.reduce(terms, counts, statistics)
+    return reduce_values(formula.anchors(*results, *found, *constants), rule, labels=problem.anchor_labels)
 
 
 def refuse(rule: Rule, loss: str, *, bounds: bool = False, per_anchor: bool = False) -> None:
@@ -183,14 +213,17 @@ def pair_losses(rule: Rule, score: Score, mask: Mask, scale, offset, growing: bo
     return PairLosses(rule, terms, [])
 
 
-def reduce_pairs(problem: PairProblem, parts: list[PairLosses], statistics: bool = False) -> list[Tensor]:
-    """One number for each part, all from one pass."""
-    terms = [term for part in parts for term in part.terms]
-    masks = [mask for part in parts for mask in part.counted]
-    results, counts = problem.reduce(terms, masks, statistics)
-    numbers = []
+def reduce_pairs(problem: PairProblem, parts: list[PairLosses]) -> Tensor:
+    """The sum of what each part makes of its pairs, all from one pass: a closed formula where all make means."""
+    rules, counted = [part.rule for part in parts], [mask for part in parts for mask in part.counted]
+    means = all(rule.mean and rule.per_anchor is None and rule.class_weights is None for rule in rules)
+    if means and len(parts) <= 2 and counted in ([], _SIGNED[: len(parts)]):
+        sums, counts = ([term for part in parts for term in part.terms[k]] for k in (slice(1), slice(1, None)))
+        return problem.loss(sums + counts, MEANS_OF_PAIRS if len(parts) == 2 else MEAN_OF_PAIRS, tuple(counted))
+    results, counts = problem.reduce([term for part in parts for term in part.terms], counted)
+    total = 0.0
     for part in parts:
         found = results[: len(part.terms)], counts[: len(part.counted)]
-        numbers.append(part.finish(*found, problem.anchor_labels))
+        total = total + part.finish(*found, problem.anchor_labels)
         results, counts = results[len(part.terms) :], counts[len(part.counted) :]
-    return numbers
+    return total

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from .. import checks
+from ..formulas import SUP_CON, Average
 from ..terms import Mask, Reduction, Term
 from .arguments import constant, inverse_temperature
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, CosineSimilarity
 from .problem import pair_problem
-from .reducers import reduce_values, reducer_rule
+from .reducers import reduce_anchors, reducer_rule
 
 
 class SupConReduction(Enum):
@@ -45,18 +45,13 @@ def sup_con_loss(
     # A softmax does not depend on a shift, its rounding does: cosines count from 1 down, as distances do from 0.
     top = scale if sign > 0 and problem.geometry.normalize else 0.0
     logits = {"scale": sign * scale, "offset": -constant(top)}
-    (everything, attraction), (positives, negatives) = problem.reduce(
-        [Term(Reduction.LOGSUMEXP, **logits), Term(Reduction.SUM, mask=Mask.SAME, **logits)],
-        counts=(Mask.SAME, Mask.DIFFERENT),
-        statistics=return_stats,
-    )
-    anchors = everything - attraction / positives.clamp_min(1)
+    terms = [Term(Reduction.LOGSUMEXP, **logits), Term(Reduction.SUM, mask=Mask.SAME, **logits)]
+    both = (Mask.SAME, Mask.DIFFERENT)
     if reduction == SupConReduction.ALL_ANCHORS:
-        losses = torch.where(positives > 0, anchors, 0.0)
-        return problem.finish(temperature / base_temperature * losses.sum() / max(losses.shape[0], 1))
-    losses = torch.where((positives > 0) & negatives.any(), anchors, 0.0)
-    rule = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer)
-    return problem.finish(reduce_values(losses, rule, labels=problem.anchor_labels))
+        constants = float(Average.MEAN), 1.0
+        return problem.finish(temperature / base_temperature * problem.loss(terms, SUP_CON, both, constants, return_stats))
+    rule, constants = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer), (0.0,)
+    return problem.finish(reduce_anchors(problem, rule, terms, SUP_CON, both, constants, return_stats))
 
 
 class SupConLoss(MetricLoss):
