@@ -166,6 +166,29 @@ def label_counts(labels: Tensor, ref_labels: Tensor | None, exclude: Tensor | No
     return torch.ops.flashpair_cpu.label_counts.default(*given, dtype == torch.float64)
 
 
+def listed_similarity(
+    x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int, normalize: bool
+) -> Tensor:
+    """(P,) similarities of listed pairs; (0,) where an index is out of range."""
+    return torch.ops.flashpair_cpu.listed_similarities.default(*_listed(x, y, rows, columns), similarity, normalize)
+
+
+def listed_gradients(
+    grad: Tensor, found: Tensor, x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int,
+    normalize: bool,
+) -> list[Tensor]:  # fmt: skip
+    """dx, and dy where y is given, from the slopes in `found`, the similarities."""
+    pairs = _listed(x, y, rows, columns)
+    call = grad.contiguous(), found, *pairs, similarity, normalize
+    dx, dy = torch.ops.flashpair_cpu.listed_gradients.default(*call)
+    return [_dense(dx, x.dtype)] if y is None else [_dense(dx, x.dtype), _dense(dy, y.dtype)]
+
+
+def _listed(x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor) -> list[Tensor | None]:
+    dtype = statistics_dtype(x)
+    return [_dense(x, dtype), None if y is None else _dense(y, dtype), rows.contiguous(), columns.contiguous()]
+
+
 def at_hand(*tensors: Tensor) -> bool:
     """Whether the operators beside the passes may take these tensors: on a CPU, unless somebody watches or decides."""
     if forced_name() not in (None, "cpu") or watched(*tensors) or unavailable():

@@ -77,18 +77,18 @@ MEAN_GAP_OF_BOTH = Formula("mean_gap_of_both", _mean_gap, functools.partial(_mea
 # --- averages of anchors' losses ---------------------------------------------------------------------------------------
 
 
-def _average(losses: Tensor, how: Average) -> Tensor:
-    if how == Average.ABOVE_ZERO:
+def _average(losses: Tensor, how: float) -> Tensor:
+    if how == Average.ABOVE_ZERO.value:
         losses = losses.relu()
         return losses.sum() / losses.detach().count_nonzero().clamp_min(1)
     total = losses.sum()
-    return total / max(losses.shape[0], 1) if how == Average.MEAN else total
+    return total / max(losses.shape[0], 1) if how == Average.MEAN.value else total
 
 
 def _anchors_value(anchors, *inputs) -> Tensor:
     vectors = [v for v in inputs if isinstance(v, Tensor)]
     how, *constants = inputs[len(vectors) :]
-    return _average(anchors(*vectors, *constants), Average(int(how)))
+    return _average(anchors(*vectors, *constants), how)
 
 
 def _anchors_slopes(

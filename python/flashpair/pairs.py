@@ -1,7 +1,7 @@
 """The sparse path: similarities of listed pairs in O(P) memory, and every reduction over such a list.
 
 `pair_similarity` is one opaque operator for all devices: gathers in chunks, so that P·D is never stored; gradients are
-accumulated in the order of the list, so two runs are bitwise equal.
+accumulated in the order of the list, so two runs are bitwise equal. On a CPU both are C++ (csrc/listed_cpu.h).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import backend_cpu, checks, reference
 from .distributed.sharded import Sharded
 from .operator import operator
 from .request import FlatTerm, decode_terms, encode, statistics_dtype
@@ -67,6 +67,10 @@ def _rows_at(x: Tensor, norms: Tensor | None, index: Tensor) -> Tensor:
 def similarity_of_pairs(
     x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int, normalize: bool
 ) -> Tensor:
+    if backend_cpu.at_hand(x, rows, columns):
+        out = backend_cpu.listed_similarity(x, y, rows, columns, similarity, normalize)
+        if out.shape == rows.shape:  # else an index is out of range, which PyTorch says
+            return out
     _refuse_negative(rows=rows, columns=columns)
     out = x.new_empty(rows.shape[0], dtype=statistics_dtype(x))
     x_norms = _norms(x, normalize)
@@ -93,6 +97,8 @@ def gradients_of_pairs(
     grad: Tensor, out: Tensor, x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int,
     normalize: bool,
 ) -> list[Tensor]:  # dx, and dy where y is given  # fmt: skip
+    if backend_cpu.at_hand(x, rows, columns):
+        return backend_cpu.listed_gradients(grad, out, x, y, rows, columns, similarity, normalize)
     dtype = statistics_dtype(x)
     x_norms = _norms(x, normalize)
     dx = torch.zeros_like(x, dtype=dtype)

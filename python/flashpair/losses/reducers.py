@@ -91,7 +91,7 @@ def reduce_anchors(
     """One number from the losses of anchors: `formula.anchors` of terms, numbers of pairs and constants."""
     average = anchors_average(rule)
     if average is not None:
-        return problem.loss(terms, formula, counts, (float(average), *constants), statistics)
+        return problem.loss(terms, formula, counts, (float(average.value), *constants), statistics)
     results, found = problem.reduce(terms, counts, statistics)
     return reduce_values(formula.anchors(*results, *found, *constants), rule, labels=problem.anchor_labels)
 

@@ -48,7 +48,7 @@ def sup_con_loss(
     terms = [Term(Reduction.LOGSUMEXP, **logits), Term(Reduction.SUM, mask=Mask.SAME, **logits)]
     both = (Mask.SAME, Mask.DIFFERENT)
     if reduction == SupConReduction.ALL_ANCHORS:
-        constants = float(Average.MEAN), 1.0
+        constants = float(Average.MEAN.value), 1.0
         return problem.finish(temperature / base_temperature * problem.loss(terms, SUP_CON, both, constants, return_stats))
     rule, constants = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer), (0.0,)
     return problem.finish(reduce_anchors(problem, rule, terms, SUP_CON, both, constants, return_stats))
