@@ -258,7 +258,8 @@ struct Read {
   int64_t rows, columns, counts;
   size_t constants;
 };
-constexpr Read kRead[] = {{2, 0, 0, 0}, {2, 1, 0, 0}, {2, 0, 2, 2}, {2, 0, 0, 3}, {2, 0, 2, 1}, {1, 0, 1, 0}, {2, 0, 2, 0}};
+constexpr Read kRead[] = {{2, 0, 0, 0}, {2, 1, 0, 0}, {2, 0, 2, 2}, {2, 0, 0, 3}, {2, 0, 2, 1}, {1, 0, 1, 0}, {2, 0, 2, 0},
+                          {2, 0, 1, 4}};
 
 // The loss, and its derivative in both statistics.
 std::tuple<Tensor, Tensor, Tensor> formula(int64_t number, Tensor rows, Tensor columns, MaybeTensor counts,

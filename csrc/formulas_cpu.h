@@ -8,7 +8,9 @@
 namespace flashpair {
 
 // In the order of flashpair.formulas.FORMULAS and flashpair.formulas.Average; tests compare them.
-enum class Formula { mean_gap, mean_gap_of_both, sup_con, multi_similarity, circle, mean_of_pairs, means_of_pairs };
+enum class Formula {
+  mean_gap, mean_gap_of_both, sup_con, multi_similarity, circle, mean_of_pairs, means_of_pairs, triplet
+};
 enum class Average { sum, mean, above_zero };
 
 // Statistics (slots, owners) of one side and, of the same shape, the derivative of the loss in them.
@@ -109,6 +111,20 @@ T circle_slopes(const SlopedSide<T>& rows, const SlopedSide<T>& columns, const T
   });
 }
 
+// Of rows (near, far): [sign (far - near) + margin]_+, or its softplus; `exist` is 0 where there is no triplet.
+template <class T>
+T triplet_slopes(const SlopedSide<T>& rows, const SlopedSide<T>& columns, const T* exist, Average average, T sign,
+                 T margin, bool smooth) {
+  const T *near = rows.statistics, *far = near + rows.owners;
+  return anchor_slopes(rows, columns, average, [&](int64_t i) {
+    const T violation = sign * (far[i] - near[i]) + margin;
+    if (!(exist[i] > 0) || (!smooth && violation <= 0)) return Anchor<T>{0, 0, 0};
+    if (!smooth) return Anchor<T>{violation, -sign, sign};
+    const Softplus<T> soft(violation);
+    return Anchor<T>{soft.value, -sign * soft.slope, sign * soft.slope};
+  });
+}
+
 // Sum of the means over pairs of the first `parts` statistics of rows, which are sums; counts (parts, owners) of pairs.
 template <class T>
 T means_of_pairs_slopes(const SlopedSide<T>& rows, const SlopedSide<T>& columns, const T* counts, int parts) {
@@ -139,6 +155,9 @@ T formula_slopes(Formula formula, const SlopedSide<T>& rows, const SlopedSide<T>
     case Formula::circle: return circle_slopes(rows, columns, counts, Average(int(constants[0])));
     case Formula::mean_of_pairs: return means_of_pairs_slopes(rows, columns, counts, 1);
     case Formula::means_of_pairs: return means_of_pairs_slopes(rows, columns, counts, 2);
+    case Formula::triplet:
+      return triplet_slopes(rows, columns, counts, Average(int(constants[0])), T(constants[1]), T(constants[2]),
+                            constants[3] != 0);
   }
   return T(NAN);
 }

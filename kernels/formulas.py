@@ -8,7 +8,7 @@ from .scores import exp, log1p, relu, sigmoid
 #: In the order of `flashpair.formulas.Average`.
 SUM, MEAN, ABOVE_ZERO = (tl.constexpr(i) for i in range(3))
 #: Formulas of anchors.
-SUP_CON, MULTI_SIMILARITY, CIRCLE = (tl.constexpr(i) for i in range(3))
+SUP_CON, MULTI_SIMILARITY, CIRCLE, TRIPLET = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def softplus(z):
 
 
 @triton.jit
-def _anchors(rows_ptr, counts_ptr, owners, first, second, i, inside, FORMULA: tl.constexpr):
+def _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORMULA: tl.constexpr):
     """Losses of the anchors i and their slopes in two statistics; 0 outside."""
     a = tl.load(rows_ptr + i, mask=inside, other=0.0)
     b = tl.load(rows_ptr + owners + i, mask=inside, other=0.0)
@@ -70,6 +70,12 @@ def _anchors(rows_ptr, counts_ptr, owners, first, second, i, inside, FORMULA: tl
         loss = softplus(a) / first + softplus(b) / second
         of_a, of_b = sigmoid(a) / first, sigmoid(b) / second
         kept = inside
+    elif FORMULA == TRIPLET:  # first: sign, second: margin, third: whether the hinge is smooth
+        kept = tl.load(counts_ptr + i, mask=inside, other=0.0) > 0
+        violation = first * (b - a) + second
+        loss = tl.where(third != 0, softplus(violation), relu(violation))
+        of_b = first * tl.where(third != 0, sigmoid(violation), tl.where(violation <= 0, 0.0, 1.0))
+        of_a = -of_b
     else:
         positives = tl.load(counts_ptr + i, mask=inside, other=0.0)
         others = tl.load(counts_ptr + owners + i, mask=inside, other=0.0)
@@ -85,7 +91,7 @@ def _anchors(rows_ptr, counts_ptr, owners, first, second, i, inside, FORMULA: tl
     return tl.where(kept, loss, 0.0), tl.where(kept, of_a, 0.0), tl.where(kept, of_b, 0.0)
 
 
-@triton.jit(do_not_specialize=["owners", "others", "first", "second"])
+@triton.jit(do_not_specialize=["owners", "others", "first", "second", "third"])
 def _anchors_kernel(
     rows_ptr,  # (ROW_SLOTS, owners) float32: two statistics, what the formula does not read
     columns_ptr,  # (COLUMN_SLOTS, others) float32: not read
@@ -97,6 +103,7 @@ def _anchors_kernel(
     others,
     first,  # constants
     second,
+    third,
     FORMULA: tl.constexpr,
     AVERAGE: tl.constexpr,
     ROW_SLOTS: tl.constexpr,
@@ -109,7 +116,7 @@ def _anchors_kernel(
     for start in range(0, owners, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < owners
-        loss, _, _ = _anchors(rows_ptr, counts_ptr, owners, first, second, i, inside, FORMULA)
+        loss, _, _ = _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORMULA)
         total += tl.where(inside, loss if AVERAGE != ABOVE_ZERO else relu(loss), 0.0).to(tl.float64)
         above += tl.where(inside & ((loss > 0) | (loss != loss)), 1, 0)
     if AVERAGE == SUM:
@@ -119,7 +126,7 @@ def _anchors_kernel(
     for start in range(0, owners, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < owners
-        loss, of_a, of_b = _anchors(rows_ptr, counts_ptr, owners, first, second, i, inside, FORMULA)
+        loss, of_a, of_b = _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORMULA)
         if AVERAGE == ABOVE_ZERO:
             of_a, of_b = tl.where(loss <= 0, 0.0, of_a), tl.where(loss <= 0, 0.0, of_b)
         tl.store(of_rows_ptr + i, of_a / number, mask=inside)

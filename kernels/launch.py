@@ -22,7 +22,7 @@ from ..rowwise import Rowwise, padded_length
 from ..terms import Extreme, Precision, Reduction, Score, Similarity
 from . import configs
 from .extremes import _best_kernel, _decode_kernel, _extremes_kernel, _top_k_kernel
-from .formulas import CIRCLE, MULTI_SIMILARITY, SUP_CON, _anchors_kernel, _mean_gap_kernel, _pairs_kernel
+from .formulas import CIRCLE, MULTI_SIMILARITY, SUP_CON, TRIPLET, _anchors_kernel, _mean_gap_kernel, _pairs_kernel
 from .products import _visited_product_kernel
 from .program import (
     GUIDED,
@@ -376,31 +376,26 @@ def _stats_panels(request: Request, plan: Forward) -> None:
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
 
-#: The kernel of each of `flashpair.formulas` with its own constants.
-_FORMULAS = {
-    "mean_gap": (_mean_gap_kernel, {"BOTH": False}),
-    "mean_gap_of_both": (_mean_gap_kernel, {"BOTH": True}),
-    "sup_con": (_anchors_kernel, {"FORMULA": SUP_CON.value}),
-    "multi_similarity": (_anchors_kernel, {"FORMULA": MULTI_SIMILARITY.value}),
-    "circle": (_anchors_kernel, {"FORMULA": CIRCLE.value}),
-    "mean_of_pairs": (_pairs_kernel, {"PARTS": 1}),
-    "means_of_pairs": (_pairs_kernel, {"PARTS": 2}),
-}
+#: `flashpair.formulas` of anchors, and those that are means over pairs with how many of them they add up.
+_OF_ANCHORS = {"sup_con": SUP_CON, "multi_similarity": MULTI_SIMILARITY, "circle": CIRCLE, "triplet": TRIPLET}
+_OF_PAIRS = {"mean_of_pairs": 1, "means_of_pairs": 2}
 
 
 def formula(
     name: str, rows: Tensor, columns: Tensor, counts: Tensor | None, constants: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a closed formula, and its derivative in both statistics."""
-    kernel, options = _FORMULAS[name]
     loss, of_rows, of_columns = rows.new_empty(()), torch.empty_like(rows), torch.empty_like(columns)
-    given: tuple = (rows, columns)
-    numbers: tuple[float, ...] = ()
-    if kernel is not _mean_gap_kernel:
-        given += (rows if counts is None else counts.contiguous(),)
-    if kernel is _anchors_kernel:
-        options = {**options, "AVERAGE": int(constants[0])}
-        numbers = (*map(float, constants[1:]), 1.0, 1.0)[:2]
+    given, numbers = [rows, columns], ()
+    if name not in ("mean_gap", "mean_gap_of_both"):
+        given.append(rows if counts is None else counts.contiguous())
+    if name in _OF_ANCHORS:
+        kernel, options = _anchors_kernel, {"FORMULA": _OF_ANCHORS[name].value, "AVERAGE": int(constants[0])}
+        numbers = (*map(float, constants[1:]), 1.0, 1.0, 1.0)[:3]
+    elif name in _OF_PAIRS:
+        kernel, options = _pairs_kernel, {"PARTS": _OF_PAIRS[name]}
+    else:
+        kernel, options = _mean_gap_kernel, {"BOTH": name == "mean_gap_of_both"}
     with torch.cuda.device_of(rows):
         launch(
             kernel, 1, None, *given, loss, of_rows, of_columns, rows.shape[1], columns.shape[1], *numbers, **options,

@@ -38,7 +38,8 @@ def test_formulas_have_one_order():
         assert [name.strip() for name in listed.split(",")] == names
     pytest.importorskip("triton")
     from flashpair.kernels import formulas as kernels
-    from flashpair.kernels import launch
+    from flashpair.kernels.launch import _OF_ANCHORS, _OF_PAIRS
 
     assert [kernels.SUM.value, kernels.MEAN.value, kernels.ABOVE_ZERO.value] == list(formulas.Average)
-    assert list(launch._FORMULAS) == list(formulas.FORMULAS)
+    assert {"mean_gap", "mean_gap_of_both", *_OF_ANCHORS, *_OF_PAIRS} == set(formulas.FORMULAS)
+    assert set(_OF_ANCHORS) == {name for name, formula in formulas.FORMULAS.items() if formula.anchors}

@@ -19,11 +19,17 @@ from flashpair.formulas import (
     MEANS_OF_PAIRS,
     MULTI_SIMILARITY,
     SUP_CON,
+    TRIPLET,
     Average,
 )
 from flashpair.losses import ClipLoss, InfoNCELoss, SimCLRLoss
 from flashpair.primitives import pair_loss
 
+#: Formulas of anchors and what follows the average among their constants.
+OF_ANCHORS = [
+    (SUP_CON, (0.0,)), (SUP_CON, (1.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ()), (TRIPLET, (1.0, 0.2, 0.0)),
+    (TRIPLET, (-1.0, 0.2, 1.0)),
+]  # fmt: skip
 #: Formula, constants, slots of rows and of columns, owners: less than a vector, more than a block, further slots, nobody.
 CASES = [
     (MEAN_GAP_OF_BOTH, (), 2, 1, 7), (MEAN_GAP, (), 2, 0, 1), (MEAN_GAP_OF_BOTH, (), 2, 1, 1024),
@@ -32,7 +38,7 @@ CASES = [
     (MEANS_OF_PAIRS, (), 2, 0, 1024), (MEANS_OF_PAIRS, (), 5, 2, 2500),
     *[
         (formula, (float(average), *constants), *sizes)
-        for formula, constants in ((SUP_CON, (0.0,)), (SUP_CON, (1.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ()))
+        for formula, constants in OF_ANCHORS
         for average, sizes in ((Average.SUM, (2, 0, 7)), (Average.MEAN, (3, 1, 1030)), (Average.ABOVE_ZERO, (2, 0, 1024)),
                                (Average.ABOVE_ZERO, (6, 5, 2500)), (Average.MEAN, (2, 0, 0)), (Average.ABOVE_ZERO, (2, 0, 0)))
     ],
@@ -48,7 +54,7 @@ def _statistics(formula, row_slots: int, column_slots: int, owners: int, dtype=t
     # Gaps from where e^-|gap| vanishes to where it is 1.
     made = [torch.randn(slots, owners, generator=generator, dtype=torch.float64) for slots in (row_slots, column_slots)]
     if formula.anchors is not None:  # a loss that float32 does not tell from 0 is left out of the mean of those above it
-        made[0].clamp_(min=-1.1)
+        made[0].clamp_(-1.1, 1.1)
     counts = torch.randint(4, (formula.counts, owners), generator=generator).to(dtype) if formula.counts else None
     return [*[(30 * side**3).to(dtype) for side in made], counts]
 
@@ -87,6 +93,12 @@ def _written_out(formula, rows, counts, constants) -> float:
             alpha, beta = constants[1:]
             losses.append(math.log1p(math.exp(a)) / alpha + math.log1p(math.exp(b)) / beta)
             continue
+        if formula is TRIPLET:
+            sign, margin, smooth = constants[1:]
+            violation = sign * (b - a) + margin
+            value = math.log1p(math.exp(violation)) if smooth else max(violation, 0.0)
+            losses.append(value if float(counts[0, i]) else 0.0)
+            continue
         positives, others = (float(v) for v in counts[:, i])
         kept = positives > 0 and (others > 0 or (formula is SUP_CON and constants[1]))
         value = a - b / max(positives, 1) if formula is SUP_CON else math.log1p(math.exp(a + b))
@@ -98,11 +110,7 @@ def _written_out(formula, rows, counts, constants) -> float:
 
 
 @pytest.mark.parametrize("average", list(Average))
-@pytest.mark.parametrize(
-    ("formula", "constants"),
-    [(SUP_CON, (0.0,)), (SUP_CON, (1.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ())],
-    ids=["sup_con", "sup_con_alone", "multi_similarity", "circle"],
-)
+@pytest.mark.parametrize(("formula", "constants"), OF_ANCHORS, ids=lambda v: getattr(v, "name", None))
 def test_losses_of_anchors_written_out(formula, constants, average):
     rows, _, counts = _statistics(formula, 2, 0, 40)
     rows, constants = rows.clamp(-20, 20), (float(average), *constants)
@@ -195,6 +203,7 @@ def test_anchors_that_lack_something_and_nan(dtype, average):
         (CIRCLE, (2, 9), (0, 9), (2, 8), (1.0,), "counts of formula 4 must be 2"),
         (MULTI_SIMILARITY, (2, 9), (0, 9), None, (1.0, 2.0), "too few constants"),
         (MEANS_OF_PAIRS, (2, 9), (0, 9), (1, 9), (), "counts of formula 6 must be 2"),
+        (TRIPLET, (2, 9), (0, 9), None, (0.0, 1.0, 0.1, 0.0), "counts of formula 7 must be 1"),
     ],
 )
 def test_one_operator_refuses_what_is_not_there(formula, rows, columns, counts, constants, complaint, dtype):
@@ -205,8 +214,8 @@ def test_one_operator_refuses_what_is_not_there(formula, rows, columns, counts, 
     numbers = None if counts is None else torch.zeros(counts, dtype=dtype)
     with pytest.raises(RuntimeError, match=complaint):
         torch.ops.flashpair_cpu.formula(number, *given, numbers, list(constants))
-    with pytest.raises(RuntimeError, match="none of number 7"):
-        torch.ops.flashpair_cpu.formula(7, *given, numbers, list(constants))
+    with pytest.raises(RuntimeError, match="none of number 8"):
+        torch.ops.flashpair_cpu.formula(8, *given, numbers, list(constants))
     if numbers is not None:  # of another dtype
         with pytest.raises(RuntimeError, match="counts"):
             torch.ops.flashpair_cpu.formula(number, *given, torch.zeros(formula.counts, 9).half(), [1.0, 2.0, 3.0])

@@ -19,12 +19,16 @@ from flashpair import (
     Score,
     Similarity,
     Term,
+    backend_cpu,
     mine,
     pair_reduce,
     pair_similarity,
+    pairs,
     reference,
     use_backend,
 )
+from flashpair.formulas import TRIPLET, Average
+from flashpair.pairs import listed_loss
 
 DIFFERENTIABLE = [Reduction.SUM, Reduction.LOGSUMEXP, Reduction.SOFTMAX_MEAN]
 
@@ -47,9 +51,10 @@ def _random_pairs(b: int, n: int, count: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("similarity", Similarity)
+@pytest.mark.parametrize("features", [5, 16, 37])
 @pytest.mark.parametrize("columns", [9, None])
-def test_pair_similarity(columns, similarity, normalize, dtype):
-    data = make(12, columns, 5, precision=dtype)
+def test_pair_similarity(columns, features, similarity, normalize, dtype):
+    data = make(12, columns, features, precision=dtype)
     rows, others = _random_pairs(12, columns or 12, 40)
     if columns is None:
         rows = torch.where(rows == others, (rows + 1) % 12, rows)  # the distance to itself has no slope
@@ -73,6 +78,115 @@ def test_pair_similarity(columns, similarity, normalize, dtype):
         else:
             eps = torch.finfo(torch.float32 if name == "s" else dtype).eps
             support.assert_as_good(name, value, plain, want, 2 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("similarity", Similarity)
+@pytest.mark.parametrize("columns", [300, None])
+def test_many_pairs_in_threads(columns, similarity, dtype, monkeypatch):
+    """The same to the bit however many there are, and what PyTorch makes of the same list."""
+    if backend_cpu.unavailable():
+        pytest.skip("; ".join(backend_cpu.unavailable()))
+    data = make(200, columns, 72).to(dtype)
+    rows, others = _random_pairs(200, columns or 200, 40_000)
+    rows = torch.where(rows == others, (rows + 1) % 200, rows)
+    leaves = [v for v in (data.x, data.y) if v is not None]
+
+    def found() -> list[torch.Tensor]:
+        s = pair_similarity(data.x, data.y, rows, others, similarity=similarity, normalize=True)
+        return [s.detach(), *torch.autograd.grad((s * torch.linspace(-1, 1, len(s)).to(s)).sum(), leaves)]
+
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (2, 1, 3):
+            torch.set_num_threads(threads)
+            results.append(found())
+    finally:
+        torch.set_num_threads(before)
+    in_threads = results[0]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, in_threads, strict=True))
+    monkeypatch.setattr(backend_cpu, "at_hand", lambda *_: False)
+    for name, a, b in zip(("s", "dx", "dy"), in_threads, found(), strict=False):
+        assert_close(name, a, b, 1e-12 if dtype == torch.float64 else 3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("similarity", Similarity)
+def test_rows_that_are_zero_or_not_finite(similarity, dtype):
+    """Zero rows are divided by the floor of a norm; NaN and infinity reach their pairs and nobody else's."""
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    x[0], x[2, 3], x[4, 19] = 0.0, math.nan, math.inf
+    x.requires_grad_()
+    rows, others = torch.tensor([0, 1, 1, 3, 4]), torch.tensor([1, 2, 3, 5, 5])
+    s = pair_similarity(x, None, rows, others, similarity=similarity, normalize=True)
+    (dx,) = torch.autograd.grad(s.sum(), x)
+    whole = x.detach()[[0, 1, 3, 5]].requires_grad_()
+    dense = reference.similarity_matrix(whole, whole, similarity, True)[torch.arange(3), torch.arange(1, 4)]
+    (wanted,) = torch.autograd.grad(dense.sum(), whole)
+    assert s.isnan().tolist() == [False, True, False, False, True]
+    torch.testing.assert_close(s[[0, 2, 3]], dense)
+    assert dx[[1, 2, 4, 5]].isnan().any(1).all() and not dx[[0, 3]].isnan().any()
+    torch.testing.assert_close(dx[[0, 3]], wanted[[0, 2]])
+
+
+def test_the_operators_refuse_what_is_not_there():
+    """Instead of reading past the end."""
+    if backend_cpu.unavailable():
+        pytest.skip("; ".join(backend_cpu.unavailable()))
+    x, at = torch.randn(3, 4), torch.tensor([0, 1])
+    similarities, gradients = torch.ops.flashpair_cpu.listed_similarities, torch.ops.flashpair_cpu.listed_gradients
+    for wrong in (torch.tensor([0, 3]), torch.tensor([-1, 0])):
+        for pair in ((wrong, at), (at, wrong)):
+            assert similarities(x, None, *pair, 0, False).shape == (0,)
+            with pytest.raises(RuntimeError, match="out of range"):
+                gradients(torch.ones(2), torch.ones(2), x, None, *pair, 0, False)
+    for x_, y, rows in ((x, torch.randn(3, 5), at), (x, x.double(), at), (x, None, at[:1]), (x, None, at.int())):
+        with pytest.raises(RuntimeError, match="listed pairs"):
+            similarities(x_, y, rows, at, 0, False)
+    with pytest.raises(RuntimeError, match="a slope per pair"):
+        gradients(torch.ones(1), torch.ones(2), x, None, at, at, 0, False)
+
+
+def _triplets(backend: str, dtype: torch.dtype) -> tuple:
+    device = support.device(backend)
+    data = make(9, 7, 6).to(dtype)
+    a, p, n = (torch.randint(k, (11,), generator=torch.Generator().manual_seed(k)) for k in (9, 7, 6))
+    exist = (torch.arange(11) % 4 != 1).to(dtype)[None]
+    x, y = (v.detach().to(device).requires_grad_() for v in (data.x, data.y))
+    return x, y, torch.cat([a, a]).to(device), torch.cat([p, n]).to(device), exist.to(device)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("similarity", Similarity)
+def test_loss_of_triplets(similarity, smooth, backend):
+    """A loop over triplets, and autograd through the dense reference."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x, y, rows, columns, exist = _triplets(backend, dtype)
+    sign = 1.0 if similarity == Similarity.DOT else -1.0
+    constants = Average.ABOVE_ZERO, sign, 0.3, smooth
+    with use_backend(backend):
+        loss = listed_loss(x, y, rows, columns, TRIPLET, exist, constants, similarity=similarity, normalize=True)
+        gradients = torch.autograd.grad(3 * loss, (x, y))
+    s = reference.similarity_matrix(x.double(), y.double(), similarity, True)[rows, columns].view(2, -1)
+    losses = []
+    for near, far, exists in zip(*s, exist[0], strict=True):
+        violation = sign * (far - near) + 0.3
+        value = torch.nn.functional.softplus(violation) if smooth else violation.relu()
+        losses += [value] if exists and value > 0 else []
+    wanted = sum(losses) / len(losses)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    torch.testing.assert_close(loss.double(), wanted, **tolerance)
+    for a, b in zip(gradients, torch.autograd.grad(3 * wanted, (x, y)), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["others", "own"])
+def test_opcheck_listed_loss(given, backend):
+    x, y, rows, columns, exist = _triplets(backend, torch.float32)
+    how = 2, True, backend, "triplet", [2.0, -1.0, 0.3, 0.0]
+    arguments = x, y if given else None, rows, columns % 7, exist, *how
+    torch.library.opcheck(pairs._loss_of_pairs.overload, arguments)
+    assert [t.requires_grad for t in pairs._loss_of_pairs(*arguments)] == [True, False, False]
 
 
 def test_pairs_that_repeat_count_each_time():

@@ -38,6 +38,7 @@ from flashpair import (
     recording,
     use_backend,
 )
+from flashpair.formulas import Average
 
 triton = pytest.importorskip("triton", reason="no Triton wheel for this platform")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
@@ -115,13 +116,15 @@ def test_programs(program, side):
 
 @interpreted
 @test_formulas.every_case
-def test_formula(formula, row_slots, column_slots, owners):
-    test_formulas.test_every_implementation(formula, row_slots, column_slots, owners, torch.float32)
+def test_formula(formula, constants, row_slots, column_slots, owners):
+    test_formulas.test_every_implementation(formula, constants, row_slots, column_slots, owners, torch.float32)
 
 
 @interpreted
 def test_formulas_of_infinities_and_nan():
     test_formulas.test_infinities_and_nan(torch.float32)
+    for average in Average:
+        test_formulas.test_anchors_that_lack_something_and_nan(torch.float32, average)
 
 
 @interpreted

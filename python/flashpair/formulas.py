@@ -143,6 +143,22 @@ def _circle_slopes(positive: Tensor, negative: Tensor, positives: Tensor, others
     return [torch.where(_meets(positives, others), (positive + negative).sigmoid(), 0.0)] * 2
 
 
+def _violation(near: Tensor, far: Tensor, sign: float, margin: float) -> Tensor:
+    return torch.add(margin, far - near, alpha=sign)
+
+
+def _triplet(near: Tensor, far: Tensor, exist: Tensor, sign: float, margin: float, smooth: float) -> Tensor:
+    violation = _violation(near, far, sign, margin)
+    return torch.where(exist > 0, _softplus(violation) if smooth else violation.relu(), 0.0)
+
+
+def _triplet_slopes(near, far, exist, sign, margin, smooth) -> list[Tensor]:
+    violation = _violation(near, far, sign, margin)
+    slope = violation.sigmoid() if smooth else (~(violation <= 0)).to(near.dtype)
+    of_far = torch.where(exist > 0, slope, 0.0) * sign
+    return [-of_far, of_far]
+
+
 #: log-sum - attraction / positives, of rows (log-sum, attraction, ...) and counts (positives, others); 0 for an anchor
 #: without positives and, if the constant is 0, for one without others.
 SUP_CON = _anchors("sup_con", _sup_con, _sup_con_slopes, counts=2)
@@ -151,6 +167,10 @@ MULTI_SIMILARITY = _anchors("multi_similarity", _multi_similarity, _multi_simila
 #: softplus(positive + negative), of rows (positive, negative, ...) and counts (positives, others); 0 for an anchor
 #: without one of both.
 CIRCLE = _anchors("circle", _circle, _circle_slopes, counts=2)
+
+#: [sign (far - near) + margin]_+ or, if the last constant is not 0, its softplus, of rows (near, far, ...) and counts
+#: (0 where there is no such triplet); constants sign and margin.
+TRIPLET = _anchors("triplet", _triplet, _triplet_slopes, counts=1)
 
 
 # --- averages of pairs' losses -----------------------------------------------------------------------------------------
@@ -176,7 +196,7 @@ MEANS_OF_PAIRS = Formula("means_of_pairs", functools.partial(_pairs, 2), functoo
 #: In the order of csrc/formulas_cpu.h.
 FORMULAS = {
     formula.name: formula
-    for formula in (MEAN_GAP, MEAN_GAP_OF_BOTH, SUP_CON, MULTI_SIMILARITY, CIRCLE, MEAN_OF_PAIRS, MEANS_OF_PAIRS)
+    for formula in (MEAN_GAP, MEAN_GAP_OF_BOTH, SUP_CON, MULTI_SIMILARITY, CIRCLE, MEAN_OF_PAIRS, MEANS_OF_PAIRS, TRIPLET)
 }
 
 

@@ -165,14 +165,16 @@ def pair_loss(
 ) -> list[Tensor]:  # loss, rows (R, B), columns (C, N), their slopes
     request = decode(x, y, labels, ref_labels, pair_mask, exclude, params, spec, consts, max_workspace_bytes)
     with without_autocast(x):
-        module = backend_module(backend)
-        rows, columns = module.stats(request)
-        loss, *found = _slopes(module, formula, rows, columns, counts, constants)
+        rows, columns = backend_module(backend).stats(request)
+        loss, *found = slopes_of(backend, formula, rows, columns, counts, constants)
     return [loss, rows, columns, *found]
 
 
-def _slopes(module, name: str, rows, columns, counts, constants) -> tuple[Tensor, Tensor, Tensor]:
-    slopes = getattr(module, "FORMULAS", {}).get(name) or FORMULAS[name].slopes
+def slopes_of(
+    backend: str, name: str, rows: Tensor, columns: Tensor, counts: Tensor | None, constants: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a closed formula and its slopes in both statistics."""
+    slopes = getattr(backend_module(backend), "FORMULAS", {}).get(name) or FORMULAS[name].slopes
     return slopes(rows, columns, counted(name, rows, counts), constants)
 
 
@@ -222,7 +224,7 @@ class _OneLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, found, static, formula, constants, *tensors):
         rows, columns = (torch.cat(side) for side in zip(*found, strict=True))
-        loss, *slopes = _slopes(backend_module(static[2]), formula, rows, columns, None, constants)
+        loss, *slopes = slopes_of(static[2], formula, rows, columns, None, constants)
         _keep_slopes(ctx, tensors[:6], (rows, columns, *slopes), tensors[6:])
         ctx.static = static
         return loss

@@ -6,11 +6,14 @@ accumulated in the order of the list, so two runs are bitwise equal. On a CPU bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import backend_cpu, checks, reference
+from . import backend_cpu, checks, dispatch, ops, reference
 from .distributed.sharded import Sharded
+from .formulas import Formula
 from .operator import operator
 from .request import FlatTerm, decode_terms, encode, statistics_dtype
 from .terms import Axis, Combine, Mask, Precision, Reduction, Similarity, Term
@@ -162,6 +165,73 @@ def _backward(ctx, needs, grad):
 similarity_of_pairs.differentiable(_backward, _setup)
 
 
+@operator("listed_loss")
+def _loss_of_pairs(
+    x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, counts: Tensor | None, similarity: int,
+    normalize: bool, backend: str, formula: str, constants: list[float],
+) -> list[Tensor]:  # loss, similarities (P,), their slopes (2, P / 2)  # fmt: skip
+    found = similarity_of_pairs(x, y, rows, columns, similarity, normalize)
+    statistics = found.view(2, -1)
+    loss, slopes, _ = ops.slopes_of(backend, formula, statistics, statistics[:0], counts, constants)
+    return [loss, found, slopes]
+
+
+@_loss_of_pairs.fake
+def _(x, y, rows, columns, counts, similarity, normalize, backend, formula, constants):
+    dtype, pairs = statistics_dtype(x), rows.shape[0]
+    return [x.new_empty(shape, dtype=dtype) for shape in ((), (pairs,), (2, pairs // 2))]
+
+
+def _loss_setup(ctx, inputs, output):
+    x, y, rows, columns, _, similarity, normalize, *_ = inputs
+    ctx.save_for_backward(*output[1:], x, y, rows, columns)
+    ctx.static = (similarity, normalize)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, needs, total, *_):
+    if total is None:
+        return (None,) * 10
+    found, slopes, *pairs = ctx.saved_tensors
+    grads = gradients_of_pairs((slopes * total).view(-1), found, *pairs, *ctx.static)
+    return grads[0], grads[1] if len(grads) > 1 else None, *(None,) * 8
+
+
+_loss_of_pairs.differentiable(_loss_backward, _loss_setup)
+
+
+def listed_loss(
+    x: Tensor,
+    y: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    formula: Formula,
+    counts: Tensor | None,
+    constants: Sequence[float],
+    *,
+    similarity: Similarity = Similarity.DOT,
+    normalize: bool = False,
+) -> Tensor:
+    """A closed formula of two vectors of similarities of listed pairs, one behind the other, in one node of autograd.
+
+    Not among ranks. Arguments as in `pair_similarity` and `primitives.pair_loss`.
+    """
+    _check_listed(x, y, rows, columns, similarity)
+    backend = dispatch.choose(x, 0)
+    constants = [float(c) for c in constants]
+    how = int(similarity), normalize, backend, formula.name, constants
+    return _loss_of_pairs(x, y, rows, columns, counts, *how)[0]
+
+
+def _check_listed(x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: Similarity) -> None:
+    checks.embedding_pair(x, y)
+    checks.similarity(similarity)
+    checks.indices("rows", rows)
+    checks.indices("columns", columns, rows.shape[0])
+    checks.same_device("x", x, rows=rows, columns=columns)
+
+
 def pair_similarity(
     x: Tensor,
     y: Tensor | None,
@@ -194,11 +264,7 @@ def pair_similarity(
         >>> pair_similarity(x, None, torch.tensor([0, 1]), torch.tensor([1, 1])).tolist()
         [1.0, 5.0]
     """
-    checks.embedding_pair(x, y)
-    checks.similarity(similarity)
-    checks.indices("rows", rows)
-    checks.indices("columns", columns, rows.shape[0])
-    checks.same_device("x", x, rows=rows, columns=columns)
+    _check_listed(x, y, rows, columns, similarity)
     if any(isinstance(side, Sharded) and side.streams() for side in (x, y)):
         from .distributed import passes
 

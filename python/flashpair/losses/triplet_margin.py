@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend_cpu, checks
+from ..distributed.sharded import current
+from ..formulas import TRIPLET, Average
 from ..miners.selection import MinedTripletBand
-from ..pairs import pair_similarity
+from ..pairs import listed_loss, pair_similarity
 from ..primitives import pair_reduce
 from ..reference import similarity_matrix
+from ..request import statistics_dtype
 from ..rows import RowPanel
 from ..terms import Mask, Reduction, Term
 from .arguments import poisoned
@@ -22,7 +25,7 @@ from .peer import AvgNonZeroReducer, LpDistance
 from .positive_pairs import sums_over_positive_pairs
 from .problem import PairProblem, all_pairs, check_call, pair_problem
 from .ranks import FEW, Step, counts_below, soft_ranks, triplet_counts, triplet_sums
-from .reducers import Rule, reduce_sums, reduce_values, reducer_rule, refuse
+from .reducers import Rule, anchors_average, reduce_sums, reduce_values, reducer_rule, refuse
 from .statistics import PairStatistics, moments, single
 from .triplets import check_triplets_per_anchor, listed_triplets, random_triplets
 
@@ -153,7 +156,15 @@ def _of_list(x: Tensor, y: Tensor | None, labels, triplets, geometry: Geometry, 
     """Over listed triplets."""
     anchors, positives, negatives, valid = triplets
     options = {"similarity": geometry.similarity, "normalize": geometry.normalize}
-    both = pair_similarity(x, y, anchors.repeat(2), torch.cat([positives, negatives]), **options)
+    pairs = anchors.repeat(2), torch.cat([positives, negatives])
+    average = anchors_average(how.rule)
+    alone = average in (Average.ABOVE_ZERO, Average.SUM)  # what does not exist is not counted
+    if alone and not (how.swap or return_stats) and current() is None:
+        dtype = statistics_dtype(x)
+        exist = torch.ones_like(anchors, dtype=dtype) if valid is None else valid.to(dtype)
+        constants = average.value, geometry.sign, how.margin, how.smooth
+        return poisoned(listed_loss(x, y, *pairs, TRIPLET, exist[None], constants, **options), x, y)
+    both = pair_similarity(x, y, *pairs, **options)
     near, far = both.chunk(2)
     to_negative = far
     if how.swap:
