@@ -78,6 +78,7 @@ class Launch:
                 continue
             signature[parameter.name] = _type(value)
             divisible = isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
+            divisible &= not parameter.do_not_specialize_on_alignment
             divisible |= specialised and isinstance(value, int) and value % 16 == 0
             if divisible:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]

@@ -258,8 +258,8 @@ struct Read {
   int64_t rows, columns, counts;
   size_t constants;
 };
-constexpr Read kRead[] = {{2, 0, 0, 0}, {2, 1, 0, 0}, {2, 0, 2, 2}, {2, 0, 0, 3}, {2, 0, 2, 1}, {1, 0, 1, 0}, {2, 0, 2, 0},
-                          {2, 0, 1, 4}};
+constexpr Read kRead[] = {{2, 0, 0, 0}, {2, 1, 0, 0}, {2, 0, 2, 2}, {2, 0, 0, 3},
+                          {2, 0, 2, 1}, {1, 0, 1, 0}, {2, 0, 2, 0}, {2, 0, 1, 4}};
 
 // The loss, and its derivative in both statistics.
 std::tuple<Tensor, Tensor, Tensor> formula(int64_t number, Tensor rows, Tensor columns, MaybeTensor counts,
@@ -335,7 +335,8 @@ STABLE_TORCH_LIBRARY(flashpair_cpu, m) {
   m.def("extremes(" FP_PROBLEM "Tensor[] bounds, int[] spec, float[] consts, int workspace, Tensor(a!)[] found) -> ()");
   m.def("finite(Tensor[] tensors) -> bool");
   m.def(
-      "formula(int number, Tensor rows, Tensor columns, Tensor? counts, float[] constants) -> (Tensor, Tensor, Tensor)");
+      "formula(int number, Tensor rows, Tensor columns, Tensor? counts, float[] constants) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def("label_counts(Tensor labels, Tensor? ref_labels, Tensor? exclude, bool wide) -> Tensor");
   m.def("vector_bytes() -> int");
   m.def("isa() -> str");

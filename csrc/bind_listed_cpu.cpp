@@ -46,8 +46,7 @@ ListedRows<T> side(const Tensor& x, bool normalize) {
   ListedRows<T> found(data<T>(x), x.size(0), x.size(1));
   if (!normalize) return found;
   found.prepare();
-  in_threads(x.size(0), 1, double(x.numel()),
-             [&](int64_t first, int64_t end) { found.normalize(first, end); });
+  in_threads(x.size(0), 1, double(x.numel()), [&](int64_t first, int64_t end) { found.normalize(first, end); });
   return found;
 }
 
@@ -65,8 +64,7 @@ void run_similarity(const Tensor& x, const MaybeTensor& y, const int64_t* rows, 
 // (P,); nothing where an index is out of range.
 Tensor listed_similarities(Tensor x, MaybeTensor y, Tensor rows, Tensor columns, int64_t similarity, bool normalize) {
   check(x, y, rows, columns);
-  if (!in_range(rows, x.size(0)) || !in_range(columns, (y ? *y : x).size(0)))
-    return torch::stable::new_empty(x, {0});
+  if (!in_range(rows, x.size(0)) || !in_range(columns, (y ? *y : x).size(0))) return torch::stable::new_empty(x, {0});
   Tensor out = torch::stable::new_empty(x, {rows.numel()});
   (is_double(x) ? run_similarity<double> : run_similarity<float>)(x, y, data<int64_t>(rows), data<int64_t>(columns),
                                                                   Similarity(similarity), normalize, out);
@@ -119,7 +117,8 @@ std::tuple<Tensor, Tensor> listed_gradients(Tensor slopes, Tensor found, Tensor 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flashpair_cpu, m) {
   m.def(
-      "listed_similarities(Tensor x, Tensor? y, Tensor rows, Tensor columns, int similarity, bool normalize) -> Tensor");
+      "listed_similarities(Tensor x, Tensor? y, Tensor rows, Tensor columns, int similarity, bool normalize) -> "
+      "Tensor");
   m.def(
       "listed_gradients(Tensor slopes, Tensor found, Tensor x, Tensor? y, Tensor rows, Tensor columns, int similarity, "
       "bool normalize) -> (Tensor, Tensor)");

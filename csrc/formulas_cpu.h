@@ -9,7 +9,14 @@ namespace flashpair {
 
 // In the order of flashpair.formulas.FORMULAS and flashpair.formulas.Average; tests compare them.
 enum class Formula {
-  mean_gap, mean_gap_of_both, sup_con, multi_similarity, circle, mean_of_pairs, means_of_pairs, triplet
+  mean_gap,
+  mean_gap_of_both,
+  sup_con,
+  multi_similarity,
+  circle,
+  mean_of_pairs,
+  means_of_pairs,
+  triplet
 };
 enum class Average { sum, mean, above_zero };
 
@@ -148,8 +155,7 @@ T formula_slopes(Formula formula, const SlopedSide<T>& rows, const SlopedSide<T>
   switch (formula) {
     case Formula::mean_gap: return mean_gap_slopes(rows, columns, false);
     case Formula::mean_gap_of_both: return mean_gap_slopes(rows, columns, true);
-    case Formula::sup_con:
-      return sup_con_slopes(rows, columns, counts, Average(int(constants[0])), constants[1] != 0);
+    case Formula::sup_con: return sup_con_slopes(rows, columns, counts, Average(int(constants[0])), constants[1] != 0);
     case Formula::multi_similarity:
       return multi_similarity_slopes(rows, columns, Average(int(constants[0])), T(constants[1]), T(constants[2]));
     case Formula::circle: return circle_slopes(rows, columns, counts, Average(int(constants[0])));

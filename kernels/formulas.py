@@ -62,25 +62,25 @@ def softplus(z):
 
 
 @triton.jit
-def _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORMULA: tl.constexpr):
+def _anchors(rows_ptr, counts_ptr, owners, c0, c1, c2, i, inside, FORMULA: tl.constexpr):
     """Losses of the anchors i and their slopes in two statistics; 0 outside."""
     a = tl.load(rows_ptr + i, mask=inside, other=0.0)
     b = tl.load(rows_ptr + owners + i, mask=inside, other=0.0)
-    if FORMULA == MULTI_SIMILARITY:  # first: alpha, second: beta
-        loss = softplus(a) / first + softplus(b) / second
-        of_a, of_b = sigmoid(a) / first, sigmoid(b) / second
+    if FORMULA == MULTI_SIMILARITY:  # c0: alpha, c1: beta
+        loss = softplus(a) / c0 + softplus(b) / c1
+        of_a, of_b = sigmoid(a) / c0, sigmoid(b) / c1
         kept = inside
-    elif FORMULA == TRIPLET:  # first: sign, second: margin, third: whether the hinge is smooth
+    elif FORMULA == TRIPLET:  # c0: sign, c1: margin, c2: whether the hinge is smooth
         kept = tl.load(counts_ptr + i, mask=inside, other=0.0) > 0
-        violation = first * (b - a) + second
-        loss = tl.where(third != 0, softplus(violation), relu(violation))
-        of_b = first * tl.where(third != 0, sigmoid(violation), tl.where(violation <= 0, 0.0, 1.0))
+        violation = c0 * (b - a) + c1
+        loss = tl.where(c2 != 0, softplus(violation), relu(violation))
+        of_b = c0 * tl.where(c2 != 0, sigmoid(violation), tl.where(violation <= 0, 0.0, 1.0))
         of_a = -of_b
     else:
         positives = tl.load(counts_ptr + i, mask=inside, other=0.0)
         others = tl.load(counts_ptr + owners + i, mask=inside, other=0.0)
-        if FORMULA == SUP_CON:  # first: whether an anchor counts that has positives alone
-            kept = (positives > 0) & ((others > 0) | (first != 0))
+        if FORMULA == SUP_CON:  # c0: whether an anchor counts that has positives alone
+            kept = (positives > 0) & ((others > 0) | (c0 != 0))
             share = 1.0 / tl.maximum(positives, 1.0)
             loss = a - b * share
             of_a, of_b = tl.full(a.shape, 1.0, tl.float32), -share
@@ -91,7 +91,8 @@ def _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORM
     return tl.where(kept, loss, 0.0), tl.where(kept, of_a, 0.0), tl.where(kept, of_b, 0.0)
 
 
-@triton.jit(do_not_specialize=["owners", "others", "first", "second", "third"])
+# Numbers of pairs may be statistics in the middle of `rows_ptr`, aligned or not as the owners are many.
+@triton.jit(do_not_specialize=["owners", "others", "c0", "c1", "c2"], do_not_specialize_on_alignment=["counts_ptr"])
 def _anchors_kernel(
     rows_ptr,  # (ROW_SLOTS, owners) float32: two statistics, what the formula does not read
     columns_ptr,  # (COLUMN_SLOTS, others) float32: not read
@@ -101,9 +102,9 @@ def _anchors_kernel(
     of_columns_ptr,  # as columns: 0
     owners,
     others,
-    first,  # constants
-    second,
-    third,
+    c0,  # constants of the formula, see `_anchors`
+    c1,
+    c2,
     FORMULA: tl.constexpr,
     AVERAGE: tl.constexpr,
     ROW_SLOTS: tl.constexpr,
@@ -116,7 +117,7 @@ def _anchors_kernel(
     for start in range(0, owners, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < owners
-        loss, _, _ = _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORMULA)
+        loss, _, _ = _anchors(rows_ptr, counts_ptr, owners, c0, c1, c2, i, inside, FORMULA)
         total += tl.where(inside, loss if AVERAGE != ABOVE_ZERO else relu(loss), 0.0).to(tl.float64)
         above += tl.where(inside & ((loss > 0) | (loss != loss)), 1, 0)
     if AVERAGE == SUM:
@@ -126,7 +127,7 @@ def _anchors_kernel(
     for start in range(0, owners, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < owners
-        loss, of_a, of_b = _anchors(rows_ptr, counts_ptr, owners, first, second, third, i, inside, FORMULA)
+        loss, of_a, of_b = _anchors(rows_ptr, counts_ptr, owners, c0, c1, c2, i, inside, FORMULA)
         if AVERAGE == ABOVE_ZERO:
             of_a, of_b = tl.where(loss <= 0, 0.0, of_a), tl.where(loss <= 0, 0.0, of_b)
         tl.store(of_rows_ptr + i, of_a / number, mask=inside)
@@ -136,7 +137,7 @@ def _anchors_kernel(
     tl.store(loss_ptr, (tl.sum(total) / number).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["owners", "others"])
+@triton.jit(do_not_specialize=["owners", "others"], do_not_specialize_on_alignment=["counts_ptr"])
 def _pairs_kernel(
     rows_ptr,  # (ROW_SLOTS, owners) float32: sums over pairs, what the formula does not read
     columns_ptr,  # (COLUMN_SLOTS, others) float32: not read

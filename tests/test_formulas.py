@@ -30,18 +30,19 @@ OF_ANCHORS = [
     (SUP_CON, (0.0,)), (SUP_CON, (1.0,)), (MULTI_SIMILARITY, (2.0, 50.0)), (CIRCLE, ()), (TRIPLET, (1.0, 0.2, 0.0)),
     (TRIPLET, (-1.0, 0.2, 1.0)),
 ]  # fmt: skip
-#: Formula, constants, slots of rows and of columns, owners: less than a vector, more than a block, further slots, nobody.
+#: Average, slots of rows and of columns, owners.
+AVERAGES = [
+    (Average.SUM, 2, 0, 7), (Average.MEAN, 3, 1, 1030), (Average.ABOVE_ZERO, 2, 0, 1024),
+    (Average.ABOVE_ZERO, 6, 5, 2500), (Average.MEAN, 2, 0, 0), (Average.ABOVE_ZERO, 2, 0, 0),
+]  # fmt: skip
+#: Formula, constants, slots of rows and of columns, owners: less than a vector, more than a block, further slots, none.
 CASES = [
     (MEAN_GAP_OF_BOTH, (), 2, 1, 7), (MEAN_GAP, (), 2, 0, 1), (MEAN_GAP_OF_BOTH, (), 2, 1, 1024),
     (MEAN_GAP_OF_BOTH, (), 7, 6, 2500), (MEAN_GAP, (), 3, 6, 1030), (MEAN_GAP_OF_BOTH, (), 2, 1, 0),
-    (MEAN_GAP, (), 3, 0, 0), (MEAN_OF_PAIRS, (), 1, 0, 7), (MEAN_OF_PAIRS, (), 3, 1, 1030), (MEAN_OF_PAIRS, (), 1, 0, 0),
-    (MEANS_OF_PAIRS, (), 2, 0, 1024), (MEANS_OF_PAIRS, (), 5, 2, 2500),
-    *[
-        (formula, (float(average), *constants), *sizes)
-        for formula, constants in OF_ANCHORS
-        for average, sizes in ((Average.SUM, (2, 0, 7)), (Average.MEAN, (3, 1, 1030)), (Average.ABOVE_ZERO, (2, 0, 1024)),
-                               (Average.ABOVE_ZERO, (6, 5, 2500)), (Average.MEAN, (2, 0, 0)), (Average.ABOVE_ZERO, (2, 0, 0)))
-    ],
+    (MEAN_GAP, (), 3, 0, 0), (MEAN_OF_PAIRS, (), 1, 0, 7), (MEAN_OF_PAIRS, (), 3, 1, 1030),
+    (MEAN_OF_PAIRS, (), 1, 0, 0), (MEANS_OF_PAIRS, (), 2, 0, 1024), (MEANS_OF_PAIRS, (), 5, 2, 2500),
+    *[(formula, (float(average), *constants), *sizes)
+      for formula, constants in OF_ANCHORS for average, *sizes in AVERAGES],
 ]  # fmt: skip
 every_case = pytest.mark.parametrize(
     ("formula", "constants", "row_slots", "column_slots", "owners"), CASES, ids=lambda v: getattr(v, "name", None)
@@ -53,7 +54,7 @@ def _statistics(formula, row_slots: int, column_slots: int, owners: int, dtype=t
     generator = torch.Generator().manual_seed(owners)
     # Gaps from where e^-|gap| vanishes to where it is 1.
     made = [torch.randn(slots, owners, generator=generator, dtype=torch.float64) for slots in (row_slots, column_slots)]
-    if formula.anchors is not None:  # a loss that float32 does not tell from 0 is left out of the mean of those above it
+    if formula.anchors is not None:  # what float32 does not tell from 0 is not above it
         made[0].clamp_(-1.1, 1.1)
     counts = torch.randint(4, (formula.counts, owners), generator=generator).to(dtype) if formula.counts else None
     return [*[(30 * side**3).to(dtype) for side in made], counts]
@@ -174,7 +175,7 @@ def test_infinities_and_nan(dtype):
 @pytest.mark.parametrize("average", list(Average))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_anchors_that_lack_something_and_nan(dtype, average):
-    """Log-sums over nothing are no loss where the anchor is left out or both are softplus of -inf; a NaN is not zero."""
+    """Log-sums over nothing are no loss where the anchor is left out, or both are softplus of -inf; NaN is not 0."""
     nothing, nan = -torch.inf, torch.nan
     rows = torch.tensor([[nothing, 1.0, nan, 2.0], [nothing, nothing, 0.5, 0.25]], dtype=dtype)
     counts = torch.tensor([[0.0, 1.0, 1.0, 2.0], [3.0, 0.0, 2.0, 2.0]], dtype=dtype)

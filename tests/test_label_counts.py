@@ -8,7 +8,6 @@ import torch
 from flashpair import backend_cpu, use_backend
 from flashpair.losses import problem
 from flashpair.operator import watched
-from flashpair.terms import Mask
 
 ROWS, COLUMNS = 23, 17
 

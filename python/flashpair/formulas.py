@@ -47,7 +47,7 @@ def _softplus(z: Tensor) -> Tensor:
     return F.softplus(z, threshold=40)  # from there on it is z to the last digit of a double
 
 
-# --- a softmax and its own logit ---------------------------------------------------------------------------------------
+# --- a softmax and its own logit --------------------------------------------------------------------------------------
 
 
 def _mean_gap(log_sum: Tensor, own: Tensor, *log_sum_of_columns: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ MEAN_GAP = Formula("mean_gap", _mean_gap, functools.partial(_mean_gap_slopes, Fa
 MEAN_GAP_OF_BOTH = Formula("mean_gap_of_both", _mean_gap, functools.partial(_mean_gap_slopes, True))
 
 
-# --- averages of anchors' losses ---------------------------------------------------------------------------------------
+# --- averages of anchors' losses --------------------------------------------------------------------------------------
 
 
 def _average(losses: Tensor, how: float) -> Tensor:
@@ -173,7 +173,7 @@ CIRCLE = _anchors("circle", _circle, _circle_slopes, counts=2)
 TRIPLET = _anchors("triplet", _triplet, _triplet_slopes, counts=1)
 
 
-# --- averages of pairs' losses -----------------------------------------------------------------------------------------
+# --- averages of pairs' losses ----------------------------------------------------------------------------------------
 
 
 def _pairs(parts: int, *inputs: Tensor) -> Tensor:
@@ -193,11 +193,9 @@ MEAN_OF_PAIRS = Formula("mean_of_pairs", functools.partial(_pairs, 1), functools
 #: The sum of two such means, of rows (sum, sum, ...) and counts (pairs, pairs).
 MEANS_OF_PAIRS = Formula("means_of_pairs", functools.partial(_pairs, 2), functools.partial(_pairs_slopes, 2), 2, 2)
 
+_ALL = (MEAN_GAP, MEAN_GAP_OF_BOTH, SUP_CON, MULTI_SIMILARITY, CIRCLE, MEAN_OF_PAIRS, MEANS_OF_PAIRS, TRIPLET)
 #: In the order of csrc/formulas_cpu.h.
-FORMULAS = {
-    formula.name: formula
-    for formula in (MEAN_GAP, MEAN_GAP_OF_BOTH, SUP_CON, MULTI_SIMILARITY, CIRCLE, MEAN_OF_PAIRS, MEANS_OF_PAIRS, TRIPLET)
-}
+FORMULAS = {formula.name: formula for formula in _ALL}
 
 
 def counted(name: str, rows: Tensor, counts: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from ..terms import Mask, Score
 from .metric import MetricLoss
 from .peer import AvgNonZeroReducer, LpDistance
 from .problem import PairProblem, pair_problem
-from .reducers import pair_losses, reducer_rule, reduce_pairs
+from .reducers import pair_losses, reduce_pairs, reducer_rule
 
 
 def contrastive_loss(

@@ -10,7 +10,7 @@ from ..terms import Axis, Combine, Mask, Reduction, Score, Term
 from .metric import MetricLoss
 from .peer import LpDistance
 from .problem import PairProblem
-from .reducers import Rule, pair_losses, reduce_values, refuse, reduce_pairs
+from .reducers import Rule, pair_losses, reduce_pairs, reduce_values, refuse
 
 
 class _Margins(MetricLoss):

@@ -10,7 +10,7 @@ from .arguments import inverse_temperature
 from .metric import MetricLoss
 from .peer import CosineSimilarity, MeanReducer
 from .problem import pair_problem
-from .reducers import pair_losses, reducer_rule, reduce_pairs
+from .reducers import pair_losses, reduce_pairs, reducer_rule
 
 
 def nt_xent_loss(

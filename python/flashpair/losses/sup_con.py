@@ -49,7 +49,8 @@ def sup_con_loss(
     both = (Mask.SAME, Mask.DIFFERENT)
     if reduction == SupConReduction.ALL_ANCHORS:
         constants = float(Average.MEAN.value), 1.0
-        return problem.finish(temperature / base_temperature * problem.loss(terms, SUP_CON, both, constants, return_stats))
+        mean = problem.loss(terms, SUP_CON, both, constants, return_stats)
+        return problem.finish(temperature / base_temperature * mean)
     rule, constants = reducer_rule(AvgNonZeroReducer() if reducer is None else reducer), (0.0,)
     return problem.finish(reduce_anchors(problem, rule, terms, SUP_CON, both, constants, return_stats))
 
