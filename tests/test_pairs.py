@@ -112,10 +112,11 @@ def test_many_pairs_in_threads(columns, similarity, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("similarity", Similarity)
-def test_rows_that_are_zero_or_not_finite(similarity, dtype):
-    """Zero rows are divided by the floor of a norm; NaN and infinity reach their pairs and nobody else's."""
+@pytest.mark.parametrize("tiny", [0.0, 3e-13])
+def test_rows_that_are_zero_or_not_finite(tiny, similarity, dtype):
+    """Small rows are divided by the floor of a norm; NaN and infinity reach their pairs and nobody else's."""
     x = torch.randn(6, 20, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    x[0], x[2, 3], x[4, 19] = 0.0, math.nan, math.inf
+    x[0], x[0, 7], x[2, 3], x[4, 19] = 0.0, tiny, math.nan, math.inf
     x.requires_grad_()
     rows, others = torch.tensor([0, 1, 1, 3, 4]), torch.tensor([1, 2, 3, 5, 5])
     s = pair_similarity(x, None, rows, others, similarity=similarity, normalize=True)
