@@ -268,6 +268,11 @@ std::tuple<Tensor, Tensor, Tensor> formula(int64_t number, Tensor rows, Tensor c
     throw std::runtime_error("formula: there is none of number " + std::to_string(number));
   const Read& read = kRead[number];
   const int64_t owners = rows.size(1);
+  using torch::headeronly::ScalarType;
+  if ((rows.scalar_type() != ScalarType::Float && rows.scalar_type() != ScalarType::Double) ||
+      columns.scalar_type() != rows.scalar_type() || !rows.is_contiguous() || !columns.is_contiguous() ||
+      (counts && !counts->is_contiguous()))
+    throw std::runtime_error("formula: statistics must be contiguous, of one type, float32 or float64");
   auto refuse = [&](const char* what, int64_t least) {
     throw std::runtime_error("formula: " + std::string(what) + " of formula " + std::to_string(number) + " must be " +
                              std::to_string(least) + " or more vectors of one length");

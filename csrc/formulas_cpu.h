@@ -86,14 +86,15 @@ T anchor_slopes(const SlopedSide<T>& rows, const SlopedSide<T>& columns, Average
   return T(total / double(number));
 }
 
-// `alone`: whether an anchor counts that has positives alone.
+// `alone`: whether anchors count where none of them has others than positives.
 template <class T>
 T sup_con_slopes(const SlopedSide<T>& rows, const SlopedSide<T>& columns, const T* counts, Average average,
                  bool alone) {
   const T *log_sum = rows.statistics, *attraction = log_sum + rows.owners;
   const T *positives = counts, *others = counts + rows.owners;
+  for (int64_t i = 0; i < rows.owners; ++i) alone = alone || others[i] > 0;
   return anchor_slopes(rows, columns, average, [&](int64_t i) {
-    if (!(positives[i] > 0 && (alone || others[i] > 0))) return Anchor<T>{0, 0, 0};
+    if (!(positives[i] > 0 && alone)) return Anchor<T>{0, 0, 0};
     return Anchor<T>{log_sum[i] - attraction[i] / positives[i], 1, T(-1) / positives[i]};
   });
 }

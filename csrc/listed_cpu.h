@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "options.h"
@@ -26,24 +25,23 @@ T lanes_sum(int64_t count, const Term& term) {
   return partial[0];
 }
 
-// One side's rows, divided by their norms where that is wanted.
+// One side's rows and, where they are to be divided by them, their norms.
 template <class T>
 class ListedRows {
  public:
   ListedRows(const T* rows, int64_t count, int64_t features) : rows_(rows), count_(count), features_(features) {}
 
   int64_t count() const { return count_; }
-  const T* row(int64_t i) const { return (unit_.empty() ? rows_ : unit_.data()) + i * features_; }
+  const T* row(int64_t i) const { return rows_ + i * features_; }
+  T norm(int64_t i) const { return norms_.empty() ? T(1) : norms_[size_t(i)]; }
 
   // Of rows first ... end - 1; `prepare` comes first.
-  void prepare() { unit_.resize(size_t(count_ * features_)), norms_.resize(size_t(count_)); }
-  void normalize(int64_t first, int64_t end) {
+  void prepare() { norms_.resize(size_t(count_)); }
+  void measure(int64_t first, int64_t end) {
     for (int64_t i = first; i < end; ++i) {
-      const T* x = rows_ + i * features_;
-      T norm = T(std::sqrt(lanes_sum<double>(features_, [=](int64_t k) { return double(x[k]) * double(x[k]); })));
-      norm = norm <= kFloor ? kFloor : norm;  // a NaN stays
-      norms_[size_t(i)] = norm;
-      for (int64_t k = 0; k < features_; ++k) unit_[size_t(i * features_ + k)] = x[k] / norm;
+      const T* x = row(i);
+      const T norm = T(std::sqrt(lanes_sum<double>(features_, [=](int64_t k) { return double(x[k]) * double(x[k]); })));
+      norms_[size_t(i)] = norm <= kFloor ? kFloor : norm;  // a NaN stays
     }
   }
 
@@ -51,9 +49,9 @@ class ListedRows {
   void through_norms(T* gradient, int64_t first, int64_t end) const {
     for (int64_t i = first; i < end; ++i) {
       T* g = gradient + i * features_;
-      const T *u = row(i), norm = norms_[size_t(i)];
-      const T along = norm <= kFloor ? T(0) : lanes_sum<T>(features_, [&](int64_t k) { return u[k] * g[k]; });
-      for (int64_t k = 0; k < features_; ++k) g[k] = (g[k] - u[k] * along) / norm;
+      const T *x = row(i), norm = norms_[size_t(i)];
+      const T along = norm <= kFloor ? T(0) : lanes_sum<T>(features_, [=](int64_t k) { return x[k] / norm * g[k]; });
+      for (int64_t k = 0; k < features_; ++k) g[k] = (g[k] - x[k] / norm * along) / norm;
     }
   }
 
@@ -61,14 +59,16 @@ class ListedRows {
   static constexpr T kFloor = T(1e-12);  // as in flashpair.reference
   const T* rows_;
   int64_t count_, features_;
-  std::vector<T> unit_, norms_;
+  std::vector<T> norms_;
 };
 
+// Quotients, not products with inverses: equal rows must have distance 0 even where products and sums are fused.
 template <class T>
-T listed_similarity(const T* a, const T* b, int64_t features, Similarity similarity) {
-  if (similarity == Similarity::dot) return lanes_sum<T>(features, [=](int64_t k) { return a[k] * b[k]; });
+T listed_similarity(const T* a, T a_norm, const T* b, T b_norm, int64_t features, Similarity similarity) {
+  if (similarity == Similarity::dot)
+    return lanes_sum<T>(features, [=](int64_t k) { return a[k] / a_norm * (b[k] / b_norm); });
   const T squared = lanes_sum<T>(features, [=](int64_t k) {
-    const T difference = a[k] - b[k];
+    const T difference = a[k] / a_norm - b[k] / b_norm;
     return difference * difference;
   });
   return similarity == Similarity::euclidean ? std::sqrt(squared) : squared;
@@ -76,16 +76,16 @@ T listed_similarity(const T* a, const T* b, int64_t features, Similarity similar
 
 // Adds a pair's part to features first ... end - 1 of both gradients; `slope` in its similarity, whose value is `s`.
 template <class T>
-void add_listed_gradient(const T* a, const T* b, T* of_a, T* of_b, int64_t first, int64_t end, Similarity similarity,
-                         T slope, T s) {
+void add_listed_gradient(const T* a, T a_norm, const T* b, T b_norm, T* of_a, T* of_b, int64_t first, int64_t end,
+                         Similarity similarity, T slope, T s) {
   if (similarity == Similarity::dot) {
-    for (int64_t k = first; k < end; ++k) of_a[k] += slope * b[k];
-    for (int64_t k = first; k < end; ++k) of_b[k] += slope * a[k];
+    for (int64_t k = first; k < end; ++k) of_a[k] += slope * (b[k] / b_norm);
+    for (int64_t k = first; k < end; ++k) of_b[k] += slope * (a[k] / a_norm);
     return;
   }
   const T factor = similarity == Similarity::squared_euclidean ? 2 * slope : s == 0 ? T(0) : slope / s;
   for (int64_t k = first; k < end; ++k) {
-    const T part = factor * (a[k] - b[k]);
+    const T part = factor * (a[k] / a_norm - b[k] / b_norm);
     of_a[k] += part, of_b[k] -= part;
   }
 }

@@ -79,8 +79,8 @@ def _anchors(rows_ptr, counts_ptr, owners, c0, c1, c2, i, inside, FORMULA: tl.co
     else:
         positives = tl.load(counts_ptr + i, mask=inside, other=0.0)
         others = tl.load(counts_ptr + owners + i, mask=inside, other=0.0)
-        if FORMULA == SUP_CON:  # c0: whether an anchor counts that has positives alone
-            kept = (positives > 0) & ((others > 0) | (c0 != 0))
+        if FORMULA == SUP_CON:  # c0: whether anchors count, as one of them has others than positives or without
+            kept = tl.where(c0 > 0, positives, 0.0) > 0
             share = 1.0 / tl.maximum(positives, 1.0)
             loss = a - b * share
             of_a, of_b = tl.full(a.shape, 1.0, tl.float32), -share
@@ -112,6 +112,12 @@ def _anchors_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: owners are few beside their pairs."""
+    if FORMULA == SUP_CON:
+        most = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, owners, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            most = tl.maximum(most, tl.load(counts_ptr + owners + i, mask=i < owners, other=0.0))
+        c0 = tl.maximum(c0, tl.max(most))
     total = tl.zeros([BLOCK], tl.float64)
     above = tl.zeros([BLOCK], tl.int32)
     for start in range(0, owners, BLOCK):

@@ -101,7 +101,8 @@ def _written_out(formula, rows, counts, constants) -> float:
             losses.append(value if float(counts[0, i]) else 0.0)
             continue
         positives, others = (float(v) for v in counts[:, i])
-        kept = positives > 0 and (others > 0 or (formula is SUP_CON and constants[1]))
+        other = any(float(n) > 0 for n in counts[1]) or constants[1] if formula is SUP_CON else others > 0
+        kept = positives > 0 and other
         value = a - b / max(positives, 1) if formula is SUP_CON else math.log1p(math.exp(a + b))
         losses.append(value if kept else 0.0)
     if constants[0] == Average.SUM:
@@ -119,6 +120,19 @@ def test_losses_of_anchors_written_out(formula, constants, average):
     assert float(formula.value(*rows, *(() if counts is None else counts), *constants)) == pytest.approx(wanted)
     for name, slopes, device in _implementations(formula, torch.float64):
         assert float(slopes(*_on(device, rows, rows[:0], counts), constants)[0]) == pytest.approx(wanted), name
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_batch_of_one_class(alone):
+    """pytorch-metric-learning's loss is 0 where no anchor has a negative, and no anchor needs one of its own."""
+    rows, counts = torch.tensor([[2.0, 3.0], [0.5, 1.0]]), torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    constants = float(Average.MEAN), float(alone)
+    for others, wanted in ((0.0, (1.5 + 2.5) / 2 if alone else 0.0), (1.0, (1.5 + 2.5) / 2)):
+        counts[1, 0] = others
+        assert float(SUP_CON.value(*rows, *counts, *constants)) == wanted
+        for name, slopes, device in _implementations(SUP_CON, torch.float32):
+            found, of_rows, _ = slopes(*_on(device, rows, rows[:0], counts), constants)
+            assert float(found) == wanted and bool(of_rows.count_nonzero()) == bool(wanted), name
 
 
 def test_means_of_pairs_written_out():
@@ -188,7 +202,7 @@ def test_anchors_that_lack_something_and_nan(dtype, average):
                 assert bool(loss.isnan()) == bool(given.isnan().any()), (name, formula.name)
                 assert bool((of_rows[:, 0] == 0).all()) and bool((of_rows[:, 3] != 0).all()), (name, formula.name)
                 assert not of_rows[:, [0, 1, 3]].isnan().any(), (name, formula.name)
-                if formula.counts:
+                if formula is CIRCLE:
                     assert bool((of_rows[:, 1] == 0).all()), (name, formula.name)
 
 
@@ -217,6 +231,12 @@ def test_one_operator_refuses_what_is_not_there(formula, rows, columns, counts, 
         torch.ops.flashpair_cpu.formula(number, *given, numbers, list(constants))
     with pytest.raises(RuntimeError, match="none of number 8"):
         torch.ops.flashpair_cpu.formula(8, *given, numbers, list(constants))
+    for wrong in (given[0].half(), given[0].double() if dtype == torch.float32 else given[0].float()):
+        with pytest.raises(RuntimeError, match="of one type"):
+            torch.ops.flashpair_cpu.formula(number, wrong, given[1], numbers, list(constants))
+    with pytest.raises(RuntimeError, match="contiguous"):
+        twice = torch.zeros(rows[0], 2 * rows[1], dtype=dtype)[:, ::2]
+        torch.ops.flashpair_cpu.formula(number, twice, given[1], numbers, list(constants))
     if numbers is not None:  # of another dtype
         with pytest.raises(RuntimeError, match="counts"):
             torch.ops.flashpair_cpu.formula(number, *given, torch.zeros(formula.counts, 9).half(), [1.0, 2.0, 3.0])

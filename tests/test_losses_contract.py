@@ -8,8 +8,11 @@ import support
 import torch
 from loss_cases import CASES, METRIC, OPERATORS, Batch, batch, engine, evaluate, operator, sides_of  # noqa: F401
 
+import flashpair
 from flashpair import losses, miners
+from flashpair.losses.multi_similarity import multi_similarity_loss
 from flashpair.losses.problem import log_add_exp
+from flashpair.losses.triplet_margin import triplet_margin_loss
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -492,3 +495,31 @@ def test_log_add_exp_of_nothing():
     assert out[0] == -math.inf
     torch.where(out.isinf(), 0.0, out).sum().backward()
     assert a.grad.tolist() == [0.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "margin"])
+def test_numbers_given_as_tensors_keep_their_gradient(name):
+    """The functions behind the classes take them: a closed formula has no gradient of its constants, autograd has."""
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(12) % 4
+    number = torch.tensor({"alpha": 2.0, "beta": 5.0, "margin": 0.3}[name], dtype=torch.float64, requires_grad=True)
+
+    def loss(value):
+        if name == "margin":
+            mined = miners.BatchHardMiner()(x, labels)
+            return triplet_margin_loss(x, labels, mined, margin=value)
+        return multi_similarity_loss(x, labels, **{name: value})
+
+    (gradient,) = torch.autograd.grad(loss(number), number)
+    slope = (float(loss(float(number) + 1e-6)) - float(loss(float(number) - 1e-6))) / 2e-6
+    assert float(gradient) == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_listed_triplets_need_no_backend(name):
+    """Similarities of a list are PyTorch's or C++'s, whichever backend is asked for."""
+    x, labels = torch.randn(8, 5, requires_grad=True), torch.arange(8) % 3
+    triplets = torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([1, 2])
+    wanted = losses.TripletMarginLoss()(x, labels, triplets)
+    with flashpair.use_backend(name):
+        torch.testing.assert_close(losses.TripletMarginLoss()(x, labels, triplets), wanted)

@@ -351,3 +351,22 @@ def test_low_precision_keeps_the_loss_in_float32():
 @pytest.mark.parametrize("case", METRIC, ids=repr)
 def test_every_metric_loss_has_its_peer(case):
     assert case.peer is not None or case.name == "sup_con all anchors"
+
+
+@pytest.mark.parametrize("reducer", ["default", "ThresholdReducer"])
+@pytest.mark.parametrize("lists", [False, True], ids=["labels", "index tuple"])
+def test_anchors_without_a_negative_of_their_own(lists, reducer):
+    """SupCon keeps them while any anchor of the batch has one, and is 0 where none has, by whichever way it runs."""
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.randn(4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    own = {} if reducer == "default" else {"reducer": reducers.ThresholdReducer(low=0.1)}
+    for labels in ([0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0]):
+        labels, of_columns = torch.tensor(labels), torch.zeros(4, dtype=torch.int64)
+        call = x, labels, None, y, of_columns
+        if lists:
+            a, p = (labels[:, None] == of_columns).nonzero(as_tuple=True)
+            n = (labels[:, None] != of_columns).nonzero(as_tuple=True)
+            call = x, labels, (a, p, *n), y, of_columns
+        wanted = peer_losses.SupConLoss(**own)(*call)
+        assert float(wanted) > 0 or not (labels != 0).any()
+        torch.testing.assert_close(losses.SupConLoss(**own)(*call), wanted)

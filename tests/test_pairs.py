@@ -141,9 +141,17 @@ def test_the_operators_refuse_what_is_not_there():
             assert similarities(x, None, *pair, 0, False).shape == (0,)
             with pytest.raises(RuntimeError, match="out of range"):
                 gradients(torch.ones(2), torch.ones(2), x, None, *pair, 0, False)
-    for x_, y, rows in ((x, torch.randn(3, 5), at), (x, x.double(), at), (x, None, at[:1]), (x, None, at.int())):
+    apart = torch.randn(3, 8)[:, ::2]
+    for x_, y, rows in ((x, torch.randn(3, 5), at), (x, x.double(), at), (x, None, at[:1]), (x, None, at.int()),
+                        (x.half(), None, at), (apart, None, at), (x, None, torch.arange(4)[::2])):  # fmt: skip
         with pytest.raises(RuntimeError, match="listed pairs"):
             similarities(x_, y, rows, at, 0, False)
+    for wrong in (torch.ones(2).double(), torch.ones(4)[::2]):
+        for pair in ((wrong, torch.ones(2)), (torch.ones(2), wrong)):
+            with pytest.raises(RuntimeError, match="of the type of x"):
+                gradients(*pair, x, None, at, at, 0, False)
+    with pytest.raises(RuntimeError, match="no such similarity"):
+        similarities(x, None, at, at, 3, False)
     with pytest.raises(RuntimeError, match="a slope per pair"):
         gradients(torch.ones(1), torch.ones(2), x, None, at, at, 0, False)
 

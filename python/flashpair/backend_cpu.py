@@ -178,15 +178,13 @@ def listed_gradients(
     normalize: bool,
 ) -> list[Tensor]:  # fmt: skip
     """dx, and dy where y is given, from the slopes in `found`, the similarities."""
-    pairs = _listed(x, y, rows, columns)
-    call = grad.contiguous(), found, *pairs, similarity, normalize
+    call = grad.contiguous(), found.contiguous(), *_listed(x, y, rows, columns), similarity, normalize
     dx, dy = torch.ops.flashpair_cpu.listed_gradients.default(*call)
-    return [_dense(dx, x.dtype)] if y is None else [_dense(dx, x.dtype), _dense(dy, y.dtype)]
+    return [dx] if y is None else [dx, dy]
 
 
 def _listed(x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor) -> list[Tensor | None]:
-    dtype = statistics_dtype(x)
-    return [_dense(x, dtype), None if y is None else _dense(y, dtype), rows.contiguous(), columns.contiguous()]
+    return [None if v is None else v.contiguous() for v in (x, y, rows, columns)]
 
 
 def at_hand(*tensors: Tensor) -> bool:

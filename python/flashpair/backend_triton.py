@@ -13,6 +13,8 @@ from . import formulas
 from .operands import unserved
 from .request import Request
 
+#: With more owners a formula is PyTorch's: its kernel is one program. Lists of triplets may be that long.
+MAX_OWNERS = 1 << 17
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,6 +63,8 @@ def stats(request: Request) -> tuple[Tensor, Tensor]:
 
 
 def _formula(name: str, rows: Tensor, columns: Tensor, counts: Tensor | None, constants: Sequence[float]):
+    if rows.shape[1] > MAX_OWNERS:
+        return formulas.FORMULAS[name].slopes(rows, columns, counts, constants)
     return _launchers().formula(name, rows, columns, counts, constants)
 
 

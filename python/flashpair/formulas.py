@@ -117,18 +117,22 @@ def _meets(positives: Tensor, others: Tensor) -> Tensor:
     return (positives > 0) & (others > 0)
 
 
+def _has_pairs(positives: Tensor, others: Tensor, alone: float) -> Tensor:
+    return positives > 0 if alone else (positives > 0) & (others > 0).any()
+
+
 def _sup_con(log_sum: Tensor, attraction: Tensor, positives: Tensor, others: Tensor, alone: float) -> Tensor:
-    kept = positives > 0 if alone else _meets(positives, others)
+    kept = _has_pairs(positives, others, alone)
     return torch.where(kept, log_sum - attraction / positives.clamp_min(1), 0.0)
 
 
 def _sup_con_slopes(log_sum, attraction, positives, others, alone) -> list[Tensor]:
-    kept = (positives > 0 if alone else _meets(positives, others)).to(log_sum.dtype)
+    kept = _has_pairs(positives, others, alone).to(log_sum.dtype)
     return [kept, -kept / positives.clamp_min(1)]
 
 
 def _multi_similarity(positive: Tensor, negative: Tensor, alpha: float, beta: float) -> Tensor:
-    return torch.add(_softplus(positive) / alpha, _softplus(negative), alpha=1 / beta)
+    return _softplus(positive) / alpha + _softplus(negative) / beta
 
 
 def _multi_similarity_slopes(positive: Tensor, negative: Tensor, alpha: float, beta: float) -> list[Tensor]:
@@ -160,7 +164,7 @@ def _triplet_slopes(near, far, exist, sign, margin, smooth) -> list[Tensor]:
 
 
 #: log-sum - attraction / positives, of rows (log-sum, attraction, ...) and counts (positives, others); 0 for an anchor
-#: without positives and, if the constant is 0, for one without others.
+#: without positives and, if the constant is 0, for all where none has others.
 SUP_CON = _anchors("sup_con", _sup_con, _sup_con_slopes, counts=2)
 #: softplus(positive) / α + softplus(negative) / β, of rows (positive, negative, ...); constants α and β.
 MULTI_SIMILARITY = _anchors("multi_similarity", _multi_similarity, _multi_similarity_slopes)

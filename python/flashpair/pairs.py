@@ -66,11 +66,16 @@ def _rows_at(x: Tensor, norms: Tensor | None, index: Tensor) -> Tensor:
     return rows if norms is None else rows / norms[index]
 
 
+def _native(x: Tensor, *others: Tensor) -> bool:
+    """Whether C++ reads such rows where they lie."""
+    return x.dtype in (torch.float32, torch.float64) and backend_cpu.at_hand(x, *others)
+
+
 @operator("pair_similarity")
 def similarity_of_pairs(
     x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int, normalize: bool
 ) -> Tensor:
-    if backend_cpu.at_hand(x, rows, columns):
+    if _native(x, rows, columns):
         out = backend_cpu.listed_similarity(x, y, rows, columns, similarity, normalize)
         if out.shape == rows.shape:  # else an index is out of range, which PyTorch says
             return out
@@ -100,7 +105,7 @@ def gradients_of_pairs(
     grad: Tensor, out: Tensor, x: Tensor, y: Tensor | None, rows: Tensor, columns: Tensor, similarity: int,
     normalize: bool,
 ) -> list[Tensor]:  # dx, and dy where y is given  # fmt: skip
-    if backend_cpu.at_hand(x, rows, columns):
+    if _native(x, rows, columns):
         return backend_cpu.listed_gradients(grad, out, x, y, rows, columns, similarity, normalize)
     dtype = statistics_dtype(x)
     x_norms = _norms(x, normalize)
@@ -213,12 +218,15 @@ def listed_loss(
     similarity: Similarity = Similarity.DOT,
     normalize: bool = False,
 ) -> Tensor:
-    """A closed formula of two vectors of similarities of listed pairs, one behind the other, in one node of autograd.
+    """A closed formula of two vectors of similarities of listed pairs in one node of autograd; not among ranks.
 
-    Not among ranks. Arguments as in `pair_similarity` and `primitives.pair_loss`.
+    Args:
+        rows, columns: (2 P,), the pairs of the first vector and behind them as many of the second.
+        counts, constants: as in `primitives.pair_loss`, counts (k, P).
     """
     _check_listed(x, y, rows, columns, similarity)
-    backend = dispatch.choose(x, 0)
+    # What listed pairs need no backend for is PyTorch's on a CPU, as in `pair_similarity`.
+    backend = "reference" if x.is_cpu and not backend_cpu.at_hand(x) else dispatch.choose(x, 0)
     constants = [float(c) for c in constants]
     how = int(similarity), normalize, backend, formula.name, constants
     return _loss_of_pairs(x, y, rows, columns, counts, *how)[0]

@@ -113,16 +113,16 @@ class PairProblem:
         if by_label and not statistics:
             known = self._label_counts()[: len(counts)] if counts else None
             return pair_loss(self.x, self.y, terms, formula, counts=known, constants=constants, **self._how)[0]
-        listed = [*terms, *map(_count, counts)]
-        awaited = None if by_label or self.pairs is not None else self._awaited(listed)
-        in_order = all(a.mask <= b.mask for a, b in itertools.pairwise(listed))  # as _in_turn reduces them
+        read = [*terms, *map(_count, counts)]
+        awaited = None if by_label or self.pairs is not None else self._awaited(read)
+        in_order = all(a.mask <= b.mask for a, b in itertools.pairwise(read))  # as _in_turn reduces them
         signed = all(term.mask != Mask.ALL for term in terms)
         if statistics or self.pairs is not None or not signed or (awaited is not None and not in_order):
             results, found = self.reduce(terms, counts, statistics)
             return formula.value(*results, *found, *constants)
         if awaited is not None:
-            return self._in_turn(listed, awaited, formula, constants)
-        parts = [part for term in listed for part in self._parts(term)]
+            return self._in_turn(read, awaited, formula, constants)
+        parts = [part for term in read for part in self._parts(term)]
         return pair_loss(self.x, self.y, parts, formula, constants=constants, **self._how)[0]
 
     def _label_counts(self) -> Tensor:

@@ -90,7 +90,7 @@ def reduce_anchors(
 ) -> Tensor:
     """One number from the losses of anchors: `formula.anchors` of terms, numbers of pairs and constants."""
     average = anchors_average(rule)
-    if average is not None:
+    if average is not None and not any(isinstance(c, Tensor) for c in constants):  # a tensor may want a gradient
         return problem.loss(terms, formula, counts, (float(average.value), *constants), statistics)
     results, found = problem.reduce(terms, counts, statistics)
     return reduce_values(formula.anchors(*results, *found, *constants), rule, labels=problem.anchor_labels)

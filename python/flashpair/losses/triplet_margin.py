@@ -159,7 +159,7 @@ def _of_list(x: Tensor, y: Tensor | None, labels, triplets, geometry: Geometry, 
     pairs = anchors.repeat(2), torch.cat([positives, negatives])
     average = anchors_average(how.rule)
     alone = average in (Average.ABOVE_ZERO, Average.SUM)  # what does not exist is not counted
-    if alone and not (how.swap or return_stats) and current() is None:
+    if alone and not (how.swap or return_stats or isinstance(how.margin, Tensor)) and current() is None:
         dtype = statistics_dtype(x)
         exist = torch.ones_like(anchors, dtype=dtype) if valid is None else valid.to(dtype)
         constants = average.value, geometry.sign, how.margin, how.smooth
