@@ -131,6 +131,24 @@ def _measure_columns(backend: str, columns: int, threads: int) -> None:
     print(json.dumps({"growth": _status("VmHWM") - marks[-1], "inputs": inputs}))
 
 
+def _measure_listed(count: int) -> None:
+    """As `_measure`, of the similarities of a hundred listed pairs of many rows."""
+    import flashpair
+
+    def run(rows: int) -> torch.Tensor:
+        x = torch.randn(rows, FEATURES)
+        listed = torch.randint(rows, (2, 100))
+        Path("/proc/self/clear_refs").write_text("5")
+        marks.append(_status("VmRSS"))
+        flashpair.pair_similarity(x, None, *listed, similarity=flashpair.Similarity.EUCLIDEAN, normalize=True)
+        return x
+
+    marks: list[int] = []
+    run(2048)
+    x = run(count)
+    print(json.dumps({"growth": _status("VmHWM") - marks[-1], "inputs": x.numel() * x.element_size()}))
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
@@ -185,6 +203,13 @@ def test_resident_growth_of_many_columns(fused, high_water_mark):
     growth, inputs = _in_a_fresh_process(f"t._measure_columns({fused!r}, {COLUMNS}, 2)", 2)
     allowed = inputs + WORKSPACE + 24 * MIB  # statistics, orders and norms of 400,000 columns take 20
     assert growth <= allowed, f"grew by {growth / MIB:.1f} MiB; inputs {inputs / MIB:.1f}, allowed {allowed / MIB:.1f}"
+
+
+def test_resident_growth_of_few_listed_pairs(high_water_mark):
+    """A norm a row; no row is copied to be divided by it."""
+    growth, inputs = _in_a_fresh_process(f"t._measure_listed({COLUMNS})", 2)
+    allowed = 4 * COLUMNS + 8 * MIB
+    assert growth <= allowed < inputs / 4, f"grew by {growth / MIB:.1f} MiB; allowed {allowed / MIB:.1f}"
 
 
 def test_the_measurement_sees_a_matrix(high_water_mark):
